@@ -1,0 +1,170 @@
+"""The catalogue: what systems there are, where they live and what state they are in. Never imports torch."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+CHECKOUT = PACKAGE.parents[1]
+KINDS = ("layer", "model", "transform", "rule", "probe")
+STATES = ("planned", "partial", "ready")
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the catalogue. Everything beyond the typed fields follows from the files that exist.
+
+    Attributes:
+        slug: Name of the system; its files carry it with underscores.
+        title: Title of the paper.
+        room: Where it lives, dotted, below ``interlayer``.
+        kind: One of ``KINDS``; decides the protocol and the contracts.
+        works: What counts as working.
+        paper: Verified ``arXiv:ID`` or ``doi:ID``; empty until verified.
+        slot: The slot of a backbone that it fills, if it is a layer that fills one.
+        code: Name of the class in the system's module; empty until written.
+    """
+
+    slug: str
+    title: str
+    room: str
+    kind: str
+    works: str
+    paper: str = ""
+    slot: str = ""
+    code: str = ""
+
+    @property
+    def stem(self) -> str:
+        """The slug as a file name."""
+        return self.slug.replace("-", "_")
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the module that holds the system."""
+        return f"interlayer.{self.room}.{self.stem}"
+
+    @property
+    def source(self) -> Path:
+        """The system's file, or the ``__init__.py`` of its folder."""
+        base = PACKAGE.joinpath(*self.room.split("."), self.stem)
+        return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+    @property
+    def claim(self) -> Path:
+        """The file of the system's claim."""
+        return PACKAGE.joinpath("claims", *self.room.split("."), self.stem).with_suffix(".py")
+
+    @property
+    def result(self) -> Path:
+        """The claim's last measured result."""
+        return PACKAGE / "claims" / "results" / f"{self.slug}.json"
+
+    @property
+    def test(self) -> Path:
+        """The system's test file; only a checkout has it."""
+        return CHECKOUT.joinpath("tests", *self.room.split("."), f"test_{self.stem}").with_suffix(".py")
+
+    @property
+    def missing(self) -> list[str]:
+        """What the system still lacks: of paper, code, docs, claim, result and, in a checkout, test."""
+        has = {
+            "paper": bool(self.paper),
+            "code": bool(self.code) and self.source.exists(),
+            "docs": bool(self.code) and self.source.exists() and bool(self.idea),
+            "claim": self.claim.exists(),
+            "result": self.result.exists(),
+        }
+        if (CHECKOUT / "tests").is_dir():
+            has["test"] = self.test.exists()
+        return [what for what, there in has.items() if not there]
+
+    @property
+    def state(self) -> str:
+        """``planned`` without code, ``ready`` with everything, ``partial`` between."""
+        missing = self.missing
+        return "planned" if "code" in missing else "partial" if missing else "ready"
+
+    @property
+    def _class(self) -> ast.ClassDef | None:
+        if not self.code or not self.source.exists():
+            return None
+        tree = ast.parse(self.source.read_text(encoding="utf-8"))
+        return next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == self.code), None)
+
+    @property
+    def idea(self) -> str:
+        """First paragraph of the class's docstring."""
+        node = self._class
+        doc = ast.get_docstring(node) if node else None
+        return " ".join(doc.split("\n\n")[0].split()) if doc else ""
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Keyword options of the constructor (or of ``plan``) with their defaults, read from the source."""
+        node = self._class
+        wanted = "plan" if self.kind == "transform" else "__init__"
+        for f in node.body if node else ():
+            if isinstance(f, ast.FunctionDef) and f.name == wanted:
+                pairs = zip(f.args.kwonlyargs, f.args.kw_defaults, strict=True)
+                return {a.arg: ast.unparse(d) if d else "required" for a, d in pairs}
+        return {}
+
+    def measured(self) -> dict[str, Any] | None:
+        """The last measured claim as stored, if there is one."""
+        return json.loads(self.result.read_text(encoding="utf-8")) if self.result.exists() else None
+
+    def resolve(self) -> Any:
+        """Import the system's class (this may import torch)."""
+        if "code" in self.missing:
+            raise LookupError(f"catalogue: {self.slug!r} is planned, there is no code yet. See `interlayer list --state ready`.")
+        return getattr(import_module(self.module), self.code)
+
+
+@functools.cache
+def _tables() -> dict[str, Any]:
+    return tomllib.loads((PACKAGE / "catalog.toml").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def load() -> Mapping[str, System]:
+    """All systems by slug, in the order of the catalogue."""
+    return {slug: System(slug=slug, **row) for slug, row in _tables()["system"].items()}
+
+
+def rooms() -> Mapping[str, str]:
+    """Every room with a line on what it holds."""
+    return _tables()["room"]
+
+
+def builtins(slot: str) -> Mapping[str, str]:
+    """The plain parts that fill a slot without being a system of their own: name to ``module:Class``."""
+    return _tables()["slot"].get(slot, {})
+
+
+def slots() -> list[str]:
+    """Names of all slots of the backbones."""
+    return list(_tables()["slot"])
+
+
+def nearest(name: str, names: Any) -> str:
+    """A phrase that suggests the known name closest to a mistyped one, or an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def get(slug: str) -> System:
+    """The system of that slug; an unknown one raises ``LookupError`` with the nearest names."""
+    systems = load()
+    if slug not in systems:
+        raise LookupError(f"catalogue: no system {slug!r}.{nearest(slug, systems)} `interlayer list` shows all.")
+    return systems[slug]

@@ -1,0 +1,1 @@
+"""The primitives. Nothing here knows a paper."""

@@ -1,0 +1,48 @@
+"""What a model must know of a task to be built for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("tokens", "image", "vector", "series")
+OUTPUTS = ("tokens", "classes", "values")
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """Shape of a task's inputs and outputs; fields that a kind has no use for stay 0.
+
+    Args:
+        kind: ``tokens`` (integers [B, S]), ``image`` ([B, C, H, W]), ``vector`` ([B, F]) or ``series`` ([B, S, F]).
+        outputs: ``tokens`` (logits at each place), ``classes`` (logits) or ``values`` (real numbers).
+        classes: Number of classes, or of values that are predicted.
+        vocab: Number of token kinds.
+        length: Length S of a sequence.
+        channels: Channels C of an image.
+        height: Height H in pixels.
+        width: Width W in pixels.
+        features: Features F of a vector or of a step of a series.
+    """
+
+    kind: str
+    outputs: str
+    classes: int = 0
+    vocab: int = 0
+    length: int = 0
+    channels: int = 0
+    height: int = 0
+    width: int = 0
+    features: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"DataShape: kind {self.kind!r} is not one of {KINDS}.")
+        if self.outputs not in OUTPUTS:
+            raise ValueError(f"DataShape: outputs {self.outputs!r} is not one of {OUTPUTS}.")
+
+    @property
+    def flat(self) -> int:
+        """Numbers in one input, for a model that flattens it."""
+        if self.kind == "image":
+            return self.channels * self.height * self.width
+        return self.features * max(self.length, 1)

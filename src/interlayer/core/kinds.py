@@ -1,0 +1,110 @@
+"""The protocols of the kinds that are not layers: transform, rule and probe.
+
+A layer or a model is an ordinary ``torch.nn.Module`` and needs no base class.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a plan: a place in the model and what happens or does not happen to it."""
+
+    name: str
+    what: str
+    why: str = ""
+
+
+@dataclass
+class Plan:
+    """What a transform will do to a model, before it does it.
+
+    ``touched`` and ``skipped`` are for reading; ``apply()`` returns a new model and leaves the planned one as it is.
+    """
+
+    system: str
+    options: dict[str, Any]
+    touched: list[Row]
+    skipped: list[Row] = field(default_factory=list)
+    build: Callable[[], nn.Module] = field(repr=False, default=lambda: nn.Identity())
+
+    def apply(self) -> nn.Module:
+        """Carry the plan out on a copy and return it."""
+        return self.build()
+
+    def __str__(self) -> str:
+        lines = [f"{self.system} {self.options or ''}".rstrip()]
+        width = max((len(r.name) for r in self.touched + self.skipped), default=0)
+        for mark, rows in (("+", self.touched), ("-", self.skipped)):
+            for r in rows:
+                lines.append(f"  {mark} {r.name:<{width}}  {r.what}" + (f"  ({r.why})" if r.why else ""))
+        return "\n".join(lines)
+
+
+class Transform(ABC):
+    """Something done to a trained model: ``plan(model, data, **options)``, then ``apply()``.
+
+    A subclass names its catalogue ``slug`` and gives two methods. ``plan`` decides. ``restore`` puts the structure of a
+    saved result (the JSON-able dict that ``plan(...).apply()`` recorded with ``recipe.record``) onto a fresh base model,
+    in place and without data, so that the saved weights fit.
+    """
+
+    slug: ClassVar[str]
+
+    @abstractmethod
+    def plan(self, model: nn.Module, data: Any = None, **options: Any) -> Plan:
+        """Say what will be touched and what will not, and why. Never changes ``model``. Nothing to do is an error."""
+
+    @abstractmethod
+    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
+        """Rebuild on ``model`` (a base with fresh weights) the structure that ``apply`` recorded; return the model."""
+
+
+class Rule(ABC):
+    """A way of learning weights. Bound to one model, as a torch optimiser is; any loop can call ``step``."""
+
+    slug: ClassVar[str]
+    model: nn.Module
+
+    @abstractmethod
+    def step(self, batch: Any) -> dict[str, float]:
+        """Learn from one batch and return metrics, ``loss`` among them."""
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """The model's output as this rule wants it read (some rules do not read the last layer)."""
+        with torch.no_grad():
+            return self.model(inputs)  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside the model's own weights that a bit-exact resumption needs; tensors, numbers and strings."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state_dict`` gave."""
+
+
+@dataclass
+class Finding:
+    """What a probe saw: named tables (columns of equal length) and, if it draws, a function that makes the figure."""
+
+    tables: dict[str, dict[str, list[Any]]]
+    figure: Callable[[], Any] | None = field(default=None, repr=False)
+
+
+class Probe(ABC):
+    """A way to look into a model: ``probe(model, data) -> Finding``. The model is afterwards as it was before."""
+
+    slug: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, data: Any) -> Finding:
+        """Look, and leave no trace."""

@@ -1,0 +1,158 @@
+"""Token mixers: attention, what a mixer may know of its surroundings, and the key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interlayer.core.parts import Linear, plain_linear
+from interlayer.core.position import Position
+from interlayer.core.stream import QKV
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, one pair of growing buffers for each sublayer that stores its own.
+
+    Buffers double when they are full, so n tokens cost O(n) copies in all.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.buffers: dict[tuple[str, int], Tensor] = {}
+
+    def extend(self, part: str, layer: int, new: Tensor) -> Tensor:
+        """Append ``new`` [B, H, S, K] after the ``length`` tokens there are, and give the whole back."""
+        end = self.length + new.shape[-2]
+        old = self.buffers.get((part, layer))
+        if old is None or old.shape[-2] < end:
+            grown = new.new_empty(*new.shape[:-2], max(2 * self.length, end, 16), new.shape[-1])
+            if old is not None:
+                grown[..., : self.length, :] = old[..., : self.length, :]
+            self.buffers[part, layer] = old = grown
+        old[..., self.length : end, :] = new
+        return old[..., :end, :]
+
+    def whole(self, part: str, layer: int, more: int) -> Tensor:
+        """What another sublayer stored in this step, ``more`` new tokens included."""
+        return self.buffers[part, layer][..., : self.length + more, :]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the stored tokens take (not the spare room of the buffers)."""
+        return sum(b[..., : self.length, :].numel() * b.element_size() for b in self.buffers.values())
+
+
+@dataclass
+class Context:
+    """What a mixer may use of the pass that it is part of.
+
+    Attributes:
+        layer: The sublayer's number.
+        position: Turns queries and keys.
+        cache: Keys and values of earlier tokens, if decoding.
+        mask: [B, S] with True at real tokens, if there is padding.
+        share: The stream's say over keys and values: ``(layer, k, v) -> (k, v)``.
+        value_layer: The sublayer whose values this one uses.
+    """
+
+    layer: int = 0
+    position: Position = field(default_factory=Position)
+    cache: Cache | None = None
+    mask: Tensor | None = None
+    share: Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
+    value_layer: int = 0
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention with any number of key-value heads (Vaswani et al., arXiv:1706.03762; grouped
+    queries: Ainslie et al., arXiv:2305.13245).
+
+    Args:
+        width: Features D.
+        heads: Query heads H; ``width`` is a multiple of it.
+        kv_heads: Key-value heads; ``heads`` is a multiple of it. All of them unless told.
+        causal: Whether a token sees only itself and earlier ones.
+        values: Whether this sublayer projects values of its own (a stream may share another's).
+        linear: Called with ``inputs=, outputs=``.
+
+    Shapes: [B, S, D] to [B, S, D].
+    """
+
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache"})
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        causal: bool = False,
+        values: bool = True,
+        linear: Linear = plain_linear,
+    ) -> None:
+        super().__init__()
+        kv_heads = kv_heads or heads
+        if width % heads or heads % kv_heads:
+            raise ValueError(
+                f"Attention: width {width} must be a multiple of heads {heads}, and heads of kv_heads {kv_heads}."
+            )
+        self.heads, self.kv_heads, self.causal, self.head_width = heads, kv_heads, causal, width // heads
+        kv = kv_heads * self.head_width
+        self.sizes = [width, kv, kv] if values else [width, kv]
+        self.qkv = linear(inputs=width, outputs=sum(self.sizes))
+        self.out = linear(inputs=width, outputs=width)
+
+    def project(self, x: Tensor | QKV) -> list[Tensor]:
+        """Queries, keys and (where it has its own) values as [B, heads, S, K]."""
+        if not isinstance(x, QKV):
+            parts = list(self.qkv(x).split(self.sizes, -1))
+        elif type(self.qkv) is nn.Linear:  # each input meets only its own rows of the fused weight
+            weights = self.qkv.weight.split(self.sizes)
+            biases = self.qkv.bias.split(self.sizes) if self.qkv.bias is not None else [None] * len(weights)
+            parts = [F.linear(*one) for one in zip(x, weights, biases, strict=False)]
+        else:
+            parts = [self.qkv(part).split(self.sizes, -1)[i] for i, part in enumerate(x[: len(self.sizes)])]
+        return [p.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for p in parts]
+
+    def forward(self, x: Float[Tensor, "B S D"] | QKV, context: Context | None = None) -> Float[Tensor, "B S D"]:
+        """Let every token read from the others."""
+        context = context or Context()
+        cache, offset = context.cache, context.cache.length if context.cache else 0
+        q, k, *own = self.project(x)
+        v = own[0] if own else None
+        q, k = context.position.rotate(q, k, offset)
+        if context.share:
+            k, v = context.share(context.layer, k, v)
+        assert v is not None
+        new = q.shape[-2]
+        if cache is not None:
+            k = cache.extend("k", context.layer, k)
+            if context.value_layer == context.layer:
+                v = cache.extend("v", context.layer, v)
+            else:
+                v = cache.whole("v", context.value_layer, new)
+        y = attend(q, k, v, causal=self.causal, mask=context.mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """``softmax(q k' * scale) v`` with the causal mask placed at the end of the keys, and padding left out."""
+    new, all_ = q.shape[-2], k.shape[-2]
+    allowed = None
+    if causal and new > 1 and (new != all_ or mask is not None):
+        allowed = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
+    if mask is not None:
+        if mask.shape != (q.shape[0], all_) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"attention: mask {tuple(mask.shape)} {mask.dtype}; wanted bool {(q.shape[0], all_)}, True at real tokens."
+            )
+        allowed = mask[:, None, None] if allowed is None else mask[:, None, None] & allowed
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed, is_causal=causal and new > 1 and allowed is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )

@@ -1,0 +1,83 @@
+"""Plain parts of backbones: MLPs and the norm that is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Linear = Callable[..., nn.Module]
+
+
+def plain_linear(inputs: int, outputs: int, bias: bool = True) -> nn.Module:
+    """``torch.nn.Linear`` in the words of the slot."""
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+class Same(nn.Module):
+    """What fills a norm slot where no norm is wanted."""
+
+    def __init__(self, width: int = 0) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give ``x`` back."""
+        return x
+
+
+class FeedForward(nn.Module):
+    """``W2 act(W1 x + b1) + b2``, the channel mixer of a Transformer block.
+
+    Args:
+        width: Features D.
+        hidden: Inner features; 4 D unless told.
+        activation: Called without arguments.
+        linear: Called with ``inputs=, outputs=``.
+    """
+
+    def __init__(
+        self, width: int, *, hidden: int | None = None, activation: Callable[[], nn.Module] = nn.GELU, linear: Linear = plain_linear
+    ) -> None:
+        super().__init__()
+        hidden = hidden or 4 * width
+        self.up = linear(inputs=width, outputs=hidden)
+        self.act = activation()
+        self.down = linear(inputs=hidden, outputs=width)
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Mix the features of each position."""
+        return self.down(self.act(self.up(x)))
+
+
+class GLU(nn.Module):
+    """Gated linear unit ``W2 (act(W1 x) * W3 x)``, without biases; with SiLU it is SwiGLU (Shazeer, arXiv:2002.05202).
+
+    Args:
+        width: Features D.
+        hidden: Inner features; 8/3 D rounded up to a multiple of 8 unless told, so that it has the MLP's parameters.
+        activation: Called without arguments.
+        linear: Called with ``inputs=, outputs=, bias=``.
+    """
+
+    def __init__(
+        self, width: int, *, hidden: int | None = None, activation: Callable[[], nn.Module] = nn.SiLU, linear: Linear = plain_linear
+    ) -> None:
+        super().__init__()
+        hidden = hidden or -(-8 * width // 24) * 8
+        self.gate = linear(inputs=width, outputs=hidden, bias=False)
+        self.up = linear(inputs=width, outputs=hidden, bias=False)
+        self.down = linear(inputs=hidden, outputs=width, bias=False)
+        self.act = activation()
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Mix the features of each position."""
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def same_padding_shortcut(x: Tensor, stride: int, channels: int) -> Tensor:
+    """Parameter-free shortcut between convolutional stages: subsample, then pad channels with zeros (option A)."""
+    x = x[:, :, ::stride, ::stride]
+    more = channels - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, more // 2, more - more // 2)) if more else x

@@ -1,0 +1,1 @@
+"""Systems that fill a slot of a backbone."""

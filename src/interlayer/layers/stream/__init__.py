@@ -1,0 +1,1 @@
+"""How the input of a sublayer is formed from earlier outputs."""

@@ -1,0 +1,44 @@
+"""ReZero: residual branches behind a scalar gate that starts at zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from interlayer.core.stream import State, Stream
+
+
+class ReZero(Stream):
+    """Each block's branches enter the residual stream through one learned scalar that starts at zero.
+
+    Paper: Bachlechner et al., "ReZero is All You Need: Fast Convergence at Large Depth", arXiv:2003.04887.
+
+    Equation (section 2): ``x_{i+1} = x_i + alpha_i F_i(x_i)``, with ``alpha_i = 0`` at the start and no norm anywhere, so
+    that the Jacobian of the stack is exactly the identity before the first step. The branches of a block share their
+    scalar (in a Transformer: attention and MLP), as in the authors' code.
+
+    Args:
+        depth: Number of blocks.
+        branches: Sublayers in a block.
+        start: Value of every gate at the start; the paper's is 0.
+
+    Shapes: any; the state keeps the shape of the input.
+
+    Raises:
+        ValueError: ``depth`` or ``branches`` below 1.
+
+    Example:
+        >>> import torch
+        >>> from interlayer.models import Transformer
+        >>> model = Transformer(vocab=50, length=16, depth=24, width=32, heads=2, stream="rezero")
+        >>> model.trunk.stream.gate.shape
+        torch.Size([24])
+    """
+
+    def __init__(self, depth: int, *, branches: int = 1, start: float = 0.0) -> None:
+        super().__init__(depth, branches=branches)
+        self.gate = nn.Parameter(torch.full((depth,), float(start)))
+
+    def write(self, state: State, layer: int, branch: Tensor) -> State:
+        state.x = torch.addcmul(state.x, self.gate[layer // self.branches].to(branch.dtype), branch)
+        return state

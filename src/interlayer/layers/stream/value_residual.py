@@ -1,0 +1,88 @@
+"""Value residual: the first layer's attention values shared with all later layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from interlayer.core.stream import Norm, PreNorm, State, Width
+
+MODES = ("identity", "constant", "learnable", "sparse", "shared")
+
+
+class ValueResidual(PreNorm):
+    """The values of the first attention layer are mixed into those of later layers (ResFormer) or replace them (SVFormer).
+
+    Paper: Zhou et al., "Value Residual Learning For Alleviating Attention Concentration In Transformers",
+    arXiv:2410.17897.
+
+    Equation: ``V'_n = lambda_{n,1} V_1 + lambda_{n,2} V_n`` before attention, for every layer n > 1.
+
+    ``identity`` has both weights 1/2, as in the authors' code; ``constant`` has ``weight`` on V_1 and 1 on V_n;
+    ``learnable`` starts at 1/2 and trains both; ``sparse`` mixes like ``constant`` only in the last third of the layers;
+    ``shared`` is SVFormer: no layer but the first projects or caches values. The constants of the paper's constant and
+    sparse variants were not in the public code: 2 and the last third are this project's reading.
+
+    Args:
+        depth: Number of blocks.
+        width: Features D.
+        branches: Sublayers in a block; the first one is the attention.
+        norm: Called with ``width=``.
+        mode: One of ``identity``, ``constant``, ``learnable``, ``sparse``, ``shared``.
+        weight: lambda_{n,1} of ``constant`` and ``sparse``.
+
+    Shapes: values [B, H, S, K], equal in all layers; needs a mixer that offers ``share``.
+
+    Raises:
+        ValueError: Unknown ``mode``.
+
+    Example:
+        >>> import torch
+        >>> from interlayer.core.mixer import Cache
+        >>> from interlayer.models import Transformer
+        >>> model = Transformer(vocab=50, length=16, depth=4, width=32, heads=2, stream="value-residual(mode='shared')")
+        >>> cache = Cache()
+        >>> _ = model(torch.zeros(1, 10, dtype=torch.long), cache=cache)
+        >>> cache.bytes  # keys of four layers, values of one: 5 x 10 tokens x 32 features x 4 bytes
+        6400
+    """
+
+    needs = frozenset({"share"})
+
+    def __init__(
+        self,
+        depth: int,
+        width: Width,
+        *,
+        branches: int = 2,
+        norm: Norm | None = None,
+        mode: str = "identity",
+        weight: float = 2.0,
+    ) -> None:
+        super().__init__(depth, width, branches=branches, norm=norm)
+        if mode not in MODES:
+            raise ValueError(f"ValueResidual: mode {mode!r} is not one of {MODES}.")
+        self.mode, self.weight = mode, weight
+        if mode == "learnable":
+            self.mix = nn.Parameter(torch.full((depth, 2), 0.5))
+
+    def value_layer(self, layer: int) -> int:
+        return 0 if self.mode == "shared" else layer
+
+    def share(self, state: State, layer: int, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        if layer == 0:
+            assert v is not None
+            state.kept["v"] = v
+            return k, v
+        first: Tensor = state.kept["v"]
+        if v is None:  # shared
+            return k, first
+        block = layer // self.branches
+        if self.mode == "identity":
+            return k, 0.5 * (first + v)
+        if self.mode == "learnable":
+            mix = self.mix[block].to(v.dtype)
+            return k, mix[0] * first + mix[1] * v
+        if self.mode == "sparse" and block < self.depth - max(self.depth // 3, 1):
+            return k, v
+        return k, self.weight * first + v

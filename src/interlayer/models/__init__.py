@@ -1,0 +1,73 @@
+"""Backbones with named slots, and ``build``, which makes one for a task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from interlayer import catalog
+from interlayer.core.data import DataShape
+from interlayer.core.slots import parse_spec
+from interlayer.models.convnet import ConvNet
+from interlayer.models.mlp import MLP
+from interlayer.models.transformer import Encoder, Transformer, VisionTransformer
+
+__all__ = ["BASES", "MLP", "ConvNet", "Encoder", "Transformer", "VisionTransformer", "build"]
+
+
+def _transformer(shape: DataShape, **options: Any) -> nn.Module:
+    return Transformer(vocab=shape.vocab, length=shape.length, **options)
+
+
+def _encoder(shape: DataShape, **options: Any) -> nn.Module:
+    return Encoder(vocab=shape.vocab, classes=shape.classes, length=shape.length, **options)
+
+
+def _vit(shape: DataShape, **options: Any) -> nn.Module:
+    options.setdefault("patch", 2 if shape.height <= 16 else 4)
+    return VisionTransformer(shape.channels, (shape.height, shape.width), classes=shape.classes, **options)
+
+
+def _mlp(shape: DataShape, **options: Any) -> nn.Module:
+    return MLP(shape.flat, shape.classes, **options)
+
+
+def _convnet(shape: DataShape, **options: Any) -> nn.Module:
+    return ConvNet(shape.channels, shape.classes, **options)
+
+
+BASES = {
+    "transformer": (_transformer, {("tokens", "tokens")}),
+    "encoder": (_encoder, {("tokens", "classes")}),
+    "vit": (_vit, {("image", "classes")}),
+    "mlp": (_mlp, {("image", "classes"), ("vector", "classes"), ("vector", "values"), ("series", "values")}),
+    "convnet": (_convnet, {("image", "classes")}),
+}
+
+
+def build(base: str, shape: DataShape, **options: Any) -> nn.Module:
+    """A backbone of a named family, or a catalogue model, sized for the task's data.
+
+    Args:
+        base: One of ``BASES`` or a catalogue system of kind ``model`` that has ``for_task(shape, **options)``;
+            options may be given in brackets: ``"transformer(depth=12)"``.
+        shape: What the task gives and wants.
+        **options: Sizes and slots of the backbone.
+
+    Raises:
+        ValueError: Unknown base, or one that cannot take this kind of data.
+    """
+    name, own = parse_spec(base)
+    options = {**own, **options}
+    if name in BASES:
+        make, takes = BASES[name]
+        if (shape.kind, shape.outputs) not in takes:
+            fits = [b for b, (_, t) in BASES.items() if (shape.kind, shape.outputs) in t]
+            raise ValueError(f"models: {name!r} cannot take {shape.kind} and give {shape.outputs}; these can: {fits}.")
+        return make(shape, **options)
+    systems = catalog.load()
+    if name in systems and systems[name].kind == "model":
+        return systems[name].resolve().for_task(shape, **options)
+    models = [*BASES, *(s.slug for s in systems.values() if s.kind == "model" and s.code)]
+    raise ValueError(f"models: no base {name!r}.{catalog.nearest(name, models)} There are {models}.")
