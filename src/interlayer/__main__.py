@@ -1,0 +1,5 @@
+"""``python -m interlayer``."""
+
+from interlayer.cli import main
+
+main()

@@ -1,0 +1,268 @@
+"""The command: list, show, compare, claim, apply, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from interlayer import __version__, catalog
+
+app = typer.Typer(
+    name="interlayer",
+    help="Published ideas for what happens inside and between the layers of neural networks: compare, apply, check.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Scale(StrEnum):
+    """How large a claim is run."""
+
+    smoke = "smoke"
+    small = "small"
+    full = "full"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"interlayer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None: ...
+
+
+@app.command("list")
+def list_(
+    text: Annotated[str, typer.Argument(help="Show only systems whose slug, title or works-line holds this.")] = "",
+    room: Annotated[str, typer.Option(help="Only this room, for example layers.stream, or a wing: layers.")] = "",
+    kind: Annotated[str, typer.Option(help="layer, model, transform, rule or probe.")] = "",
+    state: Annotated[str, typer.Option(help="planned, partial or ready.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
+) -> None:
+    """Show what there is and whether it works."""
+    for given, known, what in ((kind, catalog.KINDS, "kind"), (state, catalog.STATES, "state")):
+        if given and given not in known:
+            _stop(f"list: no {what} {given!r}.{catalog.nearest(given, known)} There are {', '.join(known)}.")
+    if room and not any(r == room or r.startswith(room + ".") for r in catalog.rooms()):
+        _stop(f"list: no room {room!r}.{catalog.nearest(room, catalog.rooms())} There are {', '.join(catalog.rooms())}.")
+    rows = [
+        s
+        for s in catalog.load().values()
+        if text.lower() in f"{s.slug} {s.title} {s.works}".lower()
+        and (not room or s.room == room or s.room.startswith(room + "."))
+        and (not kind or s.kind == kind)
+        and (not state or s.state == state)
+    ]
+    if as_json:
+        keys = ("slug", "title", "room", "kind", "state", "slot", "paper")
+        typer.echo(json.dumps([{k: getattr(s, k) for k in keys} for s in rows], ensure_ascii=False, indent=1))
+        return
+    wide = max((len(s.slug) for s in rows), default=0)
+    for s in rows:
+        typer.echo(f"{s.state:<8} {s.slug:<{wide}}  {s.kind:<9} {s.room:<19} {s.title}")
+    counts = {st: sum(s.state == st for s in rows) for st in catalog.STATES}
+    typer.echo(f"{len(rows)} systems: " + ", ".join(f"{n} {st}" for st, n in counts.items()), err=True)
+
+
+def _slug(ctx: typer.Context, incomplete: str) -> list[str]:
+    return [s for s in catalog.load() if s.startswith(incomplete)]
+
+
+Slug = Annotated[str, typer.Argument(help="A system's slug.", autocompletion=_slug)]
+
+
+@app.command()
+def show(slug: Slug) -> None:
+    """Show one system: idea, paper, code, options, when it works, what its claim last measured."""
+    s = _get(slug)
+    typer.echo(f"{s.slug}: {s.title}")
+    rows = {"state": s.state + (f" (lacks {', '.join(s.missing)})" if s.missing else ""), "kind": s.kind, "room": s.room}
+    if s.idea:
+        rows["idea"] = s.idea
+    if s.paper:
+        rows["paper"] = s.paper
+    if s.slot:
+        rows["slot"] = s.slot
+    if "code" not in s.missing:
+        rows["code"] = f"from {s.module} import {s.code}"
+        rows["options"] = ", ".join(f"{k}={v}" for k, v in s.options.items()) or "none"
+    rows["works when"] = s.works
+    for key, value in rows.items():
+        typer.echo(f"  {key:<10} {value}")
+    if result := s.measured():
+        typer.echo(f"  {'claim':<10} {result['says']}")
+        typer.echo(f"  {'measured':<10} {result['verdict']} ({result['scale']} scale, {len(result['seeds'])} seeds)")
+    else:
+        typer.echo(f"  {'claim':<10} not measured yet" + (f": interlayer claim {s.slug}" if s.claim.exists() else ""))
+
+
+@app.command()
+def compare(
+    study: Annotated[Path | None, typer.Option(help="A study as TOML file; options here change it.")] = None,
+    task: Annotated[str | None, typer.Option(help="digits, stdlib-bytes, photos, series, package.module:function, file:PATH, hf:NAME.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base: transformer, vit, mlp, convnet, ..., or package.module:function.")] = None,
+    arms: Annotated[str | None, typer.Option(help="Comma-separated: plain, slugs, slug(option=value), norm=rmsnorm, joined by +.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds for each arm.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps for each run.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Training time for each run, instead of steps.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Runs at a time, each in a process of its own.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Database URL for the records; SQLite in the output folder unless told.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for records and report.")] = None,
+    tune: Annotated[str | None, typer.Option(help="Tune this for each arm first: lr.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Tuning trials for each arm.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the records there are; --fresh starts anew.")] = True,
+) -> None:
+    """Train several ideas side by side on one task, and report which one helps at what cost.
+
+    Without options: byte-level language modelling of Python's standard library with a nano Transformer and five arms.
+    """
+    from interlayer.study import StudySpec
+    from interlayer.study import compare as run_study
+
+    given = {
+        "task": task, "base": model, "arms": _split(arms) if arms else None, "seeds": seeds, "steps": steps, "seconds": seconds,
+        "workers": workers, "storage": storage, "out": str(out) if out else None, "tune": tune, "trials": trials,
+    }  # fmt: skip
+    spec = _told(lambda: StudySpec.from_cli_values(study, {k: v for k, v in given.items() if v is not None}))
+    result = _told(lambda: run_study(spec, resume=resume))
+    if not result.finished:
+        raise typer.Exit(1)
+
+
+def _split(arms: str) -> list[str]:
+    """Split at commas outside brackets."""
+    parts, depth = [""], 0
+    for c in arms:
+        depth += (c == "(") - (c == ")")
+        if c == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [p.strip() for p in parts if p.strip()]
+
+
+@app.command()
+def claim(
+    slugs: Annotated[list[str] | None, typer.Argument(help="Systems; all that have a claim unless told.", autocompletion=_slug)] = None,
+    scale: Annotated[Scale, typer.Option(help="smoke: seconds; small: minutes; full: a GPU.")] = Scale.small,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds.")] = None,
+    store: Annotated[bool, typer.Option(help="Write the result to the catalogue's results.")] = False,
+) -> None:
+    """Check a paper's claim by experiment, with a control that must fail."""
+    from interlayer.claims import load, run
+
+    chosen = [_get(s) for s in slugs] if slugs else [s for s in catalog.load().values() if s.claim.exists()]
+    for system in chosen:
+        if not system.claim.exists():
+            _stop(f"claim: {system.slug!r} has no claim yet. `interlayer list --state ready` shows those that have.")
+    for system in chosen:
+        result = run(load(system.slug), scale=scale.value, seeds=seeds)
+        typer.echo(str(result))
+        if store:
+            result.save(system.result)
+
+
+@app.command("apply")
+def apply_(
+    slug: Slug,
+    model: Annotated[str, typer.Option(help="package.module:function, a saved folder, or hf:NAME_OR_PATH.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the new model.")] = None,
+    data: Annotated[str | None, typer.Option(help="package.module:function that gives batches.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="name=value, as often as needed.")] = None,
+) -> None:
+    """Apply a transform to a trained model and save the result."""
+    system = _get(slug)
+    if system.kind != "transform":
+        _stop(f"apply: {slug!r} is of kind {system.kind}; only transforms are applied. `interlayer list --kind transform`.")
+    if not plan and out is None:
+        _stop("apply: where to? Give --out DIR, or --plan to see what would be done.")
+    from interlayer.core import recipe
+
+    transform = _told(system.resolve)()
+    the_model = _told(lambda: _model(model))
+    batches = _told(lambda: _call(data)) if data else None
+    planned = _told(lambda: transform.plan(the_model, batches, **_options(option or [])))
+    typer.echo(str(planned))
+    if not plan and out is not None:
+        _told(lambda: recipe.save(planned.apply(), out))
+        typer.echo(f"saved to {out}")
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    import ast
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"apply: option {pair!r} is not name=value.")
+        try:
+            options[name.replace("-", "_")] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name.replace("-", "_")] = value
+    return options
+
+
+def _call(path: str) -> Any:
+    module, _, name = path.partition(":")
+    if not name:
+        raise ValueError(f"{path!r} is not of the form package.module:function.")
+    sys.path.insert(0, "")
+    return getattr(import_module(module), name)()
+
+
+def _model(path: str) -> Any:
+    from interlayer.core import recipe
+    from interlayer.core.extras import need
+
+    if path.startswith("hf:"):
+        return need("transformers", "hf", "interlayer apply").AutoModel.from_pretrained(path[3:])
+    return recipe.load(path) if Path(path).is_dir() else _call(path)
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
+    """Write a study's table, CSV and report.html again from its records."""
+    from interlayer.study import report as write
+
+    _told(lambda: write(out))
+
+
+def _get(slug: str) -> catalog.System:
+    return _told(lambda: catalog.get(slug))
+
+
+def _told(do: Any) -> Any:
+    """Run ``do``; what a user can mend is told in one line, without a traceback."""
+    try:
+        return do()
+    except (LookupError, ValueError, TypeError, ImportError, AttributeError, FileNotFoundError, FileExistsError) as error:
+        if isinstance(error, KeyError | IndexError | AttributeError):
+            raise
+        _stop(str(error))
+
+
+def _stop(message: str) -> None:
+    typer.echo(f"interlayer: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
