@@ -21,7 +21,10 @@ _WHERE = {
     "compare": "study",
     "StudySpec": "study",
 }
-__all__ = ["__version__", *_WHERE]
+__all__ = [  # noqa: PLE0604 (the names of _WHERE are strings)
+    "__version__",
+    *_WHERE,
+]
 
 
 def __getattr__(name: str) -> Any:

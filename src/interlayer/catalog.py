@@ -126,7 +126,9 @@ class System:
     def resolve(self) -> Any:
         """Import the system's class (this may import torch)."""
         if "code" in self.missing:
-            raise LookupError(f"catalogue: {self.slug!r} is planned, there is no code yet. See `interlayer list --state ready`.")
+            raise LookupError(
+                f"catalogue: {self.slug!r} is planned, there is no code yet. See `interlayer list --state ready`."
+            )
         return getattr(import_module(self.module), self.code)
 
 

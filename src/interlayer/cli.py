@@ -38,7 +38,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None: ...
 
 
@@ -55,7 +57,9 @@ def list_(
         if given and given not in known:
             _stop(f"list: no {what} {given!r}.{catalog.nearest(given, known)} There are {', '.join(known)}.")
     if room and not any(r == room or r.startswith(room + ".") for r in catalog.rooms()):
-        _stop(f"list: no room {room!r}.{catalog.nearest(room, catalog.rooms())} There are {', '.join(catalog.rooms())}.")
+        _stop(
+            f"list: no room {room!r}.{catalog.nearest(room, catalog.rooms())} There are {', '.join(catalog.rooms())}."
+        )
     rows = [
         s
         for s in catalog.load().values()
@@ -87,7 +91,11 @@ def show(slug: Slug) -> None:
     """Show one system: idea, paper, code, options, when it works, what its claim last measured."""
     s = _get(slug)
     typer.echo(f"{s.slug}: {s.title}")
-    rows = {"state": s.state + (f" (lacks {', '.join(s.missing)})" if s.missing else ""), "kind": s.kind, "room": s.room}
+    rows = {
+        "state": s.state + (f" (lacks {', '.join(s.missing)})" if s.missing else ""),
+        "kind": s.kind,
+        "room": s.room,
+    }
     if s.idea:
         rows["idea"] = s.idea
     if s.paper:
@@ -110,14 +118,23 @@ def show(slug: Slug) -> None:
 @app.command()
 def compare(
     study: Annotated[Path | None, typer.Option(help="A study as TOML file; options here change it.")] = None,
-    task: Annotated[str | None, typer.Option(help="digits, stdlib-bytes, photos, series, package.module:function, file:PATH, hf:NAME.")] = None,
-    model: Annotated[str | None, typer.Option(help="The base: transformer, vit, mlp, convnet, ..., or package.module:function.")] = None,
-    arms: Annotated[str | None, typer.Option(help="Comma-separated: plain, slugs, slug(option=value), norm=rmsnorm, joined by +.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="digits, stdlib-bytes, photos, series, package.module:function, file:PATH, hf:NAME."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base: transformer, vit, mlp, convnet, ..., or package.module:function.")
+    ] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Comma-separated: plain, slugs, slug(option=value), norm=rmsnorm, joined by +.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds for each arm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps for each run.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Training time for each run, instead of steps.")] = None,
     workers: Annotated[int | None, typer.Option(help="Runs at a time, each in a process of its own.")] = None,
-    storage: Annotated[str | None, typer.Option(help="Database URL for the records; SQLite in the output folder unless told.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Database URL for the records; SQLite in the output folder unless told.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for records and report.")] = None,
     tune: Annotated[str | None, typer.Option(help="Tune this for each arm first: lr.")] = None,
     trials: Annotated[int | None, typer.Option(help="Tuning trials for each arm.")] = None,
@@ -154,7 +171,9 @@ def _split(arms: str) -> list[str]:
 
 @app.command()
 def claim(
-    slugs: Annotated[list[str] | None, typer.Argument(help="Systems; all that have a claim unless told.", autocompletion=_slug)] = None,
+    slugs: Annotated[
+        list[str] | None, typer.Argument(help="Systems; all that have a claim unless told.", autocompletion=_slug)
+    ] = None,
     scale: Annotated[Scale, typer.Option(help="smoke: seconds; small: minutes; full: a GPU.")] = Scale.small,
     seeds: Annotated[int | None, typer.Option(help="How many seeds.")] = None,
     store: Annotated[bool, typer.Option(help="Write the result to the catalogue's results.")] = False,
@@ -185,7 +204,9 @@ def apply_(
     """Apply a transform to a trained model and save the result."""
     system = _get(slug)
     if system.kind != "transform":
-        _stop(f"apply: {slug!r} is of kind {system.kind}; only transforms are applied. `interlayer list --kind transform`.")
+        _stop(
+            f"apply: {slug!r} is of kind {system.kind}; only transforms are applied. `interlayer list --kind transform`."
+        )
     if not plan and out is None:
         _stop("apply: where to? Give --out DIR, or --plan to see what would be done.")
     from interlayer.core import recipe
@@ -248,7 +269,15 @@ def _told(do: Any) -> Any:
     """Run ``do``; what a user can mend is told in one line, without a traceback."""
     try:
         return do()
-    except (LookupError, ValueError, TypeError, ImportError, AttributeError, FileNotFoundError, FileExistsError) as error:
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        ImportError,
+        AttributeError,
+        FileNotFoundError,
+        FileExistsError,
+    ) as error:
         if isinstance(error, KeyError | IndexError | AttributeError):
             raise
         _stop(str(error))

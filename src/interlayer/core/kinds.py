@@ -34,7 +34,7 @@ class Plan:
     options: dict[str, Any]
     touched: list[Row]
     skipped: list[Row] = field(default_factory=list)
-    build: Callable[[], nn.Module] = field(repr=False, default=lambda: nn.Identity())
+    build: Callable[[], nn.Module] = field(repr=False, default=nn.Identity)
 
     def apply(self) -> nn.Module:
         """Carry the plan out on a copy and return it."""
@@ -81,7 +81,7 @@ class Rule(ABC):
     def predict(self, inputs: Tensor) -> Tensor:
         """The model's output as this rule wants it read (some rules do not read the last layer)."""
         with torch.no_grad():
-            return self.model(inputs)  # type: ignore[no-any-return]
+            return self.model(inputs)
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -141,7 +141,9 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """``softmax(q k' * scale) v`` with the causal mask placed at the end of the keys, and padding left out."""
     new, all_ = q.shape[-2], k.shape[-2]
     allowed = None
@@ -154,5 +156,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None
             )
         allowed = mask[:, None, None] if allowed is None else mask[:, None, None] & allowed
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=allowed, is_causal=causal and new > 1 and allowed is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        attn_mask=allowed,
+        is_causal=causal and new > 1 and allowed is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )

@@ -38,7 +38,12 @@ class FeedForward(nn.Module):
     """
 
     def __init__(
-        self, width: int, *, hidden: int | None = None, activation: Callable[[], nn.Module] = nn.GELU, linear: Linear = plain_linear
+        self,
+        width: int,
+        *,
+        hidden: int | None = None,
+        activation: Callable[[], nn.Module] = nn.GELU,
+        linear: Linear = plain_linear,
     ) -> None:
         super().__init__()
         hidden = hidden or 4 * width
@@ -62,7 +67,12 @@ class GLU(nn.Module):
     """
 
     def __init__(
-        self, width: int, *, hidden: int | None = None, activation: Callable[[], nn.Module] = nn.SiLU, linear: Linear = plain_linear
+        self,
+        width: int,
+        *,
+        hidden: int | None = None,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        linear: Linear = plain_linear,
     ) -> None:
         super().__init__()
         hidden = hidden or -(-8 * width // 24) * 8

@@ -35,7 +35,9 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 def resolve(slot: str, name: str) -> Callable[..., Any]:
     """The class that a name stands for in a slot: a plain part first, then a system of the catalogue."""
     if slot not in catalog.slots():
-        raise ValueError(f"slots: no slot {slot!r}.{catalog.nearest(slot, catalog.slots())} There are {catalog.slots()}.")
+        raise ValueError(
+            f"slots: no slot {slot!r}.{catalog.nearest(slot, catalog.slots())} There are {catalog.slots()}."
+        )
     plain = catalog.builtins(slot)
     if name in plain:
         module, _, attribute = plain[name].partition(":")
@@ -75,7 +77,9 @@ def fill(slot: str, what: Any, **context: Any) -> Any:
         return _torch_part(make, options, context)
     names = inspect.signature(make).parameters
     if unknown := [o for o in options if o not in names]:
-        raise ValueError(f"slots: {what!r} has no option {unknown[0]!r}.{catalog.nearest(unknown[0], names)} It has {list(names)}.")
+        raise ValueError(
+            f"slots: {what!r} has no option {unknown[0]!r}.{catalog.nearest(unknown[0], names)} It has {list(names)}."
+        )
     if any(p.kind is p.VAR_KEYWORD for p in names.values()) and not isinstance(make, partial | type):
         return make(**{**context, **options})
     return make(**{**{k: v for k, v in context.items() if k in names}, **options})

@@ -8,7 +8,7 @@ none of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,7 +20,7 @@ class State:
     """What one forward pass carries: the current residual ``x`` and whatever a stream keeps for later layers."""
 
     x: Tensor
-    kept: dict[Hashable, Any] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def bytes_kept(self) -> int:
@@ -136,7 +136,9 @@ class PreNorm(Stream):
     Shapes: any that the norm takes; the state keeps the shape of the input.
     """
 
-    def __init__(self, depth: int, width: Width, *, outputs: Width | None = None, branches: int = 1, norm: Norm | None = None) -> None:
+    def __init__(
+        self, depth: int, width: Width, *, outputs: Width | None = None, branches: int = 1, norm: Norm | None = None
+    ) -> None:
         super().__init__(depth, branches=branches)
         norm = norm or layernorm
         self.norms = nn.ModuleList(norm(width=w) for w in widths(width, self.layers))
@@ -152,7 +154,9 @@ class PreNorm(Stream):
 class PostNorm(Stream):
     """``norm(x + f(x))``, the original Transformer's order."""
 
-    def __init__(self, depth: int, width: Width, *, outputs: Width | None = None, branches: int = 1, norm: Norm | None = None) -> None:
+    def __init__(
+        self, depth: int, width: Width, *, outputs: Width | None = None, branches: int = 1, norm: Norm | None = None
+    ) -> None:
         super().__init__(depth, branches=branches)
         norm = norm or layernorm
         self.norms = nn.ModuleList(norm(width=w) for w in widths(outputs or width, self.layers))

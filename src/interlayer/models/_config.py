@@ -22,7 +22,7 @@ def configured(cls: M) -> M:
         if type(self) is cls:
             given = dict(signature.bind(self, *args, **options).arguments)
             given.pop(next(iter(signature.parameters)))
-            self.config = given
+            self.config = given  # type: ignore[assignment]
 
     cls.__init__ = init  # type: ignore[method-assign]
     return cls

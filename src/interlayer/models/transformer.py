@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +25,9 @@ SIZES = {
 
 class Block(nn.Module):
     """One mixer and one MLP; the stream joins them."""
+
+    mixer: nn.Module
+    mlp: nn.Module
 
     def __init__(self, mixer: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
@@ -104,13 +107,20 @@ class Trunk(nn.Module):
                 "shorten the input or build it longer."
             )
         if cache is not None and ("cache" not in (self.offers or ()) or not getattr(self.order, "caches", True)):
-            raise ValueError(f"Transformer: {type(self.blocks[0].mixer).__name__} in {type(self.order).__name__} order cannot use a cache.")
+            raise ValueError(
+                f"Transformer: {type(self.blocks[0].mixer).__name__} in {type(self.order).__name__} order cannot use a cache."
+            )
         state = stream.start(self.position.embed(x, start))
 
         def step(state: State, block: int) -> State:
-            layer, here = 2 * block, self.blocks[block]
+            layer, here = 2 * block, cast(Block, self.blocks[block])
             context = Context(
-                layer, self.position, cache, mask, lambda at, k, v: stream.share(state, at, k, v), stream.value_layer(layer)
+                layer,
+                self.position,
+                cache,
+                mask,
+                lambda at, k, v: stream.share(state, at, k, v),
+                stream.value_layer(layer),
             )
             inputs = stream.read(state, layer)
             mixed = here.mixer(inputs, context) if self.offers is not None else here.mixer(inputs)
@@ -126,7 +136,7 @@ class Trunk(nn.Module):
 def _tokens(model: nn.Module, tokens: Tensor, vocab: int) -> None:
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim != 2:
         raise TypeError(
-            f"{type(model).__name__}: got {tokens.dtype} of shape {tuple(tokens.shape)}; wanted int64 tokens [batch, sequence] below {vocab}."
+            f"{type(model).__name__}: got {tokens.dtype} of shape {tuple(tokens.shape)}; wanted int64 [batch, sequence] below {vocab}."
         )
 
 
@@ -165,7 +175,9 @@ class Transformer(nn.Module):
         torch.Size([1, 7, 50])
     """
 
-    def __init__(self, vocab: int = 256, length: int = 128, depth: int = 6, width: int = 128, heads: int = 4, **slots: Any) -> None:
+    def __init__(
+        self, vocab: int = 256, length: int = 128, depth: int = 6, width: int = 128, heads: int = 4, **slots: Any
+    ) -> None:
         super().__init__()
         self.vocab = vocab
         self.embed = nn.Embedding(vocab, width)
@@ -183,7 +195,12 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, tokens: Int[Tensor, "B S"], count: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
+        self,
+        tokens: Int[Tensor, "B S"],
+        count: int,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> Int[Tensor, "B T"]:
         """Append ``count`` tokens, the likeliest each time, or sampled at a ``temperature`` above 0."""
         cache, new, out = Cache(), tokens, [tokens]
@@ -204,7 +221,9 @@ def build_trunk(**options: Any) -> Trunk:
     except TypeError as error:
         names = [n for n in inspect.signature(Trunk.__init__).parameters if n != "self"]
         if wrong := [o for o in options if o not in names]:
-            raise ValueError(f"Transformer: no slot or size {wrong[0]!r}.{nearest(wrong[0], names)} There are {names}.") from error
+            raise ValueError(
+                f"Transformer: no slot or size {wrong[0]!r}.{nearest(wrong[0], names)} There are {names}."
+            ) from error
         raise
     for block in trunk.blocks:
         _initialise(block)
@@ -233,7 +252,14 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, vocab: int = 256, classes: int = 0, length: int = 128, depth: int = 6, width: int = 128, heads: int = 4, **slots: Any
+        self,
+        vocab: int = 256,
+        classes: int = 0,
+        length: int = 128,
+        depth: int = 6,
+        width: int = 128,
+        heads: int = 4,
+        **slots: Any,
     ) -> None:
         super().__init__()
         self.vocab, self.classes = vocab, classes
@@ -293,7 +319,9 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, classes)
         _initialise(self.head)
         slots = {"position": Learned, **slots}
-        self.trunk = build_trunk(depth=depth, width=width, heads=heads, length=self.patches.count, causal=False, **slots)
+        self.trunk = build_trunk(
+            depth=depth, width=width, heads=heads, length=self.patches.count, causal=False, **slots
+        )
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Logits of the classes."""
@@ -314,7 +342,9 @@ class Patches(nn.Module):
         super().__init__()
         self.shape = (channels, *((image, image) if isinstance(image, int) else tuple(image)))
         if self.shape[1] % patch or self.shape[2] % patch:
-            raise ValueError(f"Patches: patch {patch} does not divide the image {self.shape[1:]}; give a common divisor.")
+            raise ValueError(
+                f"Patches: patch {patch} does not divide the image {self.shape[1:]}; give a common divisor."
+            )
         self.count = self.shape[1] * self.shape[2] // patch**2
         self.embed = nn.Conv2d(channels, width, patch, patch)
 

@@ -102,6 +102,6 @@ class DenseFormer(PreNorm):
         top = float(table.abs().max())
         image = axes.imshow(table, cmap="RdBu_r", vmin=-top, vmax=top)
         axes.set(xlabel="read from block (0: embedding)", ylabel="after block", yticks=range(self.depth))
-        axes.set_yticklabels(range(1, self.depth + 1))
+        axes.set_yticklabels([str(i) for i in range(1, self.depth + 1)])
         figure.colorbar(image, label="weight")
         return figure

@@ -82,7 +82,7 @@ class IdentityMappings(Stream):
         if shortcut in ("exclusive-gate", "shortcut-gate", "conv"):
             self.paths = nn.ModuleList(nn.Conv2d(w, w, 1, bias=shortcut != "conv") for w in outs)
             for path in self.paths if shortcut != "conv" else ():
-                nn.init.constant_(path.bias, gate_bias)
+                nn.init.constant_(path.get_parameter("bias"), gate_bias)
 
     def start(self, x: Tensor) -> State:
         return State(self.stem(x))

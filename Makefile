@@ -1,0 +1,44 @@
+# Two commands: `make demo` (set-up and the main job) and `make test` (set-up and tests).
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+SET_UP := $(VENV)/.set-up
+PYTEST_WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint audit claims bench docs clean set-up
+
+demo: set-up
+	$(BIN)/interlayer compare --out runs/demo
+
+test: set-up
+	$(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadgroup
+
+lint: set-up
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+audit: set-up
+	$(BIN)/python -m interlayer.audit
+
+claims: set-up
+	$(BIN)/interlayer claim --scale small --store
+
+bench: set-up
+	for file in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+
+docs: set-up
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site runs build
+
+set-up: $(SET_UP)
+
+$(SET_UP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
