@@ -7,9 +7,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interlayer.core.config import configured
 from interlayer.core.parts import same_padding_shortcut
 from interlayer.core.slots import factory, fill
-from interlayer.models._config import configured
 
 
 @configured

@@ -10,11 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from interlayer.catalog import nearest
+from interlayer.core.config import configured
 from interlayer.core.mixer import Cache, Context
+from interlayer.core.parts import Patches
 from interlayer.core.position import Learned
 from interlayer.core.slots import factory, fill
 from interlayer.core.stream import State
-from interlayer.models._config import configured
 
 SIZES = {
     "nano": {"depth": 6, "width": 128, "heads": 4},
@@ -326,30 +327,3 @@ class VisionTransformer(nn.Module):
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Logits of the classes."""
         return self.head(self.trunk(self.patches(image)).mean(1))
-
-
-class Patches(nn.Module):
-    """Cut an image into patches and embed each: [B, C, H, W] to [B, N, D], N = H W / patch^2.
-
-    Args:
-        channels: Channels C.
-        image: Height and width in pixels, or one number.
-        patch: Side of a patch; divides both.
-        width: Features D.
-    """
-
-    def __init__(self, channels: int, image: int | tuple[int, int], patch: int, width: int) -> None:
-        super().__init__()
-        self.shape = (channels, *((image, image) if isinstance(image, int) else tuple(image)))
-        if self.shape[1] % patch or self.shape[2] % patch:
-            raise ValueError(
-                f"Patches: patch {patch} does not divide the image {self.shape[1:]}; give a common divisor."
-            )
-        self.count = self.shape[1] * self.shape[2] // patch**2
-        self.embed = nn.Conv2d(channels, width, patch, patch)
-
-    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
-        """Embedded patches, row by row."""
-        if tuple(image.shape[1:]) != self.shape:
-            raise ValueError(f"Patches: image {tuple(image.shape)}; wanted [batch, {', '.join(map(str, self.shape))}].")
-        return self.embed(image).flatten(2).transpose(1, 2)

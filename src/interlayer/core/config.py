@@ -22,6 +22,8 @@ def configured(cls: M) -> M:
         if type(self) is cls:
             given = dict(signature.bind(self, *args, **options).arguments)
             given.pop(next(iter(signature.parameters)))
+            for extra in [n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]:
+                given |= given.pop(extra, {})
             self.config = given  # type: ignore[assignment]
 
     cls.__init__ = init  # type: ignore[method-assign]
