@@ -236,14 +236,19 @@ class _Indices:
         if a == b:
             return
         if a in self.parts and b in self.parts:
-            left, right = self.expand(a), self.expand(b)
-            flat = [[p for p in side if p not in self.constant_ids] for side in (left, right)]
-            if len(flat[0]) == len(flat[1]) and left[len(flat[0]) :] == right[len(flat[1]) :]:
-                self._join(a, b)
-                for x, y in zip(*flat, strict=True):
+            left, right = list(self.expand(a)), list(self.expand(b))
+            self._join(a, b)
+            while left and right and left[-1] == right[-1]:  # the same place inside, then the same place outside
+                left.pop(), right.pop()
+            while left and right and left[0] == right[0]:
+                left.pop(0), right.pop(0)
+            if len(left) == len(right) and not self.constant_ids.intersection(left + right):
+                for x, y in zip(left, right, strict=True):
                     self.unite(x, y)
+            elif min(len(left), len(right)) == 1:
+                self.unite(self.pack(left), self.pack(right))
             else:
-                self.pin((a, b), "is cut in two ways that do not fit")
+                self.pin((*left, *right), "is cut in two ways that do not fit")
         elif a in self.parts or b in self.parts:
             basic, made = (b, a) if a in self.parts else (a, b)
             if basic in self.constant_ids or basic in self.expand(made):
@@ -434,7 +439,9 @@ class _Tracer(TorchDispatchMode):
                     common = set(places[0]).intersection(*places[1:])
                     out[(*where, 0)] = self.ix.pack([x for x in places[0] if x in common])
                     inn[where] = [self.ix.pack([x for x in place if x not in common]) for place in places]
-                outer, inner = (self._slim(np.moveaxis(x, (-2, -1), (p, p + 1)), d) for x, d in ((out, p), (inn, p + 1)))
+                outer, inner = (
+                    self._slim(np.moveaxis(x, (-2, -1), (p, p + 1)), d) for x, d in ((out, p), (inn, p + 1))
+                )
             else:
                 self.fix(label, p, "is cut in a way that does not fit an earlier one")
                 outer = inner = None
@@ -532,7 +539,9 @@ class _Unknown(Exception):
 def _lead(labels: Labels, rank: int) -> Labels:
     """Labels as the broadcast tensor of higher rank has them."""
     more = rank - len(labels)
-    return [FREE] * more + [lab.reshape((1,) * more + lab.shape) if isinstance(lab, np.ndarray) else lab for lab in labels]
+    return [FREE] * more + [
+        lab.reshape((1,) * more + lab.shape) if isinstance(lab, np.ndarray) else lab for lab in labels
+    ]
 
 
 def _pointwise(tr: _Tracer, out: Tensor, *args: Any, **kwargs: Any) -> Labels:
@@ -751,7 +760,9 @@ def _reduce(tr: _Tracer, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool 
     if out.ndim == x.ndim:
         return [None if d in dims else lab for d, lab in enumerate(labels)]
     one = [None if d in dims else lab for d, lab in enumerate(labels)]
-    return _dropped([lab.take([0], axis=d) if isinstance(lab, np.ndarray) and d in dims else lab for d, lab in enumerate(one)], dims)
+    return _dropped(
+        [lab.take([0], axis=d) if isinstance(lab, np.ndarray) and d in dims else lab for d, lab in enumerate(one)], dims
+    )
 
 
 def _norm_p(tr: _Tracer, out: Tensor, x: Tensor, p: Any = 2, dim: Any = None, *_: Any, **__: Any) -> Labels:
@@ -825,12 +836,16 @@ def _convolution(
         sizes = list(x.shape)
         grouped, _ = tr.split(data, sizes, 1, groups, x.shape[1] // groups)
         whole = alone(kernel[0], 0)  # axis 0 of w holds (group, unit) of the outputs, or of the inputs if transposed
-        cut, shape = tr.split([None, whole, *[None] * (rank - 2)], [1, w.shape[0], *[1] * (rank - 2)], 1, groups, w.shape[0] // groups)
+        cut, shape = tr.split(
+            [None, whole, *[None] * (rank - 2)], [1, w.shape[0], *[1] * (rank - 2)], 1, groups, w.shape[0] // groups
+        )
         tr.tie(grouped[1], cut[1], 1)
         inner = kernel[1].reshape(1, 1, -1, *[1] * (rank - 2)) if isinstance(kernel[1], np.ndarray) else kernel[1]
         if transposed:
             tr.tie(grouped[2], cut[2], 2)
-            made = tr.merge([None, cut[1], inner, *[None] * (rank - 2)], [1, groups, w.shape[1], *[1] * (rank - 2)], 1)[0][1]
+            made = tr.merge([None, cut[1], inner, *[None] * (rank - 2)], [1, groups, w.shape[1], *[1] * (rank - 2)], 1)[
+                0
+            ][1]
         else:
             if w.shape[1] > 1:
                 tr.tie(grouped[2], inner, 2)
@@ -866,7 +881,9 @@ def _layer_norm(tr: _Tracer, out: Any, x: Tensor, shape: Sequence[int], *weights
     return [[*mixed[:first], *labels[first:]]]
 
 
-def _group_norm(tr: _Tracer, out: Any, x: Tensor, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float) -> list[Labels]:
+def _group_norm(
+    tr: _Tracer, out: Any, x: Tensor, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float
+) -> list[Labels]:
     labels = _channels(tr, x, w, b)
     if 1 < groups < c:
         tr.split(labels, list(x.shape), 1, groups, c // groups)
@@ -888,7 +905,12 @@ def _embedding(tr: _Tracer, out: Tensor, w: Tensor, ids: Tensor, *_: Any, **__: 
     labels = tr.get(w)
     tr.fix(labels[0], 0, "is indexed by data")
     tr.fix_all(ids, "is used as an index")
-    return [*[None] * ids.ndim, *_lead(_dropped([labels[0] if labels[0] is None else None, *tr.collapse(labels, [0])[1:]], [0]), out.ndim)[ids.ndim :]]
+    return [
+        *[None] * ids.ndim,
+        *_lead(_dropped([labels[0] if labels[0] is None else None, *tr.collapse(labels, [0])[1:]], [0]), out.ndim)[
+            ids.ndim :
+        ],
+    ]
 
 
 def _index(tr: _Tracer, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> Labels:
@@ -954,10 +976,16 @@ RULES: dict[str, Callable[..., Any]] = {
 def _collect(tr: _Tracer) -> Wiring:
     """Read the groups off the indices when everything has run."""
     ix = tr.ix
-    keys = {axis: [ix.expand(int(i)) for i in places] for axis, places in tr.axes.items() if axis[0] in tr.used}
-    for (name, dim), places in keys.items():
-        if len(set(places)) < len(places):
-            ix.pin((int(i) for i in tr.axes[name, dim]), "has places that can only move together")
+    keys: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    for axis, places in tr.axes.items():
+        if axis[0] in tr.used:
+            seen: dict[tuple[int, ...], int] = defaultdict(int)
+            keys[axis] = []
+            for i in places:
+                key = ix.expand(int(i))
+                seen[key] += 1
+                # places of one axis that move together (q and k in a fused weight) are told apart by their order
+                keys[axis].append(key if seen[key] == 1 else (*key, ix.constant(-1, seen[key])))
     basics = sorted({b for places in keys.values() for key in places for b in key} - ix.constant_ids)
 
     chains: dict[int, tuple[int, ...]] = {}  # an index and what it lives in, innermost first
@@ -1038,7 +1066,7 @@ def _checked(wiring: Wiring, model: nn.Module, inputs: Any, kwargs: Any, expecte
 
     def kept(names: Iterable[str]) -> bool:
         moved = wiring.permute(state, {n: perms[n] for n in names})
-        out = torch.func.functional_call(model, moved, inputs, kwargs, tie_weights=True)
+        out = torch.func.functional_call(model, moved, inputs, kwargs, tie_weights=False)
         for a, b in zip(_tensors(expected), _tensors(out), strict=True):
             if a.is_floating_point():
                 size = a.abs().max() if a.numel() else 1.0
@@ -1057,7 +1085,9 @@ def _checked(wiring: Wiring, model: nn.Module, inputs: Any, kwargs: Any, expecte
     dropped = set(bad(list(wiring.groups)))
     if not dropped:
         return wiring
-    groups = {n: g for n, g in wiring.groups.items() if n not in dropped and (not g.parent or g.parent[0] not in dropped)}
+    groups = {
+        n: g for n, g in wiring.groups.items() if n not in dropped and (not g.parent or g.parent[0] not in dropped)
+    }
     moved = {(m.name, m.dim) for g in groups.values() for m in g.members}
     fixed = dict(wiring.fixed)
     for n, g in wiring.groups.items():

@@ -1,0 +1,248 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from interlayer.core.wiring import Wiring, trace
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """In float64, with every weight and statistic random, so that a wrong tie shows."""
+    model = model.double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            noise = torch.rand(value.shape, generator=generator, dtype=torch.float64)
+            value.copy_(noise + 0.1 if value.ndim == 1 else 0.6 * (noise - 0.5))
+    return model
+
+
+def assert_preserved(model: nn.Module, wiring: Wiring, *args, tolerance: float = 1e-9, **kwargs) -> None:
+    """Every group alone, then all at once: weights change, outputs do not."""
+
+    def run(state):
+        with torch.no_grad():
+            out = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
+        return getattr(out, "logits", out)
+
+    state = model.state_dict()
+    expected = run(state)
+    assert "changed the output" not in str(wiring)  # the rules were right; the last check had nothing to drop
+    turns = [{name: torch.arange(g.size).roll(1)} for name, g in wiring.groups.items()]
+    for perms in [*turns, wiring.random(1), wiring.random(2)]:
+        moved = wiring.permute(state, perms)
+        assert any(not torch.equal(moved[k], state[k]) for k in state)
+        assert (run(moved) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def sizes(wiring: Wiring, inside: bool = False) -> list[int]:
+    return [g.size for g in wiring.groups.values() if (g.parent is not None) == inside]
+
+
+class Block(nn.Module):
+    def __init__(self, before: int, after: int, stride: int, pad: bool = False):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(after)
+        self.extra = (after - before) // 2 if pad else 0
+        self.shortcut: nn.Module = nn.Identity()
+        if before != after and not pad:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x):
+        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        if self.extra:
+            return F.relu(h + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra)))
+        return F.relu_(h + self.shortcut(x))
+
+
+def resnet(pad: bool = False) -> nn.Module:
+    stem = [nn.Conv2d(3, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
+    blocks = [Block(4, 4, 1), Block(4, 4, 1), Block(4, 8, 2, pad), Block(8, 8, 1)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_mlp_has_one_group_for_each_hidden_layer(depth):
+    widths = [5, *range(6, 6 + depth)]
+    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.Tanh())]
+    model = shaken(nn.Sequential(*layers, nn.Linear(widths[-1], 3)))
+    x = torch.randn(4, 5, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert sizes(wiring) == widths[1:]
+    for group in wiring.groups.values():
+        assert [m.dim for m in group.members] == [0, 0, 1]
+    assert wiring.fixed["0.weight", 1] == "meets an input or a constant"
+    assert wiring.fixed[f"{2 * depth}.weight", 0] == "reaches the output"
+    assert_preserved(model, wiring, x)
+
+
+def test_resnet_stage_is_one_group_and_batch_statistics_move_along():
+    model, x = shaken(resnet()), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert sorted(sizes(wiring)) == [4, 4, 4, 8, 8, 8]
+    stream = wiring.groups["0.weight:0"]
+    touched = {(m.name, m.dim) for m in stream.members}
+    assert {("3.conv2.weight", 0), ("4.conv1.weight", 1), ("4.norm2.running_var", 0), ("5.shortcut.0.weight", 1)} <= touched
+    assert_preserved(model, wiring, x)
+
+
+def test_resnet_with_padded_shortcuts():
+    model, x = shaken(resnet(pad=True)), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert sorted(sizes(wiring)) == [4, 4, 4, 4, 8, 8]  # the new channels of a stage are their own group
+    assert ("6.conv1.weight", 1) in {(m.name, m.dim) for m in wiring.groups["0.weight:0"].members}
+    assert_preserved(model, wiring, x)
+
+
+def test_vgg_flatten_moves_blocks_of_the_linear_layer():
+    convs = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)]
+    model = shaken(nn.Sequential(*convs, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 7), nn.ReLU(), nn.Linear(7, 3)))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert sizes(wiring) == [4, 6, 7]
+    block = next(m for m in wiring.groups["3.weight:0"].members if m.name == "7.weight")
+    assert block.dim == 1 and torch.equal(block.index, torch.arange(96).reshape(6, 16))
+    assert_preserved(model, wiring, x)
+
+
+def test_grouped_depthwise_and_transposed_convolutions_and_group_norm():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.SiLU(), nn.Conv2d(4, 8, 3, groups=4), nn.GroupNorm(4, 8),
+        nn.ConvTranspose2d(8, 6, 2), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, groups=2), nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+    model, x = shaken(model), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert sorted(sizes(wiring)) == [2, 2, 4] and sorted(sizes(wiring, inside=True)) == [2, 2, 2, 2, 3, 3]
+    assert_preserved(model, wiring, x)
+
+
+class Attention(nn.Module):
+    def __init__(self, width=8, heads=4, kv_heads=2):
+        super().__init__()
+        self.width, self.heads, self.kv_heads = width, heads, kv_heads
+        self.qkv = nn.Linear(width, width + 2 * kv_heads * width // heads)
+        self.o = nn.Linear(width, width)
+
+    def forward(self, x):
+        d = self.width // self.heads
+        parts = self.qkv(x).split([self.width, self.kv_heads * d, self.kv_heads * d], -1)
+        q, k, v = (p.unflatten(-1, (-1, d)).transpose(1, 2) for p in parts)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return x + self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_fused_grouped_query_attention():
+    model = shaken(nn.Sequential(nn.Linear(3, 8), Attention(), nn.LayerNorm(8), nn.Linear(8, 2)))
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert sizes(wiring) == [8, 2]  # residual stream, groups of heads
+    assert sizes(wiring, inside=True) == [2] * 6  # in both: q with k, v with o, the query heads
+    assert_preserved(model, wiring, x)
+
+
+def test_torch_encoder_layers():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model, x = shaken(nn.Sequential(nn.Linear(3, 8), body, nn.Linear(8, 2))), torch.randn(2, 5, 3, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert sorted(sizes(wiring)) == [2, 2, 8, 16, 16] and sizes(wiring, inside=True) == [4] * 8
+    assert_preserved(model, wiring, x)
+
+
+def test_gpt2():
+    transformers = pytest.importorskip("transformers")
+    sized = dict(n_embd=12, n_layer=2, n_head=3, vocab_size=30, n_positions=12, bos_token_id=0, eos_token_id=0)
+    model = shaken(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sized)))
+    ids = torch.randint(0, 30, (2, 5))
+    wiring = trace(model, input_ids=ids, use_cache=False)
+    assert sorted(sizes(wiring)) == [3, 3, 12, 48, 48]
+    assert sizes(wiring, inside=True) == [4] * 12  # in each head: q with k, v with the output
+    assert wiring.aliases == {"lm_head.weight": "transformer.wte.weight"}
+    heads = wiring.groups["transformer.h.0.attn.c_attn.weight:1"]
+    assert [m.index.shape for m in heads.members] == [(3, 12), (3, 12), (3, 4)]
+    assert_preserved(model, wiring, input_ids=ids, use_cache=False)
+
+
+def test_llama():
+    transformers = pytest.importorskip("transformers")
+    sized = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.LlamaConfig(**sized, vocab_size=30, max_position_embeddings=32, tie_word_embeddings=True)
+    model = shaken(transformers.LlamaForCausalLM(config))
+    ids = torch.randint(0, 30, (2, 5))
+    wiring = trace(model, input_ids=ids, use_cache=False)
+    assert sorted(sizes(wiring)) == [2, 2, 16, 24, 24]
+    assert sorted(sizes(wiring, inside=True)) == [2] * 4 + [4] * 4  # query heads; v with o. Rotary fixes q and k
+    assert_preserved(model, wiring, input_ids=ids, use_cache=False, tolerance=1e-6)  # its norms compute in float32
+
+
+def test_vit():
+    transformers = pytest.importorskip("transformers")
+    sized = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    model = shaken(transformers.ViTForImageClassification(transformers.ViTConfig(**sized, image_size=8, patch_size=4)))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert sorted(sizes(wiring)) == [2, 2, 16, 24, 24] and sizes(wiring, inside=True) == [8] * 8
+    assert_preserved(model, wiring, x)
+
+
+class Odd(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.a, self.b, self.what = nn.Linear(4, 6), nn.Linear(6, 2), what
+
+    def forward(self, x):
+        return self.b(self.what(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        (lambda h: h.sort(-1).values, "no rule"),
+        (lambda h: h.cumsum(-1), "no rule"),
+        (lambda h: h * torch.arange(6), "constant"),
+        (lambda h: h + h[:, torch.tensor([2, 0, 1, 5, 4, 3])], "indexed"),
+    ],
+)
+def test_what_tells_units_apart_fixes_them_with_a_reason(what, why):
+    model, x = shaken(Odd(what)), torch.randn(3, 4, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert not wiring.groups and why in wiring.fixed["a.weight", 0]
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        (lambda h: h.flip(-1), [6]),  # same units in another order
+        (lambda h: h + h.flip(-1), [3]),  # mirrored pairs move together
+        (lambda h: torch.cat([h[:, 2:].relu(), h[:, :2]], -1), [2, 4]),  # slices are told apart
+        (lambda h: torch.cat([h.relu(), (-h).relu()], -1)[:, 0:6], [6]),
+        (lambda h: h / h.norm(dim=-1, keepdim=True), [6]),
+        (lambda h: h.unflatten(-1, (3, 2)).softmax(-1).flatten(-2), [3]),  # blocks, and units inside
+        (lambda h: torch.einsum("bi,bj->bj", h.exp(), h), [6]),
+        (lambda h: torch.zeros_like(h) + h, [6]),
+    ],
+)
+def test_what_keeps_units_alike(what, found):
+    model, x = shaken(Odd(what)), torch.randn(3, 4, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert sorted(sizes(wiring)) == found
+    assert_preserved(model, wiring, x)
+
+
+def test_training_mode_and_weights_are_left_alone():
+    model = resnet().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trace(model, torch.randn(2, 3, 8, 8))
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_wrong_permutations_are_refused_and_the_wiring_prints():
+    wiring = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(1, 2))
+    with pytest.raises(ValueError, match="no group named 'x'"):
+        wiring.permute({}, {"x": [0]})
+    with pytest.raises(ValueError, match="permutation of 3 units"):
+        wiring.permute({}, {"0.weight:0": [0, 0, 1]})
+    assert "0.weight:0: 3 units" in str(wiring) and "2.weight axis 0: reaches the output" in str(wiring)
