@@ -1,0 +1,212 @@
+"""Read, patch and clamp activations at named places of any module, and leave no trace.
+
+A place is a module; its activation is the first tensor of its output (many modules return tuples or dictionaries).
+Which modules are meant is said as ``select.where`` reads it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interlayer.core.select import At, select
+
+Change = Tensor | float | Callable[[Tensor], Tensor]
+
+
+def first(value: Any) -> Tensor:
+    """The first tensor in a module's output, inside tuples, lists and dictionaries too.
+
+    Raises:
+        TypeError: There is none.
+    """
+    found = next(_leaves(value), None)
+    if found is None:
+        raise TypeError(f"taps: no tensor in a value of type {type(value).__name__}.")
+    return found
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _leaves(item)
+
+
+def swap(value: Any, new: Tensor) -> Any:
+    """The same output with its first tensor exchanged; ``value`` stays as it is."""
+    if isinstance(value, Tensor):
+        return new
+    if isinstance(value, Mapping):
+        key = next(k for k, item in value.items() if next(_leaves(item), None) is not None)
+        changed: Any = copy.copy(value)
+        changed[key] = swap(value[key], new)
+        return changed
+    place = next(i for i, item in enumerate(value) if next(_leaves(item), None) is not None)
+    items = [*value[:place], swap(value[place], new), *value[place + 1 :]]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+@contextmanager
+def read(
+    model: nn.Module, at: At, *, side: str = "output", every: bool = False, detach: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Keep the activations of the named places while the context is open; the dictionary stays readable afterwards.
+
+    Args:
+        model: Any module.
+        at: Which modules.
+        side: ``"output"``, or ``"input"`` for what comes into the module.
+        every: Keep a list with one activation for each call; otherwise the last call counts.
+        detach: Cut the activations off the graph.
+
+    Raises:
+        ValueError: No module is meant, or ``side`` is unknown.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with read(net, ["*"]) as seen:
+        ...     _ = net(torch.zeros(5, 2))
+        >>> {name: tuple(x.shape) for name, x in seen.items()}
+        {'0': (5, 3), '1': (5, 3)}
+    """
+    if side not in ("input", "output"):
+        raise ValueError(f"taps.read: side was {side!r}; wanted 'input' or 'output'.")
+    seen: dict[str, Any] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            value = first(output if side == "output" else (args, kwargs))
+            value = value.detach() if detach else value
+            if every:
+                seen.setdefault(name, []).append(value)
+            else:
+                seen[name] = value
+
+        return keep
+
+    with _hooks(select(model, at), hook):
+        yield seen
+
+
+@contextmanager
+def patch(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
+    """Change the activations of the named places while the context is open.
+
+    Args:
+        model: Any module.
+        changes: Name or glob to a tensor or number that takes the activation's place (it is broadcast), or to a
+            function of the activation. Where two name one module, they act in their order.
+
+    Raises:
+        ValueError: A name means no module.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with patch(net, {"1": 7.0}):
+        ...     net(torch.zeros(1, 2))
+        tensor([[7., 7., 7.]])
+    """
+    wanted: dict[str, list[Change]] = {}
+    modules: dict[str, nn.Module] = {}
+    for at, change in changes.items():
+        for name, module in select(model, at):
+            modules[name] = module
+            wanted.setdefault(name, []).append(change)
+
+    def hook(name: str) -> Callable[..., Any]:
+        def alter(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            value = first(output)
+            for change in wanted[name]:
+                if isinstance(change, Tensor):
+                    value = change.to(value).expand_as(value)
+                else:
+                    value = change(value) if callable(change) else torch.full_like(value, change)
+            return swap(output, value)
+
+        return alter
+
+    with _hooks(modules.items(), hook):
+        yield
+
+
+def clamp(units: Any, value: Tensor | float) -> Callable[[Tensor], Tensor]:
+    """A change for ``patch`` that holds some units (an index into the last axis) at a value.
+
+    >>> clamp([0], 5.0)(torch.zeros(2))
+    tensor([5., 0.])
+    """
+
+    def change(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[..., units] = value if not isinstance(value, Tensor) else value.to(x)
+        return x
+
+    return change
+
+
+@contextmanager
+def _hooks(places: Iterable[tuple[str, nn.Module]], hook: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in places]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[nn.Module]:
+    """Hold a model in eval mode, and put everything back: modes, weights' gradients, buffers, the random state.
+
+    >>> net = nn.BatchNorm1d(2)
+    >>> with at_rest(net):
+    ...     net.training
+    False
+    >>> net.training
+    True
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    grads = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    held = [None if g is None else g.clone() for _, _, g in grads]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    with torch.random.fork_rng():
+        try:
+            yield model.eval()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for (p, needs, grad), value in zip(grads, held, strict=True):
+                p.requires_grad_(needs)
+                if grad is not None and value is not None:
+                    grad.detach().copy_(value)
+                p.grad = grad
+            with torch.no_grad():
+                for buffer, old in buffers:
+                    buffer.copy_(old)
+
+
+def feed(model: nn.Module, data: Any) -> Iterator[Any]:
+    """Run a model over data and give each output.
+
+    Args:
+        model: Any module.
+        data: One batch or an iterable of batches. A batch is a tensor, a mapping of keyword arguments (Hugging Face),
+            or a tuple whose first item is the input (the rest are targets).
+    """
+    if isinstance(data, Tensor | Mapping | tuple):
+        data = (data,)
+    for batch in data:
+        if isinstance(batch, Mapping):
+            yield model(**batch)
+        else:
+            yield model(batch[0] if isinstance(batch, tuple | list) else batch)

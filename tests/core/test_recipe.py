@@ -1,0 +1,208 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from interlayer import catalog, models
+from interlayer.core import recipe, select, weights
+
+
+def same(a, b):
+    x, y = dict(recipe._tensors(a)), dict(recipe._tensors(b))
+    assert x.keys() == y.keys()
+    for name, value in x.items():
+        assert value.dtype == y[name].dtype and torch.equal(value, y[name]), name
+
+
+def gpt2(**options):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16, **options)).eval()
+
+
+def base_net():
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
+def test_hugging_face_model_by_config(tmp_path):
+    model = gpt2(attn_implementation="eager").to(torch.bfloat16)
+    recipe.save(model, tmp_path / "m")
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["model.safetensors", "recipe.json"]
+    state = torch.get_rng_state()
+    new = recipe.load(tmp_path / "m")
+    assert torch.equal(torch.get_rng_state(), state)
+    same(model, new)
+    assert type(new) is type(model) and new.lm_head.weight is new.transformer.wte.weight and not new.training
+    assert new.config._attn_implementation == "eager"
+    tokens = torch.arange(5)[None]
+    assert torch.equal(model(tokens).logits, new(tokens).logits)
+
+
+def test_buffers_outside_the_state_dict_are_kept(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=32
+    )
+    model = LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    recipe.save(model, tmp_path)
+    new, tokens = recipe.load(tmp_path), torch.arange(5)[None]
+    same(model, new)
+    assert torch.equal(model(tokens).logits, new(tokens).logits)
+
+
+def test_diffusers_model_by_config(tmp_path):
+    from diffusers import UNet2DModel
+
+    model = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    recipe.save(model, tmp_path)
+    new, x = recipe.load(tmp_path), torch.randn(1, 1, 8, 8)
+    same(model, new)
+    assert torch.equal(model(x, 3).sample, new(x, 3).sample)
+
+
+def test_own_model_by_its_arguments(tmp_path):
+    model = models.Transformer(vocab=32, length=16, depth=2, width=16, heads=2, stream="rezero").eval()
+    recipe.save(model, tmp_path)
+    new = recipe.load(tmp_path)
+    same(model, new)
+    assert new.head.weight is new.embed.weight
+    strange = models.Transformer(vocab=32, length=16, depth=2, width=16, heads=2, activation=nn.Tanh)
+    recipe.save(strange, tmp_path)
+    with pytest.raises(ValueError, match="Pass base="):
+        recipe.load(tmp_path)
+
+
+def test_any_module_with_a_base(tmp_path):
+    model = base_net()
+    model(torch.randn(9, 3))
+    recipe.save(model, tmp_path)
+    given = base_net()
+    before = given[0].weight.clone()
+    same(model, recipe.load(tmp_path, base=base_net))
+    same(model, recipe.load(tmp_path, base=given))
+    assert torch.equal(given[0].weight, before)
+    with pytest.raises(ValueError, match=r"Sequential, which a recipe can't build. Pass base="):
+        recipe.load(tmp_path)
+    with pytest.raises(TypeError, match="base made int"):
+        recipe.load(tmp_path, base=lambda: 3)
+
+
+def test_ties_made_after_building_come_back(tmp_path):
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4))
+    weights.tie(model, "1.weight", "0.weight")
+    recipe.save(model, tmp_path)
+    new = recipe.load(tmp_path, base=lambda: nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4)))
+    assert new[1].weight is new[0].weight
+    same(model, new)
+
+
+def test_steps_are_kept_through_copies_saves_and_loads(tmp_path):
+    model = base_net()
+    plan_structure = {"modules": ["0"]}
+    weights.mask(model[0], "weight", torch.rand(3, 3) > 0.5)
+    recipe.record(model, "lamp", {"sparsity": 0.5}, plan_structure)
+    plan_structure["modules"].append("2")  # the record is a copy
+    recipe.save(model, tmp_path)
+    new = recipe.load(tmp_path, base=base_net)
+    assert recipe.steps(new) == [{"system": "lamp", "options": {"sparsity": 0.5}, "structure": {"modules": ["0"]}}]
+    same(model, new)
+    baked = weights.bake(model)
+    recipe.save(baked, tmp_path)
+    new = recipe.load(tmp_path, base=base_net)
+    assert [s["system"] for s in recipe.steps(new)] == ["lamp", "bake"] and not weights.masks(new)
+    same(baked, new)
+    with pytest.raises(TypeError, match="JSON-able"):
+        recipe.record(model, "lamp", {"train": print}, {})
+
+
+def test_replaced_modules_need_a_base(tmp_path):
+    model = select.replace(gpt2(), at="**.act", with_=lambda old: nn.ReLU()).apply()
+    recipe.save(model, tmp_path)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel, which a recipe can't build"):
+        recipe.load(tmp_path)
+    same(model, recipe.load(tmp_path, base=model))
+
+
+def test_other_files_are_not_overwritten(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files \(notes.txt\)"):
+        recipe.save(base_net(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_text("another library's")
+    with pytest.raises(ValueError, match="holds other files"):
+        recipe.save(base_net(), tmp_path / "weights")
+    with pytest.raises(ValueError, match="is a file"):
+        recipe.save(base_net(), tmp_path / "notes.txt")
+    recipe.save(base_net(), tmp_path / "new" / "deep")
+    recipe.save(base_net(), tmp_path / "new" / "deep")
+    assert len(list((tmp_path / "new" / "deep").iterdir())) == 2
+
+
+def change(path, **entries):
+    content = json.loads((path / recipe.RECIPE).read_text())
+    (path / recipe.RECIPE).write_text(json.dumps({**content, **entries}))
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"format": 99}, "has format 99"),
+        ({"steps": 3}, "lacks steps"),
+        ({"steps": [{"system": "lamp"}]}, "is no step"),
+        ({"steps": [{"system": "os", "structure": {}}]}, "no transform 'os'"),
+        ({"steps": [{"system": "rezero", "structure": {}}]}, "no transform 'rezero'"),
+        ({"base": {"kind": "pickle", "class": "x", "config": {}}}, "unknown kind of base 'pickle'"),
+        ({"base": {"kind": "transformers", "class": "pipeline", "config": {}}}, "no model class 'pipeline'"),
+        ({"base": {"kind": "transformers", "class": "AutoModel", "config": {}}}, "no model class 'AutoModel'"),
+        ({"base": {"kind": "diffusers", "class": "DDPMScheduler", "config": {}}}, "no model class 'DDPMScheduler'"),
+        ({"base": {"kind": "interlayer", "class": "build", "config": {}}}, "no model class 'build'"),
+        ({"base": {"kind": "interlayer", "class": "MLP", "config": {"depht": 3}}}, "can't be built"),
+        ({"base": {"kind": "interlayer", "class": "ConvNet", "config": {}}}, "tensors, such as"),
+        ({"shared": {"0.weight": "nowhere"}}, "tensors, such as"),
+    ],
+)
+def test_broken_recipes_are_one_clear_error(tmp_path, entries, says):
+    recipe.save(gpt2(), tmp_path)
+    change(tmp_path, **entries)
+    with pytest.raises(ValueError, match=says):
+        recipe.load(tmp_path)
+
+
+def test_broken_files_are_one_clear_error(tmp_path):
+    recipe.save(base_net(), tmp_path)
+    with pytest.raises(ValueError, match=r"0.bias is \(3,\) in .* \(4,\) in the rebuilt"):
+        recipe.load(tmp_path, base=nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(3), nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match=r"lacks 2 tensors, such as 3\.bias"):
+        recipe.load(tmp_path, base=nn.Sequential(*base_net(), nn.Linear(1, 1)))
+    (tmp_path / recipe.WEIGHTS).write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match=r"model.safetensors can't be read"):
+        recipe.load(tmp_path, base=base_net)
+    (tmp_path / recipe.RECIPE).write_text("{")
+    with pytest.raises(ValueError, match=r"recipe.json can't be read"):
+        recipe.load(tmp_path)
+    with pytest.raises(ValueError, match=r"recipe.json can't be read"):
+        recipe.load(tmp_path / "nowhere")
+
+
+def test_what_could_fetch_is_dropped_from_configurations():
+    config = {"attn_implementation": "evil/repo", "auto_map": {}, "inner": [{"use_pretrained_backbone": True}], "n": 3}
+    assert recipe._scrub(config) == {"inner": [{"use_pretrained_backbone": False}], "n": 3}
+
+
+def test_extra_state_is_refused(tmp_path):
+    class Odd(nn.Module):
+        def get_extra_state(self):
+            return {}
+
+    with pytest.raises(ValueError, match="extra state"):
+        recipe.save(Odd(), tmp_path)
+
+
+def test_a_transform_of_the_catalogue_is_what_steps_name():
+    assert catalog.load()["lamp"].kind == "transform"
