@@ -1,0 +1,1 @@
+"""Learning rules without end-to-end backpropagation."""
