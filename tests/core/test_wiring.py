@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,7 +69,7 @@ def resnet(pad: bool = False) -> nn.Module:
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_mlp_has_one_group_for_each_hidden_layer(depth):
     widths = [5, *range(6, 6 + depth)]
-    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.Tanh())]
+    layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.Tanh())]
     model = shaken(nn.Sequential(*layers, nn.Linear(widths[-1], 3)))
     x = torch.randn(4, 5, dtype=torch.float64)
     wiring = trace(model, x)
@@ -85,7 +87,12 @@ def test_resnet_stage_is_one_group_and_batch_statistics_move_along():
     assert sorted(sizes(wiring)) == [4, 4, 4, 8, 8, 8]
     stream = wiring.groups["0.weight:0"]
     touched = {(m.name, m.dim) for m in stream.members}
-    assert {("3.conv2.weight", 0), ("4.conv1.weight", 1), ("4.norm2.running_var", 0), ("5.shortcut.0.weight", 1)} <= touched
+    assert {
+        ("3.conv2.weight", 0),
+        ("4.conv1.weight", 1),
+        ("4.norm2.running_var", 0),
+        ("5.shortcut.0.weight", 1),
+    } <= touched
     assert_preserved(model, wiring, x)
 
 
@@ -98,7 +105,13 @@ def test_resnet_with_padded_shortcuts():
 
 
 def test_vgg_flatten_moves_blocks_of_the_linear_layer():
-    convs = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)]
+    convs = [
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+    ]
     model = shaken(nn.Sequential(*convs, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 7), nn.ReLU(), nn.Linear(7, 3)))
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     wiring = trace(model, x)
@@ -153,8 +166,17 @@ def test_torch_encoder_layers():
 
 
 def test_gpt2():
-    transformers = pytest.importorskip("transformers")
-    sized = dict(n_embd=12, n_layer=2, n_head=3, vocab_size=30, n_positions=12, bos_token_id=0, eos_token_id=0)
+    import transformers
+
+    sized = {
+        "n_embd": 12,
+        "n_layer": 2,
+        "n_head": 3,
+        "vocab_size": 30,
+        "n_positions": 12,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     model = shaken(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sized)))
     ids = torch.randint(0, 30, (2, 5))
     wiring = trace(model, input_ids=ids, use_cache=False)
@@ -167,8 +189,15 @@ def test_gpt2():
 
 
 def test_llama():
-    transformers = pytest.importorskip("transformers")
-    sized = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    import transformers
+
+    sized = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = transformers.LlamaConfig(**sized, vocab_size=30, max_position_embeddings=32, tie_word_embeddings=True)
     model = shaken(transformers.LlamaForCausalLM(config))
     ids = torch.randint(0, 30, (2, 5))
@@ -179,8 +208,9 @@ def test_llama():
 
 
 def test_vit():
-    transformers = pytest.importorskip("transformers")
-    sized = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    import transformers
+
+    sized = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = shaken(transformers.ViTForImageClassification(transformers.ViTConfig(**sized, image_size=8, patch_size=4)))
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     wiring = trace(model, x)

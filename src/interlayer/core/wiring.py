@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["Group", "Member", "Wiring", "trace"]
 
@@ -42,11 +43,16 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Units that can be permuted among each other; ``parent`` is (group, unit) if they live inside a unit of another."""
+    """Units that can be permuted among each other; ``parent`` is (group, unit) if they live inside a unit of another.
+
+    ``outputs`` are the activations where the units show: the axis ``dim`` of the first tensor that the module ``name``
+    (one without children) returns.
+    """
 
     name: str
     size: int
     members: tuple[Member, ...]
+    outputs: tuple[Member, ...] = ()
     parent: tuple[str, int] | None = None
 
 
@@ -115,25 +121,37 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Wiring:
     """
     training = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
+    hooks: list[Any] = []
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer is one operator; its parts have rules
         tracer = _Tracer(model)
+        hooks = [
+            module.register_forward_hook(partial(tracer.seen, name), with_kwargs=False)
+            for name, module in model.named_modules()
+            if name and not any(module.children())
+        ]
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             with tracer:
                 output = model(*inputs, **kwargs)
+            while hooks:
+                hooks.pop().remove()
             for leaf in _tensors(output):
                 tracer.fix_all(leaf, "reaches the output")
             wiring = _collect(tracer)
             return _checked(wiring, model, inputs, kwargs, output)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for hook in hooks:
+            hook.remove()
         for module, mode in training:
             module.training = mode
 
 
 # ------------------------------------------------------------------------------------------------ indices
 
+Axis = tuple[str, int]  # (weight or module, dim)
+Keys = list[tuple[int, ...]]  # for each position of an axis, the basic indices that locate it
 Array = NDArray[np.int64]
 FREE = "free"  # the tensor is constant along this axis: any order is the same
 Label = Array | str | None  # None: every position of the axis is told apart
@@ -292,6 +310,7 @@ class _Tracer(TorchDispatchMode):
         self.sources: dict[tuple[Any, ...], str] = {}
         self.storages: dict[int, list[str]] = defaultdict(list)
         self.axes: dict[tuple[str, int], Array] = {}
+        self.outputs: dict[tuple[str, int], Array | None] = {}  # (module, axis); None if it differs along another axis
         self.aliases: dict[str, str] = {}
         self.used: set[str] = set()
         self.weights: dict[str, Tensor] = {}
@@ -313,6 +332,13 @@ class _Tracer(TorchDispatchMode):
             self.put(t, labels)
             self.sources[_view_key(t)] = name
             self.storages[t.untyped_storage().data_ptr()].append(name)
+
+    def seen(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        """Hook: note the indices of a module's output."""
+        for t in _tensors(output)[:1]:
+            for dim, label in enumerate(self.get(t)):
+                if isinstance(label, np.ndarray):
+                    self.outputs[name, dim] = label.ravel() if label.size == label.shape[dim] else None
 
     # -- the labels of a tensor
 
@@ -701,19 +727,19 @@ def _joined(tr: _Tracer, parts: list[Labels], sizes: list[int], dim: int) -> Lab
     if not any(isinstance(lab, np.ndarray) for lab in own):
         made[dim] = FREE if all(isinstance(lab, str) for lab in own) and len(own) == 1 else None
         return made
-    arrays, seen = [], set()
-    for n, (label, size) in enumerate(zip(own, sizes, strict=True)):
-        if not isinstance(label, np.ndarray):
-            fresh = np.array([tr.ix.new() for _ in range(size)], dtype=np.int64)
-            label = fresh.reshape([-1 if d == dim else 1 for d in range(rank)])
-            if own[n] is None and size > 1:
-                tr.fix(label, dim, "meets an input or a constant")
-        roots = {tr.ix.find(int(i)) for i in label.ravel()}
-        if seen & roots:  # the same units twice: told apart by where they stand
-            pack = np.vectorize(lambda i, n=n: tr.ix.pack((int(i), tr.ix.constant(len(own), n))), otypes=[np.int64])
-            label = pack(label)
-        seen |= roots
-        arrays.append(label)
+    arrays: list[Array] = []
+    for label, size in zip(own, sizes, strict=True):
+        if isinstance(label, np.ndarray):
+            arrays.append(label)
+            continue
+        fresh = np.array([tr.ix.new() for _ in range(size)], dtype=np.int64)
+        arrays.append(fresh.reshape([-1 if d == dim else 1 for d in range(rank)]))
+        if label is None:
+            tr.fix(arrays[-1], dim, "meets an input or a constant")
+    roots = [{tr.ix.find(int(i)) for i in label.ravel()} for label in arrays]
+    if sum(map(len, roots)) > len(set().union(*roots)):  # the same units twice: told apart by where they stand
+        pack = np.vectorize(lambda i, n: tr.ix.pack((int(i), tr.ix.constant(len(own), int(n)))), otypes=[np.int64])
+        arrays = [pack(label, n) for n, label in enumerate(arrays)]
     grid = np.broadcast_shapes(*(tuple(1 if d == dim else s for d, s in enumerate(a.shape)) for a in arrays))
     made[dim] = np.concatenate(
         [np.broadcast_to(a, (*grid[:dim], a.shape[dim], *grid[dim + 1 :])) for a in arrays], axis=dim
@@ -836,7 +862,7 @@ def _convolution(
         sizes = list(x.shape)
         grouped, _ = tr.split(data, sizes, 1, groups, x.shape[1] // groups)
         whole = alone(kernel[0], 0)  # axis 0 of w holds (group, unit) of the outputs, or of the inputs if transposed
-        cut, shape = tr.split(
+        cut, _ = tr.split(
             [None, whole, *[None] * (rank - 2)], [1, w.shape[0], *[1] * (rank - 2)], 1, groups, w.shape[0] // groups
         )
         tr.tie(grouped[1], cut[1], 1)
@@ -958,7 +984,8 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax", "softmax"), _softmax),
     **dict.fromkeys(("mm", "bmm"), _bmm),
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),
-    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_no_update"), _batch_norm),
+    **dict.fromkeys(
+        ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_no_update"), _batch_norm),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
     **dict.fromkeys(
         ("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d",
@@ -976,16 +1003,18 @@ RULES: dict[str, Callable[..., Any]] = {
 def _collect(tr: _Tracer) -> Wiring:
     """Read the groups off the indices when everything has run."""
     ix = tr.ix
-    keys: dict[tuple[str, int], list[tuple[int, ...]]] = {}
-    for axis, places in tr.axes.items():
-        if axis[0] in tr.used:
-            seen: dict[tuple[int, ...], int] = defaultdict(int)
-            keys[axis] = []
-            for i in places:
-                key = ix.expand(int(i))
-                seen[key] += 1
-                # places of one axis that move together (q and k in a fused weight) are told apart by their order
-                keys[axis].append(key if seen[key] == 1 else (*key, ix.constant(-1, seen[key])))
+
+    def located(places: Array) -> list[tuple[int, ...]]:
+        met: dict[tuple[int, ...], int] = defaultdict(int)
+        out = []
+        for i in places:
+            key = ix.expand(int(i))
+            met[key] += 1
+            # places of one axis that move together (q and k in a fused weight) are told apart by their order
+            out.append(key if met[key] == 1 else (*key, ix.constant(-1, met[key])))
+        return out
+
+    keys = {axis: located(places) for axis, places in tr.axes.items() if axis[0] in tr.used}
     basics = sorted({b for places in keys.values() for key in places for b in key} - ix.constant_ids)
 
     chains: dict[int, tuple[int, ...]] = {}  # an index and what it lives in, innermost first
@@ -1007,53 +1036,72 @@ def _collect(tr: _Tracer) -> Wiring:
         above = chain(b)[1:]
         families[above[0] if above else -1, frozenset(ix.marks[b])].append(b)
     rank = {b: (colour, n) for (_, colour), units in families.items() for n, b in enumerate(units)}
-    owned: dict[int, dict[tuple[str, int], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for axis, places in keys.items():
-        for position, key in enumerate(places):
-            for a in {a for b in key if b not in ix.constant_ids for a in chain(b)}:
-                owned[a][axis].append(position)
 
-    def members(units: list[int]) -> tuple[Member, ...] | None:
+    def owners(keys: Mapping[Axis, Keys]) -> dict[int, dict[Axis, list[int]]]:
+        """For each index, the positions on each axis that it locates."""
+        owned: dict[int, dict[Axis, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for axis, places in keys.items():
+            for position, key in enumerate(places):
+                for a in {a for b in key if b not in ix.constant_ids for a in chain(b)}:
+                    owned[a][axis].append(position)
+        return owned
+
+    def members(
+        units: list[int], keys: Mapping[Axis, Keys], owned: Mapping[int, Mapping[Axis, list[int]]]
+    ) -> list[Any]:
+        """Every axis that moves with the units; None for one where they don't own corresponding positions."""
         place = {b: n for n, b in enumerate(units)}
-        found = []
-        for axis in dict.fromkeys(axis for b in units for axis in owned[b]):
-            table: dict[Any, dict[int, int]] = defaultdict(dict)
-            for unit in units:
-                for position in owned[unit][axis]:
-                    key: list[Any] = []
-                    for b in keys[axis][position]:
-                        line = chain(b) if b not in ix.constant_ids else (b,)
-                        inside = [n for n, a in enumerate(line) if a in place]
-                        if inside and line[inside[0]] != unit:
-                            return None  # one position belongs to two units of the group
-                        key.append(tuple(rank[a] for a in line[: inside[0]]) if inside else b)
-                    table[tuple(key)][place[unit]] = position
-            if any(len(row) < len(units) for row in table.values()):
-                return None
-            rows = sorted(([row[n] for n in range(len(units))] for row in table.values()), key=lambda r: r[0])
-            found.append(Member(*axis, torch.tensor(rows).T.contiguous()))
-        return tuple(sorted(found, key=lambda m: (order[m.name], m.dim)))
+        return [
+            member(axis, units, place, keys[axis], owned)
+            for axis in dict.fromkeys(axis for b in units if b in owned for axis in owned[b])
+        ]
 
+    def member(axis: Axis, units: list[int], place: dict[int, int], keys: Keys, owned: Any) -> Member | None:
+        table: dict[Any, dict[int, int]] = defaultdict(dict)
+        for unit in units:
+            for position in owned[unit][axis]:
+                key: list[Any] = []
+                for b in keys[position]:
+                    line = chain(b) if b not in ix.constant_ids else (b,)
+                    inside = [n for n, a in enumerate(line) if a in place]
+                    if inside and line[inside[0]] != unit:
+                        return None  # one position belongs to two units of the group
+                    key.append(tuple(rank[a] for a in line[: inside[0]]) if inside else b)
+                table[tuple(key)][place[unit]] = position
+        if any(len(row) < len(units) for row in table.values()):
+            return None
+        rows = sorted(([row[n] for n in range(len(units))] for row in table.values()), key=lambda r: r[0])
+        return Member(*axis, torch.tensor(rows).T.contiguous())
+
+    places = {axis: located(label) for axis, label in tr.outputs.items() if label is not None}
+    owned, shown = (
+        owners(keys),
+        owners({axis: at for axis, at in places.items() if set().union(*at) <= {*rank, *ix.constant_ids}}),
+    )
     order = {name: n for n, name in enumerate(tr.weights)}
     groups: dict[str, Group] = {}
     home: dict[int, tuple[str, int]] = {}
     moved: set[tuple[str, int]] = set()
     for (above_b, _), units in sorted(families.items(), key=lambda f: (len(chain(f[1][0])), f[1][0])):
-        if len(units) < 2 or not (who := members(units)):
+        who = members(units, keys, owned) if len(units) > 1 else []
+        if not who or None in who:
             continue
-        first = min(who, key=lambda m: (order[m.name], m.dim))
+        who = sorted(who, key=lambda m: (order[m.name], m.dim))
+        first = who[0]
         name = f"{first.name}:{first.dim}"
         if first.index.numel() < tr.weights[first.name].shape[first.dim] or name in groups:
             name += f"@{int(first.index.min())}"
         name += "'" * sum(g == name or g.rstrip("'") == name for g in groups)
-        groups[name] = Group(name, len(units), who, home.get(above_b))
+        groups[name] = Group(
+            name, len(units), tuple(who), tuple(filter(None, members(units, places, shown))), home.get(above_b)
+        )
         home |= {b: (name, n) for n, b in enumerate(units)}
         moved |= {(m.name, m.dim) for m in who}
     fixed: dict[tuple[str, int], str] = {}
-    for axis, places in tr.axes.items():
-        if axis in moved or len(places) < 2:
+    for axis, label in tr.axes.items():
+        if axis in moved or len(label) < 2:
             continue
-        tags = sorted(tag for i in places[:1] for b in ix.expand(int(i)) for tag, _ in ix.marks[b] if tag in ix.reasons)
+        tags = sorted(tag for i in label[:1] for b in ix.expand(int(i)) for tag, _ in ix.marks[b] if tag in ix.reasons)
         why = ix.reasons[tags[0]] if tags else "has no two units alike"
         fixed[axis] = why if axis[0] in tr.used else "is not used by this forward pass"
     return Wiring(groups, fixed, tr.aliases)
