@@ -1,0 +1,29 @@
+"""One executable experiment for each system."""
+
+from interlayer.claims.harness import (
+    Claim,
+    ClaimResult,
+    Comparison,
+    fits,
+    highest,
+    interval,
+    load,
+    lowest,
+    measured,
+    ordered,
+    run,
+)
+
+__all__ = [
+    "Claim",
+    "ClaimResult",
+    "Comparison",
+    "fits",
+    "highest",
+    "interval",
+    "load",
+    "lowest",
+    "measured",
+    "ordered",
+    "run",
+]

@@ -1,0 +1,93 @@
+"""One plain training run, as most claims need it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from interlayer.study import tasks
+
+
+@cache
+def task(name: str) -> tasks.Task:
+    """A built-in task, loaded once."""
+    return tasks.load(name)
+
+
+def batches(name: str, seed: int, size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """``steps`` training batches in the seed's order: the same for every arm."""
+    return islice(task(name).batches(seed, size), steps)
+
+
+def train(
+    model: nn.Module,
+    name: str,
+    *,
+    seed: int,
+    steps: int,
+    lr: float,
+    batch: int = 64,
+    warmup: int = 0,
+    watch: Callable[[int, float], bool] | None = None,
+    cut: int | None = None,
+) -> list[float]:
+    """AdamW without weight decay, gradients clipped at 1, linear warm-up if asked for, constant after.
+
+    Args:
+        model: Trained in place.
+        name: Task.
+        seed: Order of the batches.
+        steps: How many.
+        lr: Learning rate.
+        batch: Items in a batch.
+        warmup: Steps until the learning rate is reached.
+        watch: Called with (step, loss); True ends the run.
+        cut: Length to which sequences are cut, for speed.
+
+    Returns:
+        The loss at every step; training ends where it is not finite.
+    """
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    losses: list[float] = []
+    model.train()
+    for step, (x, y) in enumerate(batches(name, seed, batch, steps)):
+        if cut:
+            x, y = x[:, :cut], y[:, :cut]
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / (warmup + 1))
+        loss = task(name).loss(model(x), y)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            break
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        if watch and watch(step, losses[-1]):
+            break
+    return losses
+
+
+@torch.no_grad()
+def judge(
+    model: nn.Module, name: str, *, batch: int = 256, most: int | None = None, cut: int | None = None
+) -> dict[str, float]:
+    """Loss, and accuracy where there are classes, over (the first ``most`` batches of) the validation split."""
+    model.eval()
+    total, right, count = 0.0, 0, 0
+    for x, y in islice(task(name).batches(0, batch, "validation"), most):
+        if cut:
+            x, y = x[:, :cut], y[:, :cut]
+        out = model(x)
+        total += float(task(name).loss(out, y)) * len(y)
+        if out.ndim == 2:
+            right += int((out.argmax(-1) == y).sum())
+        count += len(y)
+    model.train()
+    loss = total / count
+    return {"loss": loss if math.isfinite(loss) else math.inf, "accuracy": right / count}
