@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,7 +102,7 @@ class Ordered:
         """Compare each neighbour over the seeds."""
         arms = [subject if subject and a == self.arm else a for a in self.arms]
         rows = []
-        for below, above in zip(arms, arms[1:], strict=False):
+        for below, above in pairwise(arms):
             pairs = zip(_column(values, below, self.metric), _column(values, above, self.metric), strict=True)
             rows.append(_compare(self.metric, above, below, [_gain(-1, a, b, self.margin) for b, a in pairs]))
         return rows
@@ -236,8 +237,9 @@ class ClaimResult:
         told = json.loads(text)
         told["values"] = {a: {m: [float(v) for v in vs] for m, vs in ms.items()} for a, ms in told["values"].items()}
         for name in ("comparisons", "control_comparisons"):
-            numbers = ("gain", "low", "high")
-            told[name] = [Comparison(**{k: float(v) if k in numbers else v for k, v in c.items()}) for c in told[name]]
+            for row in told[name]:
+                row.update({k: float(row[k]) for k in ("gain", "low", "high")})
+            told[name] = [Comparison(**row) for row in told[name]]
         return cls(**told)
 
     def __str__(self) -> str:
