@@ -82,13 +82,13 @@ def allocate(
         return [m.view(w.shape) for m, w in zip(chosen.split([w.numel() for w in tensors]), tensors, strict=True)]
     sizes = counts if scope == "uniform" else [sum(w.shape) for w in tensors]
     masks = []
-    for w, a, k in zip(held, alive, _shares(sizes, counts, keep), strict=True):
+    for w, a, k in zip(held, alive, shares(sizes, counts, keep), strict=True):
         best = w.abs().masked_fill(~a, -torch.inf).flatten().sort(descending=True, stable=True).indices[:k]
         masks.append(torch.zeros(w.numel(), dtype=torch.bool, device=w.device).index_fill_(0, best, True).view(w.shape))
     return masks
 
 
-def _shares(sizes: Sequence[int], most: Sequence[int], total: int) -> list[int]:
+def shares(sizes: Sequence[float], most: Sequence[int], total: int) -> list[int]:
     """Whole numbers in proportion to ``sizes``, between 1 and ``most``, that sum to ``total`` (largest remainders)."""
     full: set[int] = set()
     while True:

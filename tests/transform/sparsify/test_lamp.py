@@ -1,0 +1,161 @@
+import pytest
+import torch
+from torch import nn
+
+from interlayer.core import recipe, weights
+from interlayer.transform.sparsify.lamp import SCOPES, Lamp, allocate, lamp_score, lamp_score_naive
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+
+
+def kept(model):
+    return {name: int(mask.sum()) for name, mask in weights.masks(model).items()}
+
+
+def test_score_by_hand():
+    # squares 1, 4, 4, 16: of the two equal ones the later counts as larger
+    score = lamp_score(torch.tensor([[2.0, -1.0], [-2.0, 4.0]]))
+    expected = torch.tensor([[4 / 24, 1 / 25], [4 / 20, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(score, expected)
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.randn(7, 3), torch.randn(5, 1, 3, 3), torch.zeros(4), torch.randn(6).bfloat16()]
+)
+def test_fast_score_is_the_naive_one(weight):
+    torch.testing.assert_close(lamp_score(weight), lamp_score_naive(weight))
+
+
+def test_threshold_over_layers_by_hand():
+    # scores: [1/14, 4/13, 1] and [100/1400, 400/1300, 1]: a common factor within a layer changes nothing
+    small, large = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0])
+    assert [m.tolist() for m in allocate([small, large], 4)] == [[False, True, True], [False, True, True]]
+    assert [m.tolist() for m in allocate([small, large], 4, "global")] == [[False, False, True], [True, True, True]]
+
+
+def test_erdos_renyi_kernel_by_hand():
+    # dimensions sum to 4 and 20: with 30 to keep 5 and 25, but the first has 4 weights and stays whole
+    masks = allocate([torch.randn(2, 2), torch.randn(10, 10)], 30, "erdos-renyi-kernel")
+    assert [int(m.sum()) for m in masks] == [4, 26]
+    masks = allocate([torch.randn(8, 4, 3, 3), torch.randn(10, 8)], 36, "erdos-renyi-kernel")
+    assert [int(m.sum()) for m in masks] == [18, 18]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("sparsity", [0.01, 0.5, 0.98, 0.998])
+def test_exact_sparsity_and_no_layer_dies(scope, sparsity):
+    model = net()
+    new = Lamp().plan(model, sparsity=sparsity, scope=scope).apply()
+    assert sum(kept(new).values()) == round(1476 * (1 - sparsity)) and min(kept(new).values()) >= 1
+    for name, mask in weights.masks(new).items():
+        before = model.get_parameter(name)
+        assert torch.equal(new.get_submodule(name[:-7]).weight, before * mask)
+        if mask.any() and not mask.all():  # within a layer the largest stay
+            assert before[mask].abs().min() >= before[~mask].abs().max()
+
+
+def test_equal_weights_and_dead_layers_are_exact_too():
+    same = [torch.ones(4, 4), torch.zeros(3, 3)]
+    for scope in SCOPES:
+        masks = allocate(same, 9, scope)
+        assert sum(int(m.sum()) for m in masks) == 9 and masks[1].any()
+
+
+def test_model_untouched_and_same_result_twice():
+    model, x = net().eval(), torch.randn(2, 1, 8, 8)
+    before, out = {k: v.clone() for k, v in model.state_dict().items()}, model(x)
+    plan = Lamp().plan(model, sparsity=0.9)
+    one, two = plan.apply(), plan.apply()
+    assert torch.equal(one(x), two(x)) and not torch.equal(one(x), out)
+    assert model.state_dict().keys() == before.keys() and torch.equal(model(x), out)
+    assert [r.name for r in plan.touched] == ["0.weight", "4.weight"] and {r.name: r.why for r in plan.skipped} == {
+        "1": "no matrix or kernel"
+    }
+    assert f"keeps {kept(one)['0.weight']} of 36" in str(plan)
+
+
+def test_rounds_train_and_rewind():
+    model = net()
+    early = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    left, starts = [], []
+
+    def train(pruned):
+        assert pruned is not model
+        left.append(sum(kept(pruned).values()))
+        starts.append(pruned[4].bias.detach().clone())
+        with torch.no_grad():
+            pruned[4].bias.add_(1.0)
+            pruned[4].parametrizations.weight.original.mul_(torch.rand(10, 144))
+
+    new = Lamp().plan(model, sparsity=0.9375, rounds=4, train=train, rewind=early).apply()
+    # the same share each time: 1476 * (92 / 1476) ** (r / 4)
+    assert left == [737, 368, 184, 92] and sum(kept(new).values()) == 92
+    assert all(torch.equal(s, early["4.bias"]) for s in starts)
+    mask = weights.masks(new)["0.weight"]
+    assert torch.equal(new[0].weight, early["0.weight"] * mask)
+    left.clear()
+    Lamp().plan(model, sparsity=0.9375, rounds=2, train=train).apply()
+    assert left == [368, 92] and torch.equal(starts[-1], model[4].bias + 1)
+
+
+def test_pruning_goes_on_from_a_pruned_model():
+    once = Lamp().plan(net(), sparsity=0.5).apply()
+    twice = Lamp().plan(once, sparsity=0.8).apply()
+    assert sum(kept(twice).values()) == 295
+    assert all((m <= weights.masks(once)[n]).all() for n, m in weights.masks(twice).items())
+    with pytest.raises(ValueError, match="nothing to do"):
+        Lamp().plan(twice, sparsity=0.5)
+
+
+def test_hugging_face_gpt2_and_round_trip(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)).eval().bfloat16()
+    plan = Lamp().plan(model, sparsity=0.9)
+    assert len(plan.touched) == 8
+    assert {r.name: r.why for r in plan.skipped}["lm_head"] == "shared by transformer.wte.weight and lm_head.weight"
+    new, tokens = plan.apply(), torch.arange(5)[None]
+    total = sum(model.get_parameter(r.name).numel() for r in plan.touched)
+    assert sum(kept(new).values()) == round(total * 0.1)
+    recipe.save(new, tmp_path)
+    back = recipe.load(tmp_path)
+    assert torch.equal(new(tokens).logits, back(tokens).logits) and recipe.steps(back) == recipe.steps(new)
+    assert all(torch.equal(m, weights.masks(back)[n]) for n, m in weights.masks(new).items())
+    assert torch.equal(weights.bake(back)(tokens).logits, new(tokens).logits)
+
+
+def test_diffusers_unet_and_round_trip(tmp_path):
+    from diffusers import UNet2DModel
+
+    model = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    ).eval()  # fmt: skip
+    new, x = Lamp().plan(model, sparsity=0.8, at=nn.Conv2d).apply(), torch.randn(1, 1, 8, 8)
+    assert all(isinstance(new.get_submodule(n[:-7]), nn.Conv2d) for n in kept(new))
+    recipe.save(new, tmp_path)
+    assert torch.equal(recipe.load(tmp_path)(x, 3).sample, new(x, 3).sample)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sparsity": 0.0}, "nothing to do"),
+        ({"sparsity": 1.0}, "below 1"),
+        ({"sparsity": 0.9999}, "each of which keeps at least one"),
+        ({"scope": "layer"}, "wanted one of lamp, global"),
+        ({"rounds": 0}, "wanted at least 1"),
+        ({"at": nn.BatchNorm2d}, "nothing to prune in Sequential: 1 no matrix or kernel"),
+        ({"at": nn.Embedding}, "a Embedding"),
+        ({"rewind": {}}, "rewind does not fit Sequential"),
+    ],
+)
+def test_clear_errors(options, says):
+    with pytest.raises(ValueError, match=says):
+        Lamp().plan(net(), **options)
