@@ -1,0 +1,150 @@
+"""What a model costs: parameters, FLOPs, bytes kept for backward, peak memory and time of a step.
+
+Everything is counted, nothing is estimated: FLOPs by ``torch.utils.flop_counter`` (a multiply-add is two; matrix
+products, convolutions and attention count, element-wise work does not), kept bytes by ``saved_tensors_hooks``, and peak
+memory by the allocator itself: on CUDA ``max_memory_allocated``, on the CPU the allocation events of
+``torch.profiler`` over one step on top of the bytes that were alive before it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """Number of parameters, a shared one counted once.
+
+    Args:
+        model: Any module.
+        trainable: Count only those that require a gradient.
+
+    Example:
+        >>> parameters(nn.Linear(3, 2))
+        8
+    """
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """The counter of torch knows the CUDA kernels only: q k^T and p v, causal or not, as for those."""
+    batch, heads, length, width = query
+    return int(2 * batch * heads * length * key[2] * (width + value[3]))
+
+
+def flops(model: nn.Module, *inputs: Any) -> int:
+    """FLOPs of one forward pass in evaluation mode; a multiply-add is two.
+
+    Example:
+        >>> flops(nn.Linear(3, 2), torch.zeros(5, 3))
+        60
+    """
+    was = model.training
+    model.eval()
+    own = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=own) as counter:
+            model(*inputs)
+    finally:
+        model.train(was)
+    return int(counter.get_total_flops())
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes behind the tensors, each storage counted once however many views it has.
+
+    Example:
+        >>> x = torch.zeros(4)
+        >>> storage_bytes([x, x[:2]])
+        16
+    """
+    seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(seen.values())
+
+
+def bytes_kept(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps for the backward pass of ``run()``, beside the model's own weights and buffers.
+
+    Args:
+        model: The module whose parameters and buffers don't count, since they live anyway.
+        run: Calls the model with gradients on.
+
+    Example:
+        >>> m = nn.Linear(3, 2, bias=False)
+        >>> bytes_kept(m, lambda: m(torch.zeros(5, 3)).square().sum())  # input 5x3 and output 5x2 of 4 bytes
+        100
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept.append(t)
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return storage_bytes(kept)
+
+
+def peak_bytes(run: Callable[[], Any], alive: Iterable[Tensor] = (), device: torch.device | str = "cpu") -> int:
+    """Most bytes of tensors that are alive at once while ``run()`` works.
+
+    Args:
+        run: What is measured, once.
+        alive: Tensors that live before it (weights, optimiser state, the batch): on the CPU their storages are added,
+            since only what ``run`` allocates can be watched there. Gradients should be ``None``.
+        device: CUDA reads the allocator's own ``max_memory_allocated`` and needs no ``alive``.
+
+    Example:
+        >>> peak_bytes(lambda: torch.zeros(1000).add(1).sum())
+        8004
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr otherwise
+    before = storage_bytes(alive)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        watch.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted(
+        (e["args"]["Ev Idx"], e["args"]["Bytes"])
+        for e in events
+        if e.get("name") == "[memory]" and e["args"]["Device Type"] == 0
+    )
+    now = peak = 0
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    return before + peak
+
+
+def median_time(seconds: Iterable[float], warmup: int = 2) -> float:
+    """Median of the step times without the first ``warmup``, which pay for allocation and kernel choice.
+
+    Example:
+        >>> median_time([9.0, 9.0, 1.0, 2.0, 3.0])
+        2.0
+    """
+    times = list(seconds)
+    return statistics.median(times[warmup:] or times) if times else float("nan")

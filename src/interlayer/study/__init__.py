@@ -1,0 +1,12 @@
+"""Tasks, arms, budgets, runs, statistics and the report.
+
+from interlayer.study import StudySpec, compare
+
+result = compare(StudySpec(task="digits", arms=["plain", "rezero", "norm=rmsnorm"], seeds=3, steps=200))
+"""
+
+from interlayer.study.run import Result, Run, compare, report
+from interlayer.study.spec import ArmSpec, StudyError, StudySpec
+from interlayer.study.tasks import Task, TensorTask, TextTask
+
+__all__ = ["ArmSpec", "Result", "Run", "StudyError", "StudySpec", "Task", "TensorTask", "TextTask", "compare", "report"]

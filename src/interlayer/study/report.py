@@ -1,0 +1,145 @@
+"""The outcome of a study as a table, as CSV files and as a page."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from interlayer.study.page import page
+from interlayer.study.run import Result
+from interlayer.study.stats import Interval, interval, paired
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm's line in the table."""
+
+    arm: str
+    state: str
+    metrics: dict[str, Interval]
+    difference: Interval | None
+    cost: dict[str, float]
+    lr: float | None
+
+
+def rows(result: Result) -> list[Row]:
+    """The table's lines, one for each arm in the order of the study."""
+    metric, baseline = result.about["metric"], result.spec.baseline
+    found = []
+    for arm in result.spec.arms:
+        runs = result.of(arm.name)
+        done = [r for r in runs if r.state == "done"]
+        bad = [r.state for r in runs if r.state != "done"]
+        state = ", ".join(f"{bad.count(s)} of {len(runs)} {s}" for s in dict.fromkeys(bad))
+        names = list(dict.fromkeys(k for r in done for k in r.record.metrics))
+        keys = dict.fromkeys(k for r in done for k in r.record.cost)
+        means = {k: [r.record.cost[k] for r in done if k in r.record.cost] for k in keys}
+        found.append(
+            Row(
+                arm.name,
+                state,
+                {m: interval(list(result.values(arm.name, m).values())) for m in names},
+                None
+                if arm.name == baseline
+                else paired(result.values(arm.name, metric), result.values(baseline, metric)),
+                {k: sum(v) / len(v) for k, v in means.items()},
+                done[0].lr if done else None,
+            )
+        )
+    return found
+
+
+def human(value: float, unit: str = "") -> str:
+    """A number with a metric prefix: ``human(1234567)`` is ``1.23 M``."""
+    if math.isnan(value):
+        return "–"
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def cells(row: Row, result: Result) -> dict[str, str]:
+    """A line of the table as text by column heading."""
+    about = result.about
+    found = {
+        "arm": row.arm,
+        "validation loss": row.metrics["loss"].text() if "loss" in row.metrics else row.state or "–",
+    }
+    if about["metric"] != "loss":
+        found[f"validation {about['metric']}"] = (
+            row.metrics[about["metric"]].text() if about["metric"] in row.metrics else "–"
+        )
+    against = result.spec.baseline
+    mark = "" if about["metric"] == "loss" else f"{about['metric']} "
+    found[f"{mark}against {against}"] = "baseline" if row.difference is None else row.difference.text(sign=True)
+    if result.spec.tune:
+        found["tuned lr"] = f"{row.lr:.2g}" if row.lr else "–"
+    cost = row.cost
+    found["parameters"] = human(cost["parameters"]) if "parameters" in cost else "–"
+    found[f"FLOPs per {about['item']}"] = human(cost["flops"]) if "flops" in cost else "–"
+    found["step time"] = f"{cost['step_time'] * 1e3:.3g} ms" if "step_time" in cost else "–"
+    found["peak memory"] = human(cost["peak_memory"], "B") if "peak_memory" in cost else "–"
+    return found
+
+
+def write(result: Result, console: Console) -> None:
+    """Print the table and write ``results.csv``, ``curves.csv`` and ``report.html`` to the study's folder."""
+    lines = [cells(row, result) for row in rows(result)]
+    table = Table(title=f"{result.about['name']}, {result.base}", title_justify="left")
+    for name in lines[0]:
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for line in lines:
+        table.add_row(*line.values())
+    console.print(table)
+    console.print(note(result), highlight=False, markup=False, soft_wrap=True)
+    for run in result.runs:
+        if run.state in ("failed", "diverged"):
+            console.print(
+                f"{run.arm}, seed {run.seed} {run.state}: {run.error.splitlines()[0]}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+    csv_files(result)
+    path = result.out / "report.html"
+    path.write_text(page(result, rows(result), lines, note(result)), encoding="utf-8")
+    console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def note(result: Result) -> str:
+    """What the intervals are."""
+    if result.spec.seeds < 2:
+        return "One seed: no intervals, and a difference may be chance. Use more seeds to tell."
+    return (
+        f"± is the half width of the 95% t interval over {result.spec.seeds} seeds. Differences are paired by seed: "
+        "all arms of a seed see the same batches in the same order."
+    )
+
+
+def csv_files(result: Result) -> None:
+    """``results.csv``: a line for each run. ``curves.csv``: a line for each value of each curve."""
+    metrics = list(dict.fromkeys(k for r in result.runs for k in r.record.metrics))
+    costs = ["parameters", "flops", "step_time", "peak_memory", "kept"]
+    with (result.out / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        sheet = csv.writer(file)
+        sheet.writerow(["arm", "seed", "state", "lr", "steps", "seconds", *metrics, *costs, "error"])
+        for r in result.runs:
+            shown: list[Any] = [r.arm, r.seed, r.state, r.lr or result.spec.lr, r.record.steps, r.record.seconds]
+            shown += [r.record.metrics.get(m, "") for m in metrics] + [r.record.cost.get(c, "") for c in costs]
+            sheet.writerow([*shown, r.error.splitlines()[0] if r.error else ""])
+    with (result.out / "curves.csv").open("w", newline="", encoding="utf-8") as file:
+        sheet = csv.writer(file)
+        sheet.writerow(["arm", "seed", "step", "split", "metric", "value"])
+        for r in result.runs:
+            for step, value in r.record.train:
+                sheet.writerow([r.arm, r.seed, int(step), "train", "loss", "" if value is None else value])
+            for point in r.record.curve:
+                for m in metrics:
+                    if point.get(m) is not None:
+                        sheet.writerow([r.arm, r.seed, int(point["step"]), "validation", m, point[m]])

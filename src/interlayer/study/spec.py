@@ -1,0 +1,258 @@
+"""What is compared: a study as data, from a TOML file, from the command line or from Python. Never imports torch."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+__all__ = ["ArmSpec", "StudyError", "StudySpec", "split_top"]
+
+
+class StudyError(ValueError):
+    """A study that cannot be run as written; the message names the key and says what was wanted."""
+
+
+class ArmSpec(BaseModel):
+    """One arm: a name for the report and what it is made of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, description="how the arm is called in the report")
+    use: str = Field(min_length=1, description='what the arm is made of, such as "plain" or "denseformer+lr=0.002"')
+
+
+class StudySpec(BaseModel):
+    """A comparison: task, base, arms, seeds and budget. Every field is a key of the TOML file.
+
+    Example:
+        >>> spec = StudySpec(task="digits", arms=["plain", "rezero"], seeds=3, steps=100)
+        >>> [arm.name for arm in spec.arms]
+        ['plain', 'rezero']
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str = Field(
+        "stdlib-bytes",
+        description="what is learned: digits, stdlib-bytes, photos, series, package.module:function, file:PATH or hf:NAME",
+    )
+    base: str | None = Field(
+        None,
+        description='the backbone that the arms change, such as "transformer(depth=6)", or package.module:function; '
+        "the task's usual one unless told",
+    )
+    arms: tuple[ArmSpec, ...] = Field(
+        (ArmSpec(name="plain", use="plain"),),
+        min_length=1,
+        description='the list of what is compared: "plain", a system\'s slug, "norm=rmsnorm", joined by "+"',
+    )
+    seeds: PositiveInt = Field(2, description="how many seeds each arm is trained with")
+    steps: PositiveInt | None = Field(None, description="training steps of each run")
+    seconds: PositiveFloat | None = Field(None, description="training time of each run in seconds, in place of steps")
+    batch_size: PositiveInt = Field(16, description="samples in one training step")
+    lr: PositiveFloat = Field(1e-3, description="peak learning rate of AdamW")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="course of the learning rate after the warm-up"
+    )
+    warmup: float = Field(
+        0.1, ge=0, lt=1, description="share of the budget in which the learning rate rises to its peak"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay of matrices")
+    clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
+    evaluations: PositiveInt = Field(8, description="how often a run is evaluated, the last time at its end")
+    tune: Literal["lr"] | None = Field(None, description="what is tuned for every arm before the seeds are run")
+    trials: PositiveInt = Field(8, description="tuning trials of every arm")
+    workers: PositiveInt = Field(1, description="runs at a time, each in a process of its own")
+    threads: PositiveInt = Field(1, description="threads of each worker")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the models are trained")
+    storage: str | None = Field(None, description="URL of the database with the records; SQLite in `out` unless told")
+    out: Path | None = Field(None, description="folder of the records and the report; runs/TASK unless told")
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _arms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = split_top(value, ",")
+        if isinstance(value, list | tuple):
+            return tuple({"name": v, "use": v} if isinstance(v, str) else v for v in value)
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> StudySpec:
+        if self.steps and self.seconds:
+            raise ValueError("steps and seconds are two budgets; give one")
+        names = [arm.name for arm in self.arms]
+        if doubled := [n for n in names if names.count(n) > 1]:
+            raise ValueError(f"two arms are called {doubled[0]!r}; give each a name of its own")
+        return self
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """The budget as one entry, ``{"steps": n}`` or ``{"seconds": s}``."""
+        return {"seconds": self.seconds} if self.seconds else {"steps": self.steps or 200}
+
+    @property
+    def baseline(self) -> str:
+        """Name of the arm that the others are compared with: the untouched base, or the first."""
+        return next((arm.name for arm in self.arms if arm.use == "plain"), self.arms[0].name)
+
+    @property
+    def folder(self) -> Path:
+        """Where the records and the report go."""
+        return self.out or Path("runs") / _plain(self.task)
+
+    @property
+    def url(self) -> str:
+        """Database URL of the records."""
+        return self.storage or f"sqlite:///{(self.folder / 'study.db').absolute()}"
+
+    @property
+    def identity(self) -> str:
+        """Name of the study in its storage. Arms and seeds can be added to a study; everything else makes it another."""
+        free = {"arms", "seeds", "workers", "storage", "out"}
+        same = json.dumps(self.model_dump(mode="json", exclude=free), sort_keys=True)
+        return f"{_plain(self.task)}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
+
+    def eval_seeds(self) -> list[int]:
+        """Seeds of the runs that are compared. Tuning takes seed 0, so that no arm is judged where it was tuned."""
+        first = 1 if self.tune else 0
+        return list(range(first, first + self.seeds))
+
+    def grid(self) -> list[float]:
+        """Learning rates that tuning tries for every arm: evenly on a logarithmic scale from ``lr / 10`` to ``lr * 10``."""
+        if self.trials == 1:
+            return [self.lr]
+        return [float(f"{self.lr * 10 ** (2 * i / (self.trials - 1) - 1):.4g}") for i in range(self.trials)]
+
+    @classmethod
+    def default(cls) -> StudySpec:
+        """The study that ``interlayer compare`` runs without options."""
+        return cls(
+            task="stdlib-bytes",
+            base="transformer(depth=6, width=128, heads=4)",
+            arms=["plain", "rezero", "denseformer", "value-residual", "hopfield"],  # type: ignore[arg-type]
+            seeds=2,
+            steps=150,
+            workers=2,
+        )
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], source: str = "study", text: str = "") -> StudySpec:
+        """Validate; every mistake is told in plain words with the key, and with its line when ``text`` is the TOML."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise StudyError("\n".join(_told(e, source, text) for e in error.errors())) from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> StudySpec:
+        """Read a study file.
+
+        Raises:
+            StudyError: The file is missing, is not TOML, or has a key or value that means nothing here.
+        """
+        text, values = _read(Path(path))
+        return cls.parse(values, str(path), text)
+
+    @classmethod
+    def from_cli_values(cls, study: str | Path | None = None, values: Mapping[str, Any] | None = None) -> StudySpec:
+        """A study from command-line values, on top of a TOML file, or of the default study if neither is given."""
+        values = dict(values or {})
+        if study is not None:
+            text, base = _read(Path(study))
+        else:
+            text, base = "", {} if {"task", "base"} & set(values) else cls.default().model_dump(exclude_none=True)
+        if "steps" in values or "seconds" in values:
+            base = {k: v for k, v in base.items() if k not in ("steps", "seconds")}
+        if "base" in values and "arms" not in values and study is None:
+            values["arms"] = ["plain"]
+        return cls.parse({**base, **values}, str(study) if study is not None else "compare", text)
+
+    def to_toml(self) -> str:
+        """The study as a TOML file that reads back to itself."""
+        lines = []
+        for key, value in self.model_dump(mode="json", exclude_none=True, exclude={"arms"}).items():
+            lines.append(f"{key} = {json.dumps(value)}")
+        if all(a.name == a.use for a in self.arms):
+            lines.append("arms = [" + ", ".join(json.dumps(a.use) for a in self.arms) + "]")
+        else:
+            for a in self.arms:
+                lines += ["", "[[arms]]", f"name = {json.dumps(a.name)}", f"use = {json.dumps(a.use)}"]
+        return "\n".join(lines) + "\n"
+
+
+def split_top(text: str, at: str) -> list[str]:
+    """Split at a character, but not inside brackets or quotes.
+
+    >>> split_top("a(b=1,c=2),d", ",")
+    ['a(b=1,c=2)', 'd']
+    """
+    parts, depth, quote = [""], 0, ""
+    for c in text:
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "\"'":
+            quote = c
+        depth += (c in "([{") - (c in ")]}")
+        if c == at and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [p.strip() for p in parts if p.strip()]
+
+
+def _plain(text: str) -> str:
+    """A text as part of a file name."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-")
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    if not path.is_file():
+        raise StudyError(f"{path}: there is no such study file.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        return text, tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{path}: not a TOML file: {error}.") from None
+
+
+def _told(error: Any, source: str, text: str) -> str:
+    """One pydantic error as a sentence: where, what the key means, what was wanted, what came."""
+    path = [p for p in error["loc"] if isinstance(p, str)]
+    key = path[-1] if path else ""
+    line = (
+        next((i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*{re.escape(key)}\s*=", row)), None)
+        if key
+        else None
+    )
+    where = f"{source}, line {line}" if line else source
+    message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{where}: {message}."
+    owner: type[BaseModel] = ArmSpec if len(path) > 1 else StudySpec
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, owner.model_fields, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else f" There are {', '.join(owner.model_fields)}."
+        return f"{where}: no key {key!r}.{hint}"
+    means = owner.model_fields[key].description if key in owner.model_fields else ""
+    wanted = message.removeprefix("Input should be ").removeprefix("a valid ")
+    wanted = {"string": "a text", "integer, unable to parse string as an integer": "a whole number"}.get(wanted, wanted)
+    wanted = re.sub(r",? unable to parse string as an? (\w+)", "", wanted)
+    return f"{where}: {key!r} is {means}. Wanted {wanted}; got {error['input']!r}."

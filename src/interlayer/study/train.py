@@ -1,0 +1,252 @@
+"""One run: train one arm with one seed on a budget, evaluate it on the way, and count what it costs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interlayer import catalog
+from interlayer.core import cost
+from interlayer.core.kinds import Rule
+from interlayer.study.arms import Arm
+from interlayer.study.spec import StudyError, StudySpec
+from interlayer.study.tasks import Task
+
+
+class Diverged(RuntimeError):
+    """The training loss is no longer a finite number."""
+
+
+@dataclass
+class Record:
+    """What a run leaves behind; all of it is JSON.
+
+    Attributes:
+        metrics: Last evaluation.
+        curve: Every evaluation, with ``step`` and ``seconds`` of training before it.
+        train: ``[step, mean training loss since the last point]``, at most some 200 points.
+        cost: parameters, flops (per item), step_time (s), peak_memory and kept (bytes).
+        steps: Steps taken.
+        seconds: Time in training steps.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    train: list[list[float]] = field(default_factory=list)
+    cost: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+
+    def data(self) -> dict[str, Any]:
+        """As JSON-able fields."""
+        return asdict(self)
+
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+def device_of(spec: StudySpec) -> torch.device:
+    """The device that a study's runs use here."""
+    wanted = spec.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise StudyError("device: the study wants cuda, but torch sees no CUDA device here.")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check(arm: Arm, task: Task, spec: StudySpec) -> None:
+    """Build the arm on the CPU and take it through two samples, so that what cannot work is told before training."""
+    torch.manual_seed(0)
+    model = arm.build(task.shape)
+    inputs, targets = next(task.batches(0, 2, "train"))
+    if arm.rule:
+        _rule(arm, model, spec, None)
+        return
+    loss = task.loss(model(inputs), targets)
+    if loss.dim():
+        raise StudyError(f"arm {arm.name!r}: the task's loss has shape {tuple(loss.shape)}; wanted one number.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise StudyError(f"arm {arm.name!r}: the model has no parameter to train.")
+    if arm.transform:
+        _transform(arm, model, [(inputs, targets)], plan_only=True)
+
+
+def train(
+    arm: Arm,
+    task: Task,
+    spec: StudySpec,
+    seed: int,
+    *,
+    lr: float | None = None,
+    tell: Tell = lambda _: None,
+    record: Record | None = None,
+) -> Record:
+    """Train and judge one arm with one seed.
+
+    All arms of a seed see the same batches in the same order, and the same seed gives the same numbers.
+
+    Args:
+        arm: What is trained.
+        task: What it learns.
+        spec: Budget and settings.
+        seed: Of the initial weights, the batches and every random choice while training.
+        lr: Peak learning rate in place of the arm's or study's.
+        tell: Called with each step and evaluation.
+        record: Filled on the way, so that a run which fails leaves its curve.
+
+    Raises:
+        Diverged: The loss is not finite.
+    """
+    record = record if record is not None else Record()
+    device = device_of(spec)
+    torch.manual_seed(seed)
+    model = arm.build(task.shape).to(device)
+    loop = _Loop(arm, model, task, spec, device, lr)
+    batches = task.batches(seed, spec.batch_size, "train")
+    torch.manual_seed(seed)
+    marks = [(i + 1) / spec.evaluations for i in range(spec.evaluations)]
+    times: list[float] = []
+    recent: list[float] = []
+    limit = spec.budget
+    every = max(1, int(limit.get("steps", 0)) // 200)
+    while marks:
+        share = record.steps / limit["steps"] if "steps" in limit else record.seconds / limit["seconds"]
+        if share < marks[0] - 1e-9:
+            inputs, targets = (t.to(device) for t in next(batches))
+            begin = time.perf_counter()
+            loss = loop.step(inputs, targets, share)
+            times.append(time.perf_counter() - begin)
+            record.steps += 1
+            record.seconds += times[-1]
+            recent.append(loss)
+            if record.steps % every == 0 or not math.isfinite(loss):
+                record.train.append([record.steps, sum(recent) / len(recent) if math.isfinite(loss) else math.nan])
+                recent.clear()
+            if not math.isfinite(loss):
+                raise Diverged(f"training loss is {loss} at step {record.steps} (learning rate {loop.lr:.3g}).")
+            left = (
+                (limit["steps"] - record.steps) * cost.median_time(times[-20:], 0)
+                if "steps" in limit
+                else limit["seconds"] - record.seconds
+            )
+            tell({"what": "step", "step": record.steps, "share": share, "loss": loss, "left": max(left, 0.0)})
+            continue
+        marks.pop(0)
+        if not marks and arm.transform:
+            loop.model = _transform(arm, model, _first(task, seed, spec, device))
+        found = loop.evaluate()
+        record.curve.append({"step": record.steps, "seconds": record.seconds, **found})
+        record.metrics = found
+        tell({"what": "eval", "step": record.steps, "value": found[task.metric], "last": not marks})
+        if not all(math.isfinite(v) for v in found.values()):
+            raise Diverged(f"validation gives {found} at step {record.steps}.")
+    record.cost = loop.cost(*(t.to(device) for t in next(task.batches(seed, spec.batch_size, "train"))))
+    record.cost["step_time"] = cost.median_time(times)
+    return record
+
+
+class _Loop:
+    """The training step of an arm, by gradient or by its rule."""
+
+    def __init__(
+        self, arm: Arm, model: nn.Module, task: Task, spec: StudySpec, device: torch.device, lr: float | None
+    ) -> None:
+        own = {**spec.model_dump(include={"lr", "weight_decay", "warmup", "schedule"}), **arm.training}
+        self.model, self.task, self.spec, self.device, self.lr = model, task, spec, device, lr or own["lr"]
+        self.warmup, self.schedule = own["warmup"], own["schedule"]
+        self.rule = _rule(arm, model, spec, lr or arm.training.get("lr")) if arm.rule else None
+        weights = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in weights if p.dim() > 1], "weight_decay": own["weight_decay"]},
+            {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.weights = weights
+        self.optimizer = (
+            None if self.rule else torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=(0.9, 0.95))
+        )
+
+    def rate(self, share: float, step: float) -> float:
+        """Learning rate at a share of the budget: a linear rise, then half a cosine down to a tenth (or constant)."""
+        if share < self.warmup:
+            return self.lr * max(share, step) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * (0.55 + 0.45 * math.cos(math.pi * (share - self.warmup) / (1 - self.warmup)))
+
+    def step(self, inputs: Tensor, targets: Tensor, share: float) -> float:
+        """Learn from one batch; the loss before it."""
+        self.model.train()
+        if self.rule:
+            return float(self.rule.step((inputs, targets))["loss"])
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(share, 1 / self.spec.budget["steps"] if "steps" in self.spec.budget else 0.001)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.task.loss(self.model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.weights, self.spec.clip)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            self.optimizer.step()
+        return value
+
+    def evaluate(self) -> dict[str, float]:
+        """The task's judgement, without a trace in the model or in the random numbers."""
+        self.model.eval()
+        state = torch.get_rng_state()
+        with torch.no_grad():
+            found = self.task.evaluate(
+                self.rule.predict if self.rule else self.model, self.spec.batch_size, self.device
+            )
+        torch.set_rng_state(state)
+        return found
+
+    def cost(self, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+        """Count on one more step, of which nothing is kept (the run is over)."""
+        items = inputs.numel() if self.task.item == "token" else len(inputs)
+        found = {
+            "parameters": float(cost.parameters(self.model)),
+            "flops": cost.flops(self.model, inputs) / items,
+        }
+        self.model.train()
+        if self.optimizer:
+            self.optimizer.zero_grad(set_to_none=True)
+            found["kept"] = float(cost.bytes_kept(self.model, lambda: self.task.loss(self.model(inputs), targets)))
+            states = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        else:
+            states = []
+        alive = itertools.chain(self.model.parameters(), self.model.buffers(), states, (inputs, targets))
+        found["peak_memory"] = float(cost.peak_bytes(lambda: self.step(inputs, targets, 1.0), alive, self.device))
+        return found
+
+
+def _rule(arm: Arm, model: nn.Module, spec: StudySpec, lr: float | None) -> Rule:
+    assert arm.rule is not None
+    slug, options = arm.rule
+    make = catalog.get(slug).resolve()
+    if lr is not None and "lr" not in options:
+        if "lr" not in inspect.signature(make).parameters:
+            raise StudyError(f"arm {arm.name!r}: the rule {slug!r} takes no learning rate `lr`.")
+        options = {**options, "lr": lr}
+    return make(model, **options)  # type: ignore[no-any-return]
+
+
+def _transform(arm: Arm, model: nn.Module, data: list[tuple[Tensor, Tensor]], plan_only: bool = False) -> nn.Module:
+    assert arm.transform is not None
+    slug, options = arm.transform
+    plan = catalog.get(slug).resolve()().plan(copy.deepcopy(model), data, **options)
+    return model if plan_only else plan.apply()  # type: ignore[no-any-return]
+
+
+def _first(task: Task, seed: int, spec: StudySpec, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Eight training batches for a transform to calibrate on."""
+    batches: Iterator[tuple[Tensor, Tensor]] = itertools.islice(task.batches(seed, spec.batch_size, "train"), 8)
+    return [(x.to(device), y.to(device)) for x, y in batches]
