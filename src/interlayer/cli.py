@@ -186,10 +186,14 @@ def claim(
         if not system.claim.exists():
             _stop(f"claim: {system.slug!r} has no claim yet. `interlayer list --state ready` shows those that have.")
     for system in chosen:
-        result = run(load(system.slug), scale=scale.value, seeds=seeds)
-        typer.echo(str(result))
+        result = run(load(system.slug), scale=scale.value, seeds=seeds, progress=_tell if sys.stderr.isatty() else None)
+        typer.echo(f"{system.slug}: {result}")
         if store:
             result.save(system.result)
+
+
+def _tell(done: int, count: int, arm: str, seed: int) -> None:
+    typer.echo(f"\r\033[K{done + 1}/{count} {arm}, seed {seed}", nl=False, err=True)
 
 
 @app.command("apply")

@@ -16,8 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# Stands for "never arrived" in differences.
-FAR = 1e12
+Scale = SimpleNamespace  # what `measure` gets: the fields of the chosen entry of `scales`
 VERDICTS = ("holds", "partly", "not at this scale", "void")
 LEVEL = 0.95  # of every interval
 

@@ -1,0 +1,58 @@
+"""DenseFormer against the plain Transformer and a deeper one."""
+
+from __future__ import annotations
+
+import torch
+
+from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims.training import judge, train
+from interlayer.core.slots import parse_spec
+from interlayer.core.stream import PreNorm, State
+from interlayer.layers.stream.denseformer import DenseFormer
+from interlayer.models import Transformer
+
+
+class Frozen(DenseFormer):
+    """The control: the averages stay as they started, so nothing of earlier blocks is ever read."""
+
+    def start(self, x: torch.Tensor) -> State:
+        self.alpha.requires_grad_(False)
+        return super().start(x)
+
+
+def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
+    """Validation loss after equal steps on the bytes of Python's standard library, and what the stream keeps."""
+    torch.manual_seed(seed)
+    deeper = arm == "deeper"
+    stream = {"plain": PreNorm, "deeper": PreNorm, "frozen": Frozen}.get(arm, arm)
+    model = Transformer(depth=scale.depth + 2 * deeper, width=scale.width, heads=4, stream=stream)
+    train(
+        model,
+        "stdlib-bytes",
+        seed=seed,
+        steps=scale.steps,
+        lr=2e-3,
+        batch=16,
+        warmup=scale.steps // 10,
+        cut=scale.length,
+    )
+    found = judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=scale.length)
+    kept = 0 if not isinstance(model.trunk.stream, DenseFormer) else len(model.trunk.stream.last_reader)
+    return {"loss": found["loss"], "outputs kept": kept, "dilation": parse_spec(arm)[1].get("dilation", 0)}
+
+
+CLAIM = Claim(
+    says="At equal steps the depth-weighted average lowers the Transformer's validation loss, with dilation 1 and 4.",
+    measure=measure,
+    arms=("plain", "deeper", "denseformer", "denseformer(dilation=2)", "denseformer(dilation=4)"),
+    expect=(
+        lowest("loss", "denseformer", than=("plain",)),
+        lowest("loss", "denseformer(dilation=4)", than=("plain",)),
+    ),
+    control="frozen",
+    scales={
+        "smoke": {"depth": 4, "width": 32, "length": 16, "steps": 2, "judged": 1},
+        "small": {"depth": 8, "width": 64, "length": 64, "steps": 150, "judged": 8},
+        "full": {"depth": 48, "width": 768, "length": 128, "steps": 20000, "judged": 200},
+    },
+)
