@@ -1,0 +1,205 @@
+"""The three ways to find the permutation: from weights, from activations, from the loss at the midpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from interlayer.core import taps
+from interlayer.core.wiring import Group, Member, Wiring
+
+State = Mapping[str, Tensor]
+Loss = Callable[[Any, Any], Tensor]
+
+
+def rows(weight: Tensor, member: Member) -> Tensor:
+    """The part of a weight that each unit of a group owns: ``[units, values]``."""
+    return weight.movedim(member.dim, 0)[member.index.to(weight.device)].flatten(1)
+
+
+def assign(similarity: Tensor) -> Tensor:
+    """The permutation p that maximises the sum of ``similarity[i, p[i]]``."""
+    return torch.from_numpy(linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)[1])
+
+
+def agreement(target: State, moving: State, names: Iterable[str]) -> float:
+    """The inner product of two sets of weights, which weight matching raises."""
+    return sum(float(torch.dot(target[n].flatten().double(), moving[n].flatten().double())) for n in names)
+
+
+def match_weights(
+    wiring: Wiring, target: State, moving: State, *, names: Iterable[str], seed: int = 0
+) -> dict[str, Tensor]:
+    """Weight matching: ``moving`` permuted so that it agrees with ``target`` as well as coordinate descent can tell.
+
+    Each step takes one group and solves, the others held, for the permutation of the largest ``<target, moving>``.
+    A group may sit on both axes of a weight; then the linear assignment is only a proposal, and a step that does not
+    raise the inner product is not taken.
+
+    Args:
+        wiring: The tied axes, as ``trace`` finds them.
+        target: Weights of the model that stays.
+        moving: Weights of the model that is permuted, with buffers, which move along.
+        names: The weights that count in the inner product (parameters, without running statistics).
+        seed: Order in which groups are visited.
+    """
+    counted = set(names)
+    state, generator = dict(moving), torch.Generator().manual_seed(seed)
+    groups = list(wiring.groups.values())
+    progress = True
+    while progress:
+        progress = False
+        for n in torch.randperm(len(groups), generator=generator).tolist():
+            group = groups[n]
+            members = [m for m in group.members if m.name in counted]
+            pairs = [(rows(target[m.name], m), rows(state[m.name], m)) for m in members]
+            if not pairs:
+                continue
+            similarity = torch.cat([a for a, _ in pairs], 1) @ torch.cat([b for _, b in pairs], 1).T
+            perm = assign(similarity)
+            gain = similarity[torch.arange(group.size), perm].sum() - similarity.trace()
+            if gain <= 1e-6 * similarity.abs().max():
+                continue
+            moved = wiring.permute(
+                {m.name: state[m.name] for m in group.members} | _aliased(wiring, state, group), {group.name: perm}
+            )
+            if len({m.name for m in members}) < len(members):
+                touched = {m.name for m in members}
+                if agreement(target, moved, touched) <= agreement(target, state, touched) + 1e-6 * float(
+                    similarity.abs().max()
+                ):
+                    continue
+            state |= moved
+            progress = True
+    return state
+
+
+def _aliased(wiring: Wiring, state: State, group: Group) -> dict[str, Tensor]:
+    moved = {m.name for m in group.members}
+    return {alias: state[alias] for alias, name in wiring.aliases.items() if name in moved and alias in state}
+
+
+def match_activations(wiring: Wiring, model: nn.Module, other: nn.Module, data: Any) -> dict[str, Tensor]:
+    """Activation matching: for each group the permutation that maximises the correlation of the units' activations.
+
+    Groups inside units of other groups come after those, one pass over the data for each level.
+    """
+    moving = {k: v for k, v in other.state_dict().items() if isinstance(v, Tensor)}
+    moved = copy.deepcopy(other)
+    level = [g for g in wiring.groups.values() if g.parent is None]
+    while level:
+        perms = {g.name: assign(s) for g, s in zip(level, correlations(level, model, moved, data), strict=True)}
+        moving = wiring.permute(moving, perms)
+        moved.load_state_dict({**moved.state_dict(), **moving})
+        above = {g.name for g in level}
+        level = [g for g in wiring.groups.values() if g.parent is not None and g.parent[0] in above]
+    return moving
+
+
+def correlations(groups: Sequence[Group], model: nn.Module, other: nn.Module, data: Any) -> list[Tensor]:
+    """For each group ``[unit of model, unit of other]``: correlation over the data, summed over where the units show."""
+    names = sorted({m.name for g in groups for m in g.outputs})
+    sums: dict[tuple[int, int], list[Tensor]] = {}
+    for batch in data if names else ():
+        with taps.read(model, names) as left, taps.read(other, names) as right:
+            for net in (model, other):
+                with torch.no_grad(), taps.at_rest(net):
+                    for _ in taps.feed(net, [batch]):
+                        pass
+        for n, group in enumerate(groups):
+            for place, m in enumerate(group.outputs):
+                a, b = (rows(x[m.name].double(), m) for x in (left, right))  # every other axis holds samples
+                count = torch.tensor(a.shape[1])
+                now = [count, a.sum(1), b.sum(1), a.square().sum(1), b.square().sum(1), a @ b.T]
+                old = sums.get((n, place), [torch.zeros(())] * len(now))
+                sums[n, place] = [s + t for s, t in zip(old, now, strict=True)]
+    out = [torch.eye(g.size, dtype=torch.float64) * 1e-9 for g in groups]  # a group that shows nowhere stays
+    for (n, _), (count, a, b, aa, bb, ab) in sums.items():
+        spread = [(s / count - (m / count).square()).clamp_min(1e-12).sqrt() for s, m in ((aa, a), (bb, b))]
+        out[n] += ((ab / count - torch.outer(a, b) / count**2) / torch.outer(*spread)).cpu()
+    return out
+
+
+def match_straight_through(
+    wiring: Wiring,
+    model: nn.Module,
+    moving: State,
+    batches: Sequence[Any],
+    *,
+    loss: Loss,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Straight-through matching: find the permutation whose midpoint with ``model`` has the least loss.
+
+    Free weights start at those of ``model``. Each step projects: it permutes ``moving`` to agree with the free weights.
+    The loss is taken at the midpoint of ``model`` and the projection, and its gradient goes to the free weights as if
+    they had been the projection. Of all projections met, the one with the least midpoint loss is returned.
+    """
+    fixed = {n: p.detach() for n, p in model.named_parameters()}
+    free = {n: p.clone().requires_grad_() for n, p in fixed.items()}
+    buffers = {n: b.detach() for n, b in model.named_buffers()}
+    optimiser = torch.optim.SGD(list(free.values()), lr=lr, momentum=0.9)
+    state, best, least = dict(moving), dict(moving), float("inf")
+    with taps.at_rest(model), torch.enable_grad():
+        for step in range(steps):
+            state = match_weights(
+                wiring, {n: p.detach() for n, p in free.items()}, state, names=fixed, seed=seed + step
+            )
+            middle = {n: (fixed[n] + state[n].detach() + (free[n] - free[n].detach())) / 2 for n in fixed}
+            kept = {n: (b + state[n]) / 2 if b.is_floating_point() and n in state else b for n, b in buffers.items()}
+            batch = batches[step % len(batches)]
+            value = loss(torch.func.functional_call(model, middle | kept, (batch[0],), tie_weights=True), batch[1])
+            if value.item() < least:
+                best, least = dict(state), value.item()
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+    return best
+
+
+def match_weights_naive(
+    wiring: Wiring, target: State, moving: State, *, names: Iterable[str], seed: int = 0
+) -> dict[str, Tensor]:
+    """Algorithm 1 as the paper writes it: from the original weights each time, permutation by permutation, unit by unit.
+
+    For networks whose groups do not lie inside each other.
+    """
+    counted, generator = set(names), torch.Generator().manual_seed(seed)
+    groups = list(wiring.groups.values())
+    perms = {g.name: list(range(g.size)) for g in groups}
+
+    def permuted(name: str, skip: tuple[str, int] | None = None) -> Tensor:
+        weight = moving[name]
+        for group in groups:
+            for m in group.members:
+                if m.name == name and (group.name, m.dim) != skip:
+                    old, weight = weight, weight.clone()
+                    for unit, source in enumerate(perms[group.name]):
+                        for to, place in zip(m.index[unit].tolist(), m.index[source].tolist(), strict=True):
+                            weight.select(m.dim, to).copy_(old.select(m.dim, place))
+        return weight
+
+    progress = True
+    while progress:
+        progress = False
+        for n in torch.randperm(len(groups), generator=generator).tolist():
+            group = groups[n]
+            similarity = torch.zeros(group.size, group.size)
+            for m in group.members:
+                if m.name in counted:
+                    a, b = rows(target[m.name], m), rows(permuted(m.name, (group.name, m.dim)), m)
+                    for unit in range(group.size):
+                        similarity[unit] += b @ a[unit]
+            perm = assign(similarity).tolist()
+            old = sum(float(similarity[i, j]) for i, j in enumerate(perms[group.name]))
+            new = sum(float(similarity[i, j]) for i, j in enumerate(perm))
+            if new > old + 1e-6 * float(similarity.abs().max()):
+                perms[group.name], progress = perm, True
+    return {name: permuted(name) for name in moving}

@@ -1,0 +1,226 @@
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from interlayer.core import recipe
+from interlayer.core.wiring import trace
+from interlayer.transform.merge.git_rebasin import (
+    GitRebasin,
+    agreement,
+    barrier,
+    estimate_statistics,
+    interpolate,
+    match_weights,
+    match_weights_naive,
+)
+
+METHODS = ["weights", "activations", "straight-through"]
+
+
+def mlp(*widths: int, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = [m for a, b in itertools.pairwise(widths[:-1]) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+def convnet(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    body = [nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.BatchNorm2d(8)]
+    model = nn.Sequential(*body, nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8 * 4, 3))
+    for _ in range(3):
+        model(torch.randn(16, 2, 8, 8))
+    return model.eval()
+
+
+def names(model: nn.Module) -> list[str]:
+    return [n for n, _ in model.named_parameters()]
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_shuffled_copy_is_found_back(method):
+    model = mlp(6, 20, 12, 3)
+    x = torch.randn(64, 6)
+    wiring = trace(model, x)
+    other = copy.deepcopy(model)
+    other.load_state_dict(wiring.permute(model.state_dict(), wiring.random(3)))
+    data = [(x, torch.randint(0, 3, (64,)))]
+    aligned = GitRebasin().plan(model, data, other=other, method=method, merge=None, steps=3).apply()
+    assert not same(other, model) and same(aligned, model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_function_is_preserved_and_both_models_are_left_alone(method):
+    a, b = convnet(0).double(), convnet(1).double()
+    x = torch.randn(8, 2, 8, 8, dtype=torch.float64)
+    before = copy.deepcopy(a), copy.deepcopy(b)
+    plan = GitRebasin().plan(a, [(x, torch.randint(0, 3, (8,)))], other=b, method=method, merge=None, steps=4)
+    aligned = plan.apply()
+    assert {r.what for r in plan.touched} == {"permute 6 units, 7 axes", "permute 8 units, 7 axes"}
+    assert any("reaches the output" in r.why for r in plan.skipped)
+    assert not same(aligned, b) and torch.allclose(aligned(x), b(x), rtol=1e-9, atol=1e-12)
+    assert same(a, before[0]) and same(b, before[1]) and not a.training
+    assert same(aligned, plan.apply())
+
+
+def test_weight_matching_on_gpt2_aligns_heads_and_keeps_the_function(tmp_path):
+    import transformers
+
+    sized = {"n_embd": 12, "n_layer": 1, "n_head": 3, "vocab_size": 30, "n_positions": 12, "bos_token_id": 0}
+    config = transformers.GPT2Config(**sized, eos_token_id=0, use_cache=False)
+    torch.manual_seed(0)
+    a, b = (transformers.GPT2LMHeadModel(config).double().eval() for _ in range(2))
+    batch = {"input_ids": torch.randint(0, 30, (2, 6))}
+    aligned = GitRebasin().plan(a, batch, other=b, merge=None).apply()
+    assert torch.allclose(aligned(**batch).logits, b(**batch).logits, rtol=1e-9, atol=1e-12)
+    gains = [agreement(a.state_dict(), m.state_dict(), names(a)) for m in (b, aligned)]
+    assert gains[1] > gains[0]
+    activation = GitRebasin().plan(a, batch, other=b, merge=None, method="activations").apply()
+    assert torch.allclose(activation(**batch).logits, b(**batch).logits, rtol=1e-9, atol=1e-12)
+    merged = GitRebasin().plan(a, batch, other=b, merge=0.5).apply()
+    recipe.save(merged, tmp_path / "merged")
+    assert torch.equal(recipe.load(tmp_path / "merged")(**batch).logits, merged(**batch).logits)
+
+
+def test_weight_matching_agrees_with_its_naive_twin():
+    for seed in range(5):
+        a, b = mlp(5, 9, 7, 3, seed=seed), mlp(5, 9, 7, 3, seed=100 + seed)
+        wiring = trace(a, torch.randn(1, 5))
+        fast, slow = (
+            match(wiring, a.state_dict(), b.state_dict(), names=names(a), seed=seed)
+            for match in (match_weights, match_weights_naive)
+        )
+        for name in names(a):
+            assert torch.equal(fast[name], slow[name])
+
+
+def test_with_one_group_weight_matching_is_optimal():
+    a, b = mlp(3, 5, 2, seed=1), mlp(3, 5, 2, seed=2)
+    wiring = trace(a, torch.randn(1, 3))
+    found = agreement(a.state_dict(), match_weights(wiring, a.state_dict(), b.state_dict(), names=names(a)), names(a))
+    every = [
+        agreement(a.state_dict(), wiring.permute(b.state_dict(), {"0.weight:0": list(p)}), names(a))
+        for p in itertools.permutations(range(5))
+    ]
+    assert found == pytest.approx(max(every), abs=1e-6)
+
+
+def test_a_group_on_both_axes_of_a_weight_never_gets_worse():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.turn, self.leave = nn.Linear(3, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 2)
+
+        def forward(self, x):
+            h = self.enter(x)
+            return self.leave(h + self.turn(h))
+
+    torch.manual_seed(0)
+    gains = []
+    for seed in range(5):
+        a, b = Loop(), Loop()
+        wiring = trace(a, torch.randn(1, 3))
+        group = wiring.groups["enter.weight:0"]
+        assert [m.dim for m in group.members if m.name == "turn.weight"] == [0, 1]
+        state = match_weights(wiring, a.state_dict(), b.state_dict(), names=names(a), seed=seed)
+        gains.append(agreement(a.state_dict(), state, names(a)) - agreement(a.state_dict(), b.state_dict(), names(a)))
+    assert min(gains) >= 0 and sum(g > 0.1 for g in gains) >= 2
+
+
+def test_straight_through_returns_the_least_midpoint_loss_met():
+    torch.manual_seed(0)
+    x = torch.randn(128, 6)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    a, b = mlp(6, 16, 2, seed=1), mlp(6, 16, 2, seed=2)
+    for net in (a, b):
+        optimiser = torch.optim.Adam(net.parameters(), lr=0.02)
+        for _ in range(60):
+            optimiser.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimiser.step()
+
+    def midpoint(method, **options):
+        merged = GitRebasin().plan(a, [(x, y)], other=b, method=method, **options).apply()
+        return F.cross_entropy(merged(x), y).item()
+
+    assert midpoint("straight-through", steps=15, lr=0.05) <= midpoint("straight-through", steps=1)
+    assert midpoint("straight-through", steps=1) == pytest.approx(midpoint("weights"))  # it starts from weight matching
+
+
+def test_interpolation_ends_middle_and_barrier():
+    a, b = mlp(4, 6, 3, seed=0), mlp(4, 6, 3, seed=1)
+    x = torch.randn(10, 4)
+    assert torch.allclose(interpolate(a, b, 0.0)(x), a(x)) and torch.allclose(interpolate(a, b, 1.0)(x), b(x))
+    assert torch.allclose(interpolate(a, b, 0.25)[0].bias, 0.75 * a[0].bias + 0.25 * b[0].bias)
+
+    def parabola(model):  # of the weight of b
+        w = (model[0].bias - a[0].bias).norm() / (b[0].bias - a[0].bias).norm()
+        return 1 - (2 * w.item() - 1) ** 2
+
+    assert barrier(a, b, parabola, points=11) == pytest.approx(1.0, abs=1e-5)
+    assert barrier(a, b, lambda m: -parabola(m)) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_batch_statistics_are_those_of_the_data():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    data = [torch.randn(50, 3) * 2 + 1 for _ in range(4)]
+    estimate_statistics(model.eval(), data)
+    assert torch.allclose(model[0].running_mean, torch.cat(data).mean(0), atol=1e-5)
+    assert torch.allclose(model[0].running_var, torch.stack([d.var(0) for d in data]).mean(0), atol=1e-5)
+    assert not model.training and model[0].momentum == 0.1
+
+
+def test_counterexample_of_the_paper_has_a_barrier_under_every_permutation():
+    """Two networks that both classify a quadrant perfectly; between them is a worse one, however units are permuted.
+
+    A builds on "not x" and "not y", B on "x" and "y": their first layers are each other's negative.
+    """
+
+    def network(first, first_bias, second, second_bias):
+        net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+        values = [first, first_bias, second, second_bias, [[-1, -1]], [0]]
+        net.load_state_dict({k: torch.tensor(v).double() for k, v in zip(net.state_dict(), values, strict=True)})
+        return net.double()
+
+    a = network([[-1.0, 0], [0, -1]], [1.0, 0], [[-1.0, 0], [0, 1]], [1.0, 0])
+    b = network([[1.0, 0], [0, 1]], [0.0, 1], [[1.0, 0], [0, -1]], [0.0, 1])
+    x = torch.rand(4096, 2, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    y = (x[:, 0] <= 0) & (x[:, 1] >= 0)
+
+    def error(net):
+        return float(((net(x)[:, 0] >= 0) != y).double().mean())
+
+    wiring = trace(a, x)
+    assert [g.size for g in wiring.groups.values()] == [2, 2]
+    found = {}
+    for first, second in itertools.product(itertools.permutations(range(2)), repeat=2):
+        moved = copy.deepcopy(b)
+        moved.load_state_dict(wiring.permute(b.state_dict(), dict(zip(wiring.groups, (first, second), strict=True))))
+        assert torch.allclose(moved(x), b(x))
+        found[first, second] = (error(a), error(moved), barrier(a, moved, error, points=21))
+        print(found[first, second])
+    assert len(found) == 4
+    for ends_a, ends_b, gap in found.values():
+        assert ends_a == ends_b == 0 and gap > 0.1
+
+
+def test_clear_errors():
+    a = mlp(4, 6, 3)
+    x = torch.randn(2, 4)
+    with pytest.raises(ValueError, match="unknown method 'magic'"):
+        GitRebasin().plan(a, x, other=a, method="magic")
+    with pytest.raises(ValueError, match="at least one batch"):
+        GitRebasin().plan(a, other=a)
+    with pytest.raises(ValueError, match=r"differ at '0.weight'.*\(6, 4\).*\(7, 4\)"):
+        GitRebasin().plan(a, x, other=mlp(4, 7, 3))
+    with pytest.raises(ValueError, match="nothing to permute in Linear"):
+        GitRebasin().plan(nn.Linear(4, 3), x, other=nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="needs \\(inputs, targets\\)"):
+        GitRebasin().plan(a, x, other=a, method="straight-through")
