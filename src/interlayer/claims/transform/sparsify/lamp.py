@@ -7,27 +7,15 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from interlayer.claims import Claim, highest
+from interlayer.claims.training import judge, train
 from interlayer.core import weights
 from interlayer.transform.sparsify.lamp import Lamp, shares
 
-SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 ARMS = ("lamp", "global", "uniform", "erdos-renyi-kernel", "lamp-shuffled")
 REVERSED = "lamp-reversed"
-
-
-@lru_cache(maxsize=1)
-def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
-    split = train_test_split(x.reshape(-1, 1, 8, 8) / 16 - 0.3, y, test_size=0.3, random_state=0, stratify=y)
-    x_train, x_test, y_train, y_test = (torch.as_tensor(part) for part in split)
-    return x_train.float(), y_train, x_test.float(), y_test
 
 
 def _net() -> nn.Module:
@@ -39,32 +27,11 @@ def _net() -> nn.Module:
     )
 
 
-def _train(model: nn.Module, steps: int, seed: int) -> None:
-    x, y, _, _ = _digits()
-    chance = torch.Generator().manual_seed(seed)
-    model.train()
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for _ in range(steps):
-        batch = torch.randint(len(x), (64,), generator=chance)
-        loss = F.cross_entropy(model(x[batch]), y[batch])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module) -> float:
-    _, _, x, y = _digits()
-    return (model.eval()(x).argmax(1) == y).double().mean().item()
-
-
 @lru_cache(maxsize=8)
 def _dense(steps: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = _net()
-    _train(model, steps, seed)
+    train(model, "digits", seed=seed, steps=steps, lr=2e-3)
     return model
 
 
@@ -88,14 +55,14 @@ def _prune(dense: nn.Module, sparsity: float, arm: str, seed: int) -> nn.Module:
 
 
 def measure(arm: str, seed: int, scale: SimpleNamespace) -> dict[str, float]:
-    """Accuracy after one-shot pruning and fine-tuning at each sparsity, and before fine-tuning at the highest."""
+    """Accuracy after one-shot pruning and fine-tuning at each sparsity, and before any fine-tuning."""
     dense = copy.deepcopy(_dense(scale.steps, seed))
-    result = {"accuracy_0": _accuracy(dense)}
-    for sparsity in SPARSITIES:
+    result = {"accuracy_0": judge(dense, "digits")["accuracy"]}
+    for sparsity in scale.sparsities:
         model = _prune(dense, sparsity, arm, seed)
-        result["untuned_98"] = _accuracy(model)
-        _train(model, scale.steps // 2, seed + 1000)
-        result[f"accuracy_{round(100 * sparsity)}"] = _accuracy(model)
+        result[f"untuned_{round(100 * sparsity)}"] = judge(model, "digits")["accuracy"]
+        train(model, "digits", seed=seed + 1000, steps=scale.steps // 2, lr=1e-3)
+        result[f"accuracy_{round(100 * sparsity)}"] = judge(model, "digits")["accuracy"]
     return result
 
 
@@ -106,6 +73,10 @@ CLAIM = Claim(
     arms=ARMS,
     expect=highest("accuracy_98", "lamp", than=("global", "uniform", "erdos-renyi-kernel")),
     control=REVERSED,
-    scales={"smoke": {"steps": 8}, "small": {"steps": 200}, "full": {"steps": 3000}},
+    scales={
+        "smoke": {"steps": 4, "sparsities": (0.98,)},
+        "small": {"steps": 200, "sparsities": (0.5, 0.8, 0.9, 0.95, 0.98)},
+        "full": {"steps": 3000, "sparsities": (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)},
+    },
     seeds=3,
 )
