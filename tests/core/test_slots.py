@@ -35,13 +35,13 @@ def test_a_constructor_gets_what_it_names_and_options_come_first():
 
 
 def test_errors_name_slot_and_mend():
-    with pytest.raises(ValueError, match="no slot 'strem'. Did you mean 'stream'"):
+    with pytest.raises(ValueError, match=r"no slot 'strem'. Did you mean 'stream'"):
         fill("strem", "rezero")
     with pytest.raises(ValueError, match="Did you mean 'rezero'"):
         fill("stream", "rezzero", depth=1)
     with pytest.raises(ValueError, match="fills the slot 'norm'"):
         fill("stream", "rmsnorm", depth=1)
-    with pytest.raises(ValueError, match="no option 'dilatoin'. Did you mean 'dilation'"):
+    with pytest.raises(ValueError, match=r"no option 'dilatoin'. Did you mean 'dilation'"):
         fill("stream", "denseformer(dilatoin=2)", depth=1, width=4)
     with pytest.raises(TypeError, match="finished Linear"):
         fill("norm", nn.Linear(2, 2))

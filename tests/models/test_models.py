@@ -112,11 +112,11 @@ def test_build_fits_the_task(base, shape):
 
 
 def test_clear_errors():
-    with pytest.raises(ValueError, match="no base 'transfomer'. Did you mean 'transformer'"):
+    with pytest.raises(ValueError, match=r"no base 'transfomer'. Did you mean 'transformer'"):
         build("transfomer", DataShape("tokens", "tokens", vocab=5, length=5))
     with pytest.raises(ValueError, match="'convnet' cannot take tokens"):
         build("convnet", DataShape("tokens", "tokens", vocab=5, length=5))
-    with pytest.raises(ValueError, match="no slot or size 'strem'. Did you mean 'stream'"):
+    with pytest.raises(ValueError, match=r"no slot or size 'strem'. Did you mean 'stream'"):
         Transformer(strem="rezero")
     with pytest.raises(ValueError, match="40 tokens, but the model was built for length=32"):
         Transformer(**TINY)(torch.zeros(1, 40, dtype=torch.long))
@@ -124,7 +124,7 @@ def test_clear_errors():
         Transformer(**TINY)(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="needs attention"):
         MLP(4, 2, stream="value-residual")
-    with pytest.raises(ValueError, match="6 n"):
+    with pytest.raises(ValueError, match=r"6 n"):
         ConvNet(depth=21)
     with pytest.raises(ValueError, match="does not divide"):
         VisionTransformer(1, 9, patch=2)

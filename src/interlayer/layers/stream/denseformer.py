@@ -86,10 +86,9 @@ class DenseFormer(PreNorm):
     @torch.no_grad()
     def matrix(self) -> Tensor:
         """The learned weights as [depth, depth + 1]: row i - 1 is block i, column j the output of block j (0: input)."""
-        table = torch.zeros(self.depth, self.depth + 1)
+        table = next(self.alpha.parameters(), torch.empty(0)).new_zeros(self.depth, self.depth + 1)
         for i in range(1, self.depth + 1):
-            alpha = self.alpha[str(i)].float().cpu() if i in self.sources else torch.ones(1)
-            table[i - 1, [*self.sources.get(i, []), i]] = alpha
+            table[i - 1, [*self.sources.get(i, []), i]] = self.alpha[str(i)] if i in self.sources else table.new_ones(1)
         return table
 
     def figure(self) -> Any:
@@ -100,7 +99,7 @@ class DenseFormer(PreNorm):
         axes = figure.subplots()
         table = self.matrix()
         top = float(table.abs().max())
-        image = axes.imshow(table, cmap="RdBu_r", vmin=-top, vmax=top)
+        image = axes.imshow(table.float().cpu().numpy(), cmap="RdBu_r", vmin=-top, vmax=top)
         axes.set(xlabel="read from block (0: embedding)", ylabel="after block", yticks=range(self.depth))
         axes.set_yticklabels([str(i) for i in range(1, self.depth + 1)])
         figure.colorbar(image, label="weight")

@@ -1,0 +1,151 @@
+"""RMSNorm: normalisation by the root mean square, without centring."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interlayer.core.example import Example
+
+CHUNK = (
+    1 << 16
+)  # numbers that a core's second-level cache holds three times over: operands meet again while they are near
+
+
+class RMSNorm(nn.Module):
+    """Each vector is divided by its root mean square, or by that of its first part, and scaled by a learned gain.
+
+    Paper: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+
+    Equation (section 3): ``y_i = g_i x_i / RMS(x)`` with ``RMS(x) = sqrt(1/k sum_{j<=k} x_j^2)``, ``k = n``, or
+    ``k = ceil(p n)`` for the partial norm of section 3.2. ``eps`` is added under the root, as torch does. Re-scaling ``x``
+    or the weights that made it changes nothing; a shift does.
+
+    Args:
+        width: Features D.
+        partial: Share p of the features, from the first, that the statistic is taken from.
+        eps: Added to the mean square; the machine epsilon of the type computed in if None.
+        bias: Whether to add a learned bias (the paper's has none).
+
+    Shapes: [..., D] to [..., D], in the type of the input. bfloat16 and float16 are computed in float32.
+
+    Raises:
+        ValueError: ``partial`` outside (0, 1], ``width`` below 1, or an input whose last size is not ``width``.
+
+    Example:
+        >>> import torch
+        >>> norm = RMSNorm(8, partial=0.25)
+        >>> x = torch.randn(3, 8)
+        >>> torch.allclose(norm(100 * x), norm(x), atol=1e-5)
+        True
+    """
+
+    def __init__(self, width: int, *, partial: float = 1.0, eps: float | None = 1e-6, bias: bool = False) -> None:
+        super().__init__()
+        if width < 1 or not 0 < partial <= 1:
+            raise ValueError(
+                f"RMSNorm: width {width} and partial {partial}; wanted a width of at least 1 and a share in (0, 1]."
+            )
+        self.width, self.partial, self.eps = width, partial, eps
+        self.first = math.ceil(partial * width - 1e-9)  # 1e-9: 0.07 * 100 is 7.000000000000001
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Normalise the last dimension."""
+        if x.ndim == 0 or x.shape[-1] != self.width:
+            raise ValueError(
+                f"RMSNorm: input {tuple(x.shape)}; wanted [..., {self.width}], the width that it was built with."
+            )
+        wide = torch.promote_types(x.dtype, torch.float32)
+        eps = torch.finfo(wide).eps if self.eps is None else self.eps
+        if torch.compiler.is_compiling() or x.dtype != self.weight.dtype or x.dtype != wide:
+            y = rms_norm_naive(x.to(wide), self.weight.to(wide), self.first, eps)  # a compiler fuses it
+        elif x.device.type == "cpu":
+            y = RMS.apply(x, self.weight, self.first, eps)
+        elif self.first == self.width:
+            y = F.rms_norm(x, (self.width,), self.weight, eps)
+        else:
+            y = rms_norm_naive(x, self.weight, self.first, eps)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"{self.width}, partial={self.partial}, eps={self.eps}, bias={self.bias is not None}"
+
+
+def rms_norm_naive(x: Tensor, weight: Tensor, first: int, eps: float) -> Tensor:
+    """The equation as the paper writes it."""
+    return x * torch.rsqrt(x[..., :first].square().mean(-1, keepdim=True) + eps) * weight
+
+
+class RMS(torch.autograd.Function):
+    """``rms_norm_naive`` on a CPU in eager mode: few passes, and each over rows that are still in the cache.
+
+    With ``r = 1 / RMS(x)`` and ``s = sum_i dy_i w_i x_i``: ``dx = r w dy - [j <= k] r^3 s x / k``, ``dw = sum_rows r x dy``.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, first: int, eps: float) -> Tensor:
+        rows_ND = x.reshape(-1, x.shape[-1])
+        y_ND, size = torch.empty_like(rows_ND), _rows(x)
+        for a, y in zip(rows_ND.split(size), y_ND.split(size), strict=True):
+            torch.mul(a, _inverse_rms(a, first, eps), out=y).mul_(weight)
+        return y_ND.view(x.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, ctx.first, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        k, eps = ctx.first, ctx.eps
+        if torch.is_grad_enabled():  # a second derivative is wanted: the same in operations that have one
+            r = torch.rsqrt(x[..., :k].square().mean(-1, keepdim=True) + eps)
+            shrink = r**3 * (dy * weight * x).sum(-1, keepdim=True) / k
+            dx = r * weight * dy - shrink * F.pad(x[..., :k], (0, x.shape[-1] - k))
+            return dx, (r * x * dy).reshape(-1, x.shape[-1]).sum(0), None, None
+        rows_ND, dy_ND = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
+        dx_ND, dweight, size = torch.empty_like(rows_ND), torch.zeros_like(weight), _rows(x)
+        for a, d, out in zip(rows_ND.split(size), dy_ND.split(size), dx_ND.split(size), strict=True):
+            r = _inverse_rms(a, k, eps)
+            torch.mul(a, d, out=out)
+            shrink = torch.mv(out, weight).unsqueeze(1).mul_(r.square()).mul_(-1 / k)
+            dweight.addmv_(out.T, r[:, 0])
+            torch.mul(d, weight, out=out)
+            out[:, :k].addcmul_(a[:, :k], shrink)
+            out.mul_(r)
+        return dx_ND.view(x.shape), dweight, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, first: int, eps: float
+    ) -> tuple[Tensor, int]:
+        """Rows are independent; batched weights are rare and take the equation."""
+        at = in_dims[0]
+        x = x.movedim(at, 0) if at is not None else x.expand(info.batch_size, *x.shape)
+        if in_dims[1] is None:
+            return RMS.apply(x, weight, first, eps), 0
+        weight = weight.movedim(in_dims[1], 0)
+        return rms_norm_naive(x, weight.reshape(len(weight), *[1] * (x.ndim - 2), -1), first, eps), 0
+
+
+def _rows(x: Tensor) -> int:
+    return max(1, CHUNK // x.shape[-1])
+
+
+def _inverse_rms(rows: Tensor, first: int, eps: float) -> Tensor:
+    """1 / RMS of each row as a column. Recomputed in the backward pass: reading again is cheap where x is read anyway."""
+    return torch.linalg.vector_norm(rows[:, :first], dim=1, keepdim=True).square_().mul_(1 / first).add_(eps).rsqrt_()
+
+
+EXAMPLE = Example(
+    make=lambda: RMSNorm(12), inputs=lambda: (torch.randn(3, 5, 12),), odd=lambda: (torch.randn(2, 7, 1, 12),)
+)
