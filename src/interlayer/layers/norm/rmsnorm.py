@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
     Paper: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
 
     Equation (section 3): ``y_i = g_i x_i / RMS(x)`` with ``RMS(x) = sqrt(1/k sum_{j<=k} x_j^2)``, ``k = n``, or
-    ``k = ceil(p n)`` for the partial norm of section 3.2. ``eps`` is added under the root, as torch does. Re-scaling ``x``
+    ``k = ceil(p n)`` for the partial norm (the authors' code rounds down). ``eps`` is added under the root, as torch does. Re-scaling ``x``
     or the weights that made it changes nothing; a shift does.
 
     Args:
@@ -104,7 +104,7 @@ class RMS(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         k, eps = ctx.first, ctx.eps
         if torch.is_grad_enabled():  # a second derivative is wanted: the same in operations that have one
