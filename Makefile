@@ -6,7 +6,7 @@ SET_UP := $(VENV)/.set-up
 PYTEST_WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint audit claims bench docs clean set-up
+.PHONY: demo test lint audit readme claims bench docs clean set-up
 
 demo: set-up
 	$(BIN)/interlayer compare --out runs/demo
@@ -22,6 +22,9 @@ lint: set-up
 
 audit: set-up
 	$(BIN)/python -m interlayer.audit
+
+readme: set-up
+	$(BIN)/python -c 'from interlayer.audit import write_readme; write_readme()'
 
 claims: set-up
 	$(BIN)/interlayer claim --scale small --store

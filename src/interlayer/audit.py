@@ -27,7 +27,29 @@ def faults() -> list[str]:
         folder = catalog.PACKAGE.joinpath(*room.split("."))
         there = {p.stem for p in folder.glob("*") if not p.name.startswith("_")} if folder.is_dir() else set()
         found += [f"{room}.{stem}: code without a row in the catalogue" for stem in sorted(there - known)]
+    readme = catalog.CHECKOUT / "README.md"
+    if readme.exists() and table() not in readme.read_text(encoding="utf-8"):
+        found.append("README.md: the table of rooms is not that of the catalogue; `make readme` writes it")
     return found
+
+
+def table() -> str:
+    """The README's table of rooms with counts, from the catalogue."""
+    lines = ["| room | what it holds | ready | systems |", "| --- | --- | ---: | ---: |"]
+    systems = catalog.load().values()
+    for room, holds in catalog.rooms().items():
+        here = [s for s in systems if s.room == room]
+        lines.append(f"| `{room}` | {holds} | {sum(s.state == 'ready' for s in here)} | {len(here)} |")
+    ready = sum(s.state == "ready" for s in systems)
+    return "\n".join([*lines, f"| | all | {ready} | {len(systems)} |"])
+
+
+def write_readme() -> None:
+    """Put the table into the README."""
+    readme = catalog.CHECKOUT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- rooms -->")
+    after = rest.partition("<!-- /rooms -->")[2]
+    readme.write_text(f"{before}<!-- rooms -->\n{table()}\n<!-- /rooms -->{after}", encoding="utf-8")
 
 
 def main() -> None:

@@ -1,0 +1,60 @@
+"""Pages that the catalogue writes: the catalogue itself and one page for each room that has code."""
+
+from __future__ import annotations
+
+from mkdocs.structure.files import File
+
+from interlayer import catalog
+
+PRIMITIVES = ("stream", "slots", "mixer", "taps", "select", "wiring", "weights", "recipe", "cost", "kinds")
+
+
+def _row(s: catalog.System) -> str:
+    name = f"[`{s.slug}`](rooms/{s.room}.md#{s.module}.{s.code})" if s.state != "planned" else f"`{s.slug}`"
+    measured = s.measured()
+    verdict = f"{measured['verdict']} ({measured['scale']}, {len(measured['seeds'])} seeds)" if measured else ""
+    return f"| {name} | {s.title} | {s.kind} | {s.state} | {verdict} |"
+
+
+def _catalogue() -> str:
+    lines = ["# Catalogue", "", "Every system with its state and what its claim last measured. The search above finds titles too.", ""]
+    for room, holds in catalog.rooms().items():
+        lines += [f"## {room}", "", f"{holds.capitalize()}.", "", "| system | paper | kind | state | claim |", "| --- | --- | --- | --- | --- |"]
+        lines += [_row(s) for s in catalog.load().values() if s.room == room] + [""]
+    return "\n".join(lines)
+
+
+def _room(room: str) -> str:
+    lines = [f"# {room}", "", f"{catalog.rooms()[room].capitalize()}.", ""]
+    for s in catalog.load().values():
+        if s.room != room or s.state == "planned":
+            continue
+        lines += [f"::: {s.module}.{s.code}", ""]
+        if result := s.measured():
+            lines += [f"**Claim.** {result['says']}", "", f"**Measured:** {result['verdict']}, {result['scale']} scale, {len(result['seeds'])} seeds.", ""]
+            metrics = list(dict.fromkeys(m for arm in result["values"].values() for m in arm))
+            lines += ["| arm | " + " | ".join(metrics) + " |", "| --- |" + " --- |" * len(metrics)]
+            for arm, found in result["values"].items():
+                means = [_mean(found[m]) if m in found else "" for m in metrics]
+                lines.append(f"| {arm}{' (control)' if arm == result['control'] else ''} | " + " | ".join(means) + " |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float | str]) -> str:
+    numbers = [float(v) for v in values]
+    return f"{sum(numbers) / len(numbers):.4g}"
+
+
+def _core() -> str:
+    return "# core\n\nThe primitives. Nothing here knows a paper.\n\n" + "\n\n".join(f"::: interlayer.core.{p}" for p in PRIMITIVES)
+
+
+def on_files(files, config):
+    """Add the pages that follow from the catalogue."""
+    rooms = [r for r in catalog.rooms() if any(s.room == r and s.state != "planned" for s in catalog.load().values())]
+    pages = {"catalogue.md": _catalogue(), "rooms/core.md": _core(), **{f"rooms/{r}.md": _room(r) for r in rooms}}
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    config["nav"].append({"Rooms": [{r: f"rooms/{r}.md"} for r in ("core", *rooms)]})
+    return files

@@ -1,0 +1,54 @@
+import subprocess
+import sys
+
+import pytest
+
+from interlayer import audit, catalog
+
+
+def test_all_systems_are_there():
+    systems = catalog.load()
+    assert len(systems) == 212
+    assert all(
+        s.slug and s.title and s.room in catalog.rooms() and s.kind in catalog.KINDS and s.works
+        for s in systems.values()
+    )
+
+
+def test_state_follows_from_what_exists(tmp_path, monkeypatch):
+    planned = catalog.System("no-such", "t", "probe", "probe", "w")
+    assert planned.state == "planned"
+    assert planned.missing[:2] == ["paper", "code"]
+    rezero = catalog.get("rezero")
+    assert rezero.state in ("partial", "ready")
+    monkeypatch.setattr(catalog, "CHECKOUT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    assert rezero.state == "partial"
+    assert "test" in rezero.missing
+
+
+def test_idea_and_options_are_read_from_the_source():
+    dense = catalog.get("denseformer")
+    assert dense.idea.startswith("After a block comes a depth-weighted average")
+    assert dense.options["dilation"] == "1"
+    assert dense.resolve().__name__ == "DenseFormer"
+
+
+def test_unknown_and_planned_systems_are_told():
+    with pytest.raises(LookupError, match="Did you mean 'rezero'"):
+        catalog.get("rezeor")
+    with pytest.raises(LookupError, match="planned"):
+        next(s for s in catalog.load().values() if s.state == "planned").resolve()
+
+
+def test_reading_the_catalogue_needs_no_torch():
+    code = (
+        "import sys, interlayer\nfrom interlayer import catalog, cli\n"
+        "[s.state for s in catalog.load().values()]; catalog.get('rezero').options\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_audit_finds_nothing():
+    assert audit.faults() == []

@@ -1,0 +1,80 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from interlayer.cli import _split, app
+
+run = CliRunner().invoke
+
+
+def test_list_filters_and_counts():
+    everything = json.loads(run(app, ["list", "--json"]).stdout)
+    assert len(everything) == 212
+    assert {"slug", "title", "room", "kind", "state"} <= everything[0].keys()
+    layers = json.loads(run(app, ["list", "--json", "--room", "layers", "--kind", "layer"]).stdout)
+    assert layers
+    assert all(r["room"].startswith("layers.") and r["kind"] == "layer" for r in layers)
+    assert [r["slug"] for r in json.loads(run(app, ["list", "modulo permutation", "--json"]).stdout)] == ["git-rebasin"]
+    assert "rezero" in run(app, ["list", "--room", "layers.stream"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["list", "--room", "layer.stream"], "Did you mean 'layers.stream'"),
+        (["list", "--kind", "layers"], "Did you mean 'layer'"),
+        (["list", "--state", "done"], "no state 'done'"),
+        (["show", "rezeor"], "Did you mean 'rezero'"),
+        (["claim", "no-claim-here"], "no system 'no-claim-here'"),
+        (["apply", "rezero", "--model", "x:y", "--plan"], "of kind layer; only transforms"),
+        (["apply", "lamp", "--model", "x:y"], "--out DIR"),
+        (["compare", "--task", "digts", "--arms", "plain"], "digits"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, told):
+    result = run(app, arguments)
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_show_tells_what_there_is():
+    out = run(app, ["show", "denseformer"]).stdout
+    for word in (
+        "arXiv:2402.02622",
+        "from interlayer.layers.stream.denseformer import DenseFormer",
+        "dilation=1",
+        "works when",
+    ):
+        assert word in out
+
+
+def test_arms_are_split_outside_of_brackets():
+    assert _split("plain, denseformer(dilation=4, period=2),norm=rmsnorm+rezero") == [
+        "plain", "denseformer(dilation=4, period=2)", "norm=rmsnorm+rezero",
+    ]  # fmt: skip
+
+
+def test_version_and_module_entry():
+    out = subprocess.run(
+        [sys.executable, "-m", "interlayer", "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    assert re.fullmatch(r"interlayer \d+\.\d+\.\d+\n", out)
+
+
+def test_apply_plans_and_saves(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from interlayer.models import MLP\ndef net():\n    return MLP(8, 3, depth=2, width=16)\n", encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    planned = run(app, ["apply", "lamp", "--model", "mine:net", "--plan", "-o", "sparsity=0.5"])
+    assert planned.exit_code == 0, planned.stderr
+    assert "lamp" in planned.stdout
+    done = run(app, ["apply", "lamp", "--model", "mine:net", "--out", "pruned", "-o", "sparsity=0.5"])
+    assert done.exit_code == 0, done.stderr
+    assert {p.name for p in (tmp_path / "pruned").iterdir()} == {"model.safetensors", "recipe.json"}
