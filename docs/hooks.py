@@ -17,9 +17,21 @@ def _row(s: catalog.System) -> str:
 
 
 def _catalogue() -> str:
-    lines = ["# Catalogue", "", "Every system with its state and what its claim last measured. The search above finds titles too.", ""]
+    lines = [
+        "# Catalogue",
+        "",
+        "Every system with its state and what its claim last measured. The search above finds titles too.",
+        "",
+    ]
     for room, holds in catalog.rooms().items():
-        lines += [f"## {room}", "", f"{holds.capitalize()}.", "", "| system | paper | kind | state | claim |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"## {room}",
+            "",
+            f"{holds.capitalize()}.",
+            "",
+            "| system | paper | kind | state | claim |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         lines += [_row(s) for s in catalog.load().values() if s.room == room] + [""]
     return "\n".join(lines)
 
@@ -31,7 +43,12 @@ def _room(room: str) -> str:
             continue
         lines += [f"::: {s.module}.{s.code}", ""]
         if result := s.measured():
-            lines += [f"**Claim.** {result['says']}", "", f"**Measured:** {result['verdict']}, {result['scale']} scale, {len(result['seeds'])} seeds.", ""]
+            lines += [
+                f"**Claim.** {result['says']}",
+                "",
+                f"**Measured:** {result['verdict']}, {result['scale']} scale, {len(result['seeds'])} seeds.",
+                "",
+            ]
             metrics = list(dict.fromkeys(m for arm in result["values"].values() for m in arm))
             lines += ["| arm | " + " | ".join(metrics) + " |", "| --- |" + " --- |" * len(metrics)]
             for arm, found in result["values"].items():
@@ -47,7 +64,9 @@ def _mean(values: list[float | str]) -> str:
 
 
 def _core() -> str:
-    return "# core\n\nThe primitives. Nothing here knows a paper.\n\n" + "\n\n".join(f"::: interlayer.core.{p}" for p in PRIMITIVES)
+    return "# core\n\nThe primitives. Nothing here knows a paper.\n\n" + "\n\n".join(
+        f"::: interlayer.core.{p}" for p in PRIMITIVES
+    )
 
 
 def on_files(files, config):
