@@ -91,6 +91,20 @@ def test_a_copy_can_be_changed_without_the_original():
     assert torch.equal(one[0].weight != 0, torch.eye(3, dtype=torch.bool))
 
 
+def test_bake_keeps_ties_and_leaves_other_owners_alone():
+    tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
+    weights.tie(tied, "1.weight", "0.weight")
+    plain = tied[0].weight.detach().clone()
+    weights.shift(tied[1], "weight", torch.ones(5, 3))
+    baked = weights.bake(tied)
+    assert torch.equal(baked[0].weight, plain) and torch.equal(baked[1].weight, plain + 1)
+    assert baked[1].weight.requires_grad
+    one = weights.shift(nn.Linear(3, 3), "weight", torch.ones(3, 3))
+    twin = copy.deepcopy(one, {id(p): p for p in one.parameters()})
+    baked = weights.bake(nn.Sequential(one, twin))
+    assert baked[0].weight is baked[1].weight and torch.equal(baked[0].weight, one.weight)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [

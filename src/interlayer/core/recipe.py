@@ -115,6 +115,13 @@ def load(directory: str | Path, base: nn.Module | Callable[[], nn.Module] | None
 
     Raises:
         ValueError: A file is missing or broken, of another format, or does not fit the rebuilt model.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     save(nn.Linear(2, 1), place)
+        ...     load(place, base=lambda: nn.Linear(2, 1))
+        Linear(in_features=2, out_features=1, bias=True)
     """
     source = Path(directory)
     content = _read(source)

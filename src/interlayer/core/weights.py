@@ -7,6 +7,7 @@ Weights that another network generates need none: ``torch.func.functional_call(m
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,12 +155,20 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def strip(model: nn.Module) -> nn.Module:
-    """As ``bake``, in place, and satisfied with nothing to do."""
+    """As ``bake``, in place, and satisfied with nothing to do. Weights that came from the same tensors stay one."""
+    done: dict[tuple[int, ...], nn.Parameter] = {}
     for module in list(model.modules()):
-        for name in _named(module):
-            if _all_ours(module, name):
-                _own_class(module)
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        for name in [n for n in _named(module) if _all_ours(module, n)]:
+            stack: Any = module.parametrizations[name]  # type: ignore[index]
+            key = tuple(id(t) for t in (*stack.parameters(), *stack.buffers()))
+            trains = getattr(module, name).requires_grad
+            if "original" in stack._parameters:  # torch writes into it, and it may be another module's too
+                stack.original = nn.Parameter(stack.original.detach().clone())
+            _own_class(module)
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            plain = nn.Parameter(getattr(module, name).detach(), trains)
+            done.setdefault(key, plain)
+            module.register_parameter(name, done[key])
     return model
 
 

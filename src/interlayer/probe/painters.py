@@ -117,7 +117,7 @@ class Painters(Transform):
         >>> model = Transformer(vocab=50, length=16, depth=8, width=32, heads=2).eval()
         >>> print(Painters().plan(model, variant="skip", start=3, end=5))
         painters {'variant': 'skip', 'start': 3, 'end': 5}
-          + trunk.blocks  6 steps, 6 block runs (of 8)  (0 1 2 5 6 7)
+          + trunk.blocks    6 steps, 6 block runs (of 8)  (0 1 2 5 6 7)
           - trunk.blocks.3  Block  (left out)
           - trunk.blocks.4  Block  (left out)
     """
