@@ -324,8 +324,10 @@ def _forest(result: Result, found: Sequence[Row], number: dict[str, int]) -> str
         if r.difference and not math.isnan(r.difference.half)
         for e in (r.difference.low, r.difference.high)
     ]
-    reach = max(abs(x) for x in every) or 1e-6
+    reach = max(abs(x) for x in every) or 1e-3
     low, high = max(min([*every, *ends, 0.0]), -2.2 * reach), min(max([*every, *ends, 0.0]), 2.2 * reach)
+    if high - low < 1e-9:
+        low, high = -reach, reach
     pad = 0.06 * (high - low)
     left, right, row = 150, 810, 36
     low, high, height = low - pad, high + pad, 30 + row * len(dots) + 44
@@ -541,7 +543,7 @@ def _tuning(result: Result, number: dict[str, int]) -> str:
 
 def _what(result: Result) -> str:
     spec, about = result.spec, result.about
-    places = list({tuple(sorted(r.where.items())): r.where for r in result.runs if r.where}.values())
+    places = list({r.where["cpu"] + r.where["torch"]: r.where for r in result.runs if r.where}.values())
     budget = (
         f"{spec.budget['steps']:,} steps of {spec.batch_size}"
         if "steps" in spec.budget

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -91,25 +93,26 @@ def cells(row: Row, result: Result) -> dict[str, str]:
 def write(result: Result, console: Console) -> None:
     """Print the table and write ``results.csv``, ``curves.csv`` and ``report.html`` to the study's folder."""
     lines = [cells(row, result) for row in rows(result)]
-    table = Table(title=f"{result.about['name']}, {result.base}", title_justify="left")
+    table = Table(
+        title=f"{result.about['name']}, {result.base}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for name in lines[0]:
-        table.add_column(name, justify="left" if name == "arm" else "right")
+        table.add_column(
+            name.replace(" ", "\n", 1), justify="left" if name == "arm" else "right", no_wrap=True, overflow="fold"
+        )
     for line in lines:
         table.add_row(*line.values())
-    console.print(table)
-    console.print(note(result), highlight=False, markup=False, soft_wrap=True)
-    for run in result.runs:
-        if run.state in ("failed", "diverged"):
-            console.print(
-                f"{run.arm}, seed {run.seed} {run.state}: {run.error.splitlines()[0]}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+    console.print(table, width=None if console.is_terminal else 160)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say(note(result))
+    bad = [r for r in result.runs if r.state in ("failed", "diverged")]
+    for arm, state, error in dict.fromkeys((r.arm, r.state, r.error.split("\n")[0]) for r in bad):
+        seeds = ", ".join(str(r.seed) for r in bad if (r.arm, r.state) == (arm, state))
+        say(f"{arm}, seed {seeds} {state}: {error}")
     csv_files(result)
     path = result.out / "report.html"
     path.write_text(page(result, rows(result), lines, note(result)), encoding="utf-8")
-    console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
+    say(f"report: {path}")
 
 
 def note(result: Result) -> str:

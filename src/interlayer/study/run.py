@@ -226,7 +226,7 @@ class Engine:
         with quiet():
             if not resume and self.name in [s.study_name for s in self.storage.get_all_studies()]:
                 optuna.delete_study(study_name=self.name, storage=self.storage)
-            direction = "maximize" if higher else "minimize"
+            direction = optuna.study.StudyDirection.MAXIMIZE if higher else optuna.study.StudyDirection.MINIMIZE
             self.study = optuna.create_study(
                 study_name=self.name, storage=self.storage, direction=direction, load_if_exists=True
             )

@@ -50,40 +50,44 @@ class StudySpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str = Field(
-        "stdlib-bytes",
+        default="stdlib-bytes",
         description="what is learned: digits, stdlib-bytes, photos, series, package.module:function, file:PATH or hf:NAME",
     )
     base: str | None = Field(
-        None,
+        default=None,
         description='the backbone that the arms change, such as "transformer(depth=6)", or package.module:function; '
         "the task's usual one unless told",
     )
     arms: tuple[ArmSpec, ...] = Field(
-        (ArmSpec(name="plain", use="plain"),),
+        default=(ArmSpec(name="plain", use="plain"),),
         min_length=1,
         description='the list of what is compared: "plain", a system\'s slug, "norm=rmsnorm", joined by "+"',
     )
-    seeds: PositiveInt = Field(2, description="how many seeds each arm is trained with")
-    steps: PositiveInt | None = Field(None, description="training steps of each run")
-    seconds: PositiveFloat | None = Field(None, description="training time of each run in seconds, in place of steps")
-    batch_size: PositiveInt = Field(16, description="samples in one training step")
-    lr: PositiveFloat = Field(1e-3, description="peak learning rate of AdamW")
+    seeds: PositiveInt = Field(default=2, description="how many seeds each arm is trained with")
+    steps: PositiveInt | None = Field(default=None, description="training steps of each run")
+    seconds: PositiveFloat | None = Field(
+        default=None, description="training time of each run in seconds, in place of steps"
+    )
+    batch_size: PositiveInt = Field(default=16, description="samples in one training step")
+    lr: PositiveFloat = Field(default=1e-3, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="course of the learning rate after the warm-up"
+        default="cosine", description="course of the learning rate after the warm-up"
     )
     warmup: float = Field(
-        0.1, ge=0, lt=1, description="share of the budget in which the learning rate rises to its peak"
+        default=0.1, ge=0, lt=1, description="share of the budget in which the learning rate rises to its peak"
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay of matrices")
-    clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
-    evaluations: PositiveInt = Field(8, description="how often a run is evaluated, the last time at its end")
-    tune: Literal["lr"] | None = Field(None, description="what is tuned for every arm before the seeds are run")
-    trials: PositiveInt = Field(8, description="tuning trials of every arm")
-    workers: PositiveInt = Field(1, description="runs at a time, each in a process of its own")
-    threads: PositiveInt = Field(1, description="threads of each worker")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the models are trained")
-    storage: str | None = Field(None, description="URL of the database with the records; SQLite in `out` unless told")
-    out: Path | None = Field(None, description="folder of the records and the report; runs/TASK unless told")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay of matrices")
+    clip: PositiveFloat = Field(default=1.0, description="largest norm of the gradient")
+    evaluations: PositiveInt = Field(default=8, description="how often a run is evaluated, the last time at its end")
+    tune: Literal["lr"] | None = Field(default=None, description="what is tuned for every arm before the seeds are run")
+    trials: PositiveInt = Field(default=8, description="tuning trials of every arm")
+    workers: PositiveInt = Field(default=1, description="runs at a time, each in a process of its own")
+    threads: PositiveInt = Field(default=1, description="threads of each worker")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the models are trained")
+    storage: str | None = Field(
+        default=None, description="URL of the database with the records; SQLite in `out` unless told"
+    )
+    out: Path | None = Field(default=None, description="folder of the records and the report; runs/TASK unless told")
 
     @field_validator("arms", mode="before")
     @classmethod
@@ -147,9 +151,10 @@ class StudySpec(BaseModel):
         return cls(
             task="stdlib-bytes",
             base="transformer(depth=6, width=128, heads=4)",
-            arms=["plain", "rezero", "denseformer", "value-residual", "hopfield"],  # type: ignore[arg-type]
+            arms=["plain", "rezero", "denseformer", "value-residual", "hopfield"],
             seeds=2,
-            steps=150,
+            steps=160,
+            batch_size=8,
             workers=2,
         )
 

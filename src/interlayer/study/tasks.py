@@ -243,7 +243,10 @@ def stdlib_bytes() -> Task:
     return TextTask("stdlib-bytes", train, held, about=about)
 
 
-PHOTOS = ["astronaut", "brick", "camera", "cat", "cell", "coffee", "coins", "clock", "grass", "gravel", "hubble_deep_field", "immunohistochemistry", "moon", "rocket"]  # fmt: skip
+PHOTOS = (
+    *("astronaut", "brick", "camera", "cat", "cell", "coffee", "coins", "clock", "grass", "gravel"),
+    *("hubble_deep_field", "immunohistochemistry", "moon", "rocket"),
+)
 
 
 @cache

@@ -191,7 +191,7 @@ class _Loop:
             group["lr"] = self.rate(share, 1 / self.spec.budget["steps"] if "steps" in self.spec.budget else 0.001)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.task.loss(self.model(inputs), targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.weights, self.spec.clip)
         value = float(loss.detach())
         if math.isfinite(value):
@@ -236,14 +236,14 @@ def _rule(arm: Arm, model: nn.Module, spec: StudySpec, lr: float | None) -> Rule
         if "lr" not in inspect.signature(make).parameters:
             raise StudyError(f"arm {arm.name!r}: the rule {slug!r} takes no learning rate `lr`.")
         options = {**options, "lr": lr}
-    return make(model, **options)  # type: ignore[no-any-return]
+    return make(model, **options)
 
 
 def _transform(arm: Arm, model: nn.Module, data: list[tuple[Tensor, Tensor]], plan_only: bool = False) -> nn.Module:
     assert arm.transform is not None
     slug, options = arm.transform
     plan = catalog.get(slug).resolve()().plan(copy.deepcopy(model), data, **options)
-    return model if plan_only else plan.apply()  # type: ignore[no-any-return]
+    return model if plan_only else plan.apply()
 
 
 def _first(task: Task, seed: int, spec: StudySpec, device: torch.device) -> list[tuple[Tensor, Tensor]]:

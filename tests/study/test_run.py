@@ -1,0 +1,203 @@
+"""The engine: what is run once, what is kept, what fails alone."""
+
+import csv
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from rich.console import Console
+
+from interlayer.study import StudyError, StudySpec, compare, report
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _toys(monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+
+
+def run(out, *, resume=True, **options):
+    settings = {
+        "task": "digits",
+        "base": "toy_models:net",
+        "arms": ["plain", "width=4"],
+        "seeds": 2,
+        "steps": 12,
+        "out": out,
+    }
+    console = Console(file=io.StringIO(), width=200)
+    result = compare(StudySpec.parse({**settings, **options}), console=console, resume=resume)
+    return result, console.file.getvalue()
+
+
+def losses(result):
+    return {(r.arm, r.seed): r.record.metrics.get("loss") for r in result.runs}
+
+
+def trials(out):
+    storage = f"sqlite:///{out / 'study.db'}"
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage).get_trials()
+
+
+def test_same_study_twice_gives_the_same_losses_with_any_number_of_workers(tmp_path):
+    one, _ = run(tmp_path / "a")
+    two, _ = run(tmp_path / "b", workers=2)
+    assert losses(one) == losses(two)
+    assert one.finished and len(set(losses(one).values())) == 4
+    assert [r.record.train for r in one.runs] == [r.record.train for r in two.runs]
+
+
+def test_arms_of_a_seed_see_the_same_batches(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
+    run(tmp_path, base="toy_models:watched", seeds=1, steps=5, evaluations=1)
+    sums = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]
+    # the two checks before training, then for each arm 5 steps and 2 more to count kept bytes and peak memory
+    assert len(sums) == 2 + 2 * 7
+    assert sums[2:7] == sums[9:14] and len(set(sums[2:7])) == 5
+
+
+def test_finished_runs_are_kept_and_seeds_and_arms_can_be_added(tmp_path):
+    first, _ = run(tmp_path)
+    again, said = run(tmp_path)
+    assert losses(again) == losses(first) and "4 of 4 runs are in the records" in said
+    assert len(trials(tmp_path)) == 4
+    more, _ = run(tmp_path, seeds=3, arms=["plain", "width=4", "width=8"])
+    assert len(trials(tmp_path)) == 9 and more.finished
+    assert {k: v for k, v in losses(more).items() if k in losses(first)} == losses(first)
+    fresh, _ = run(tmp_path, resume=False)
+    assert losses(fresh) == losses(first) and len(trials(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_study_goes_on_where_it_was(tmp_path, workers):
+    spec = {
+        "task": "digits",
+        "base": "toy_models:slow",
+        "arms": ["plain", "pause=0.021"],
+        "seeds": 2,
+        "steps": 40,
+        "out": str(tmp_path),
+        "workers": workers,
+    }
+    code = f"from interlayer.study import *\nif __name__ == '__main__': compare(StudySpec(**{spec!r}))"
+    script = tmp_path / "start.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    process = subprocess.Popen(
+        [sys.executable, script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    said = ""
+    while "seed 1: started" not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = {t.number: t for t in trials(tmp_path) if t.state.name == "COMPLETE"}
+    assert before and any(t.state.name == "RUNNING" for t in trials(tmp_path))
+    result, _ = run(tmp_path, **{k: v for k, v in spec.items() if k != "out"})
+    after = {t.number: t for t in trials(tmp_path)}
+    assert result.finished
+    for number, trial in before.items():
+        assert after[number].datetime_complete == trial.datetime_complete and after[number].values == trial.values
+    done = [(t.user_attrs["arm"], t.user_attrs["seed"]) for t in after.values() if t.state.name == "COMPLETE"]
+    assert sorted(done) == sorted((a, s) for a in ("plain", "pause=0.021") for s in (0, 1))
+    assert any(t.user_attrs.get("kind") == "killed" for t in after.values())
+
+
+def test_an_arm_that_fails_stops_nobody(tmp_path):
+    arms = ["plain", "toy_models:breaks", "toy_models:unbuildable", "lr=1e30", "depth=3", "nosuch"]
+    result, said = run(tmp_path, arms=arms, seeds=1)
+    state = {r.arm: r for r in result.runs}
+    assert state["plain"].state == "done" and not result.finished
+    assert state["toy_models:breaks"].state == "failed" and "broken on purpose" in state["toy_models:breaks"].traceback
+    assert "toy_models.py" in state["toy_models:breaks"].traceback and state["toy_models:breaks"].record.steps == 7
+    assert "cannot be built on purpose" in state["toy_models:unbuildable"].error
+    assert state["lr=1e30"].state == "diverged" and "learning rate" in state["lr=1e30"].error
+    assert "takes no 'depth'" in state["depth=3"].error
+    assert "there is no system 'nosuch'" in state["nosuch"].error
+    # what cannot be built is told before anything is trained
+    assert said.index("cannot be built on purpose") < said.index("plain, seed 0: started")
+    page = (tmp_path / "report.html").read_text()
+    assert "broken on purpose" in page and "Traceback" in page
+    run(tmp_path, arms=arms, seeds=1)
+    counts = [t.user_attrs["arm"] for t in trials(tmp_path)]
+    assert {a: counts.count(a) for a in arms} == {**dict.fromkeys(arms, 1), "toy_models:breaks": 2}
+
+
+def test_tuning_gives_every_arm_the_same_trials(tmp_path):
+    result, _ = run(tmp_path, tune="lr", trials=3, arms=["plain", "width=4"], lr=0.003, steps=6)
+    tried = {arm: sorted(r.lr for r in result.tuning if r.arm == arm) for arm in ("plain", "width=4")}
+    assert tried["plain"] == tried["width=4"] == result.spec.grid()
+    assert {r.seed for r in result.tuning} == {0} and {r.seed for r in result.runs} == {1, 2}
+    for arm in tried:
+        best = max((r for r in result.tuning if r.arm == arm), key=lambda r: r.record.metrics["accuracy"])
+        assert {r.lr for r in result.of(arm)} == {best.lr}
+    tuning = [t for t in trials(tmp_path) if t.user_attrs["phase"] == "tune"]
+    assert len(tuning) == 6 and all(t.params == {"lr": t.user_attrs["lr"]} for t in tuning)
+    assert "Tuning" in (tmp_path / "report.html").read_text()
+
+
+def test_time_budget_ends_runs(tmp_path):
+    result, _ = run(tmp_path, base="toy_models:slow", arms=["plain"], seeds=1, steps=None, seconds=0.3)
+    (only,) = result.runs
+    assert only.state == "done" and 0.3 <= only.record.seconds < 0.6 and only.record.steps <= 15
+
+
+def test_report_is_written_again_from_the_records(tmp_path):
+    result, _ = run(tmp_path)
+    pages = {name: (tmp_path / name).read_text() for name in ("report.html", "results.csv", "curves.csv")}
+    for name in pages:
+        (tmp_path / name).unlink()
+    again = report(tmp_path, console=Console(file=io.StringIO()))
+    assert losses(again) == losses(result)
+    assert {name: (tmp_path / name).read_text() for name in pages} == pages
+    with pytest.raises(StudyError, match="no records"):
+        report(tmp_path / "elsewhere")
+
+
+def test_page_stands_alone_and_names_every_arm(tmp_path):
+    _, said = run(tmp_path, arms=["plain", "width=4", {"name": "<wide & odd>", "use": "width=32"}])
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(src|href)\s*=|url\(|@import|https?:|<script", page)
+    for name in ("plain", "width=4", "&lt;wide &amp; odd&gt;"):
+        assert page.count(name) >= 5
+    assert "<wide" not in page and page.count("<svg") == 5
+    assert "prefers-color-scheme" in page and "interlayer compare --study" in page
+    assert all(word in said for word in ("parameters", "peak", "against", "±"))
+
+
+def test_csv_holds_every_run_and_curve(tmp_path):
+    result, _ = run(tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(r["arm"], int(r["seed"])): float(r["loss"]) for r in rows} == losses(result)
+    assert {r["arm"]: int(float(r["parameters"])) for r in rows} == {
+        "plain": 64 * 16 + 16 + 170,
+        "width=4": 64 * 4 + 4 + 50,
+    }
+    with (tmp_path / "curves.csv").open() as file:
+        points = list(csv.DictReader(file))
+    mine = [
+        float(p["value"])
+        for p in points
+        if (p["arm"], p["seed"], p["split"], p["metric"]) == ("plain", "1", "validation", "loss")
+    ]
+    (run_one,) = [r for r in result.runs if (r.arm, r.seed) == ("plain", 1)]
+    assert mine == [p["loss"] for p in run_one.record.curve] and len(mine) == 8
+    assert sum(p["split"] == "train" for p in points) == 4 * 12
+
+
+def test_one_seed_is_told(tmp_path):
+    _, said = run(tmp_path, seeds=1, steps=2)
+    assert "One seed: no intervals" in said

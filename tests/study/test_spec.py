@@ -1,0 +1,106 @@
+"""Studies as data: reading, writing and the wording of mistakes."""
+
+import pytest
+
+from interlayer.study.arms import Arm, parse
+from interlayer.study.spec import StudyError, StudySpec, split_top
+
+GOOD = """
+task = "digits"
+base = "mlp(depth=3)"
+seeds = 3
+steps = 50
+arms = ["plain", "rezero", { name = "wide", use = "width=128+lr=0.002" }]
+"""
+
+
+def test_toml_reads_and_writes_back(tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(GOOD)
+    spec = StudySpec.from_toml(path)
+    assert [a.name for a in spec.arms] == ["plain", "rezero", "wide"]
+    assert spec.arms[2].use == "width=128+lr=0.002"
+    path.write_text(spec.to_toml())
+    assert StudySpec.from_toml(path) == spec
+    path.write_text(StudySpec.default().to_toml())
+    assert StudySpec.from_toml(path) == StudySpec.default()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('lr = "fast"', ["line 2", "'lr'", "peak learning rate", "number", "'fast'"]),
+        ("seeds = 0", ["'seeds'", "how many seeds", "greater than 0", "got 0"]),
+        ("seed = 3", ["'seed'", "Did you mean 'seeds'"]),
+        ('schedule = "linear"', ["'schedule'", "'cosine' or 'constant'", "'linear'"]),
+        ("arms = []", ["'arms'", "at least 1 item"]),
+        ('arms = [{ name = "x", user = "plain" }]', ["'use'"]),
+        ('arms = ["plain", "plain"]', ["'plain'", "name of its own"]),
+        ("steps = 5\nseconds = 2", ["steps and seconds", "give one"]),
+        ("steps = = 5", ["not a TOML file", "line 2"]),
+    ],
+)
+def test_mistakes_name_the_key_and_what_was_wanted(tmp_path, line, words):
+    path = tmp_path / "study.toml"
+    path.write_text(f'task = "digits"\n{line}\n')
+    with pytest.raises(StudyError) as error:
+        StudySpec.from_toml(path)
+    assert all(word in str(error.value) for word in ["study.toml", *words])
+
+
+def test_missing_file_is_told(tmp_path):
+    with pytest.raises(StudyError, match="no such study file"):
+        StudySpec.from_toml(tmp_path / "none.toml")
+
+
+def test_command_line_goes_over_the_file_and_the_default(tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(GOOD)
+    spec = StudySpec.from_cli_values(path, {"seconds": 2.0, "seeds": 1})
+    assert (spec.seconds, spec.steps, spec.seeds, spec.base) == (2.0, None, 1, "mlp(depth=3)")
+    assert StudySpec.from_cli_values(None, {}) == StudySpec.default()
+    assert StudySpec.from_cli_values(None, {"steps": 10}).steps == 10
+    own = StudySpec.from_cli_values(None, {"task": "digits", "arms": ["plain", "rezero"]})
+    assert own.base is None and len(own.arms) == 2
+
+
+def test_identity_ignores_arms_and_seeds_only():
+    spec = StudySpec(task="digits", arms=["plain"], steps=5)
+    assert spec.model_copy(update={"seeds": 9}).identity == spec.identity
+    assert spec.model_copy(update={"steps": 6}).identity != spec.identity
+
+
+def test_grid_is_even_on_a_logarithmic_scale_and_seeds_follow_tuning():
+    spec = StudySpec(lr=0.01, tune="lr", trials=3, seeds=2)
+    assert spec.grid() == pytest.approx([0.001, 0.01, 0.1])
+    assert spec.eval_seeds() == [1, 2]
+    assert StudySpec(seeds=2).eval_seeds() == [0, 1]
+
+
+def test_arms_are_read_by_the_kind_of_their_terms():
+    assert parse("a", "plain", "mlp") == Arm("a", "mlp")
+    arm = parse("a", "denseformer(dilation=4)+norm=rmsnorm+depth=12+lr=0.002", "transformer")
+    assert arm.options == {"stream": "denseformer(dilation=4)", "norm": "rmsnorm", "depth": 12}
+    assert arm.training == {"lr": 0.002}
+    assert parse("a", "mlp-mixer", "vit").base == "mlp-mixer"
+    assert parse("a", "scalable-ff", "mlp").rule == ("scalable-ff", {})
+    assert parse("a", "rezero+lamp(sparsity=0.5)", "mlp").transform == ("lamp", {"sparsity": 0.5})
+    assert parse("a", "package.module:make", "mlp").base == "package.module:make"
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        ("rezeros", "Did you mean 'rezero'"),
+        ("rezero+denseformer", "'stream' is set twice"),
+        ("transcoders", "probe"),
+        ("lamp+git-rebasin", "both transforms"),
+    ],
+)
+def test_arms_that_cannot_be_are_refused(use, words):
+    with pytest.raises(StudyError, match=words):
+        parse("a", use, "mlp")
+
+
+def test_split_keeps_brackets_and_quotes_together():
+    assert split_top("a(b=1,c='x,y'), d=[1,2]", ",") == ["a(b=1,c='x,y')", "d=[1,2]"]

@@ -1,0 +1,92 @@
+"""Tasks: real data, fixed splits, the same batches for the same seed."""
+
+import datasets
+import pytest
+import torch
+
+from interlayer.study import tasks
+from interlayer.study.spec import StudyError
+
+
+@pytest.mark.parametrize("name", list(tasks.BUILTIN))
+def test_builtin_tasks_give_seeded_batches_of_their_shape(name):
+    task = tasks.load(name)
+    one, two, other = (next(task.batches(seed, 6)) for seed in (3, 3, 4))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert not torch.equal(one[0], other[0])
+    shape = task.shape
+    wanted = {
+        "tokens": (6, shape.length),
+        "image": (6, shape.channels, shape.height, shape.width),
+        "series": (6, shape.length, shape.features),
+    }[shape.kind]
+    assert tuple(one[0].shape) == wanted
+    outputs = torch.zeros(*one[1].shape, shape.vocab) if shape.outputs == "tokens" else torch.zeros(6, shape.classes)
+    assert task.loss(outputs, one[1]).isfinite()
+    first, again = list(task.batches(0, 6, "validation")), list(task.batches(9, 2, "validation"))
+    assert torch.equal(torch.cat([x for x, _ in first]), torch.cat([x for x, _ in again]))
+
+
+@pytest.mark.parametrize("name", ["digits", "photos", "series"])
+def test_no_validation_sample_is_trained_on(name):
+    data = tasks.load(name).data
+    train, held = ({x.numpy().tobytes() for x in data[split][0]} for split in ("train", "validation"))
+    assert not train & held
+
+
+def test_language_targets_are_the_next_bytes():
+    x, y = next(tasks.load("stdlib-bytes").batches(0, 2))
+    assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+def test_perfect_prediction_is_judged_perfect():
+    task = tasks.load("digits")
+    answers = {x.numpy().tobytes(): int(y) for b in task.batches(0, 8, "validation") for x, y in zip(*b, strict=True)}
+    found = task.evaluate(lambda inputs: torch.eye(10)[[answers[x.numpy().tobytes()] for x in inputs]] * 100, 8)
+    assert found["accuracy"] == 1 and found["loss"] < 1e-6
+
+
+def test_text_file(tmp_path):
+    path = tmp_path / "my text.txt"
+    path.write_bytes(bytes(range(256)) * 20)
+    task = tasks.load(f"file:{path}")
+    x, y = next(task.batches(0, 4))
+    assert x.shape == (4, 128) and torch.equal((x + 1) % 256, y)
+
+
+def test_hugging_face_data_saved_to_disk(tmp_path):
+    rows = {"body": [f"line {i} of the text, long enough to be cut into windows" for i in range(60)]}
+    split = datasets.Dataset.from_dict(rows)
+    datasets.DatasetDict({"train": split, "test": split.select(range(10))}).save_to_disk(str(tmp_path / "saved"))
+    task = tasks.load(f"hf:{tmp_path / 'saved'}:body")
+    text = bytes(next(task.batches(0, 1))[0][0].tolist()).decode()
+    assert "of the text" in text
+    with pytest.raises(StudyError, match="Did you mean 'body'"):
+        tasks.load(f"hf:{tmp_path / 'saved'}:bodi")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    split.to_csv(str(folder / "train.csv"))
+    assert tasks.load(f"hf:{folder}:body").shape.outputs == "tokens"
+
+
+def test_tensors_of_a_user_become_a_task(tmp_path, monkeypatch):
+    (tmp_path / "mydata.py").write_text(
+        "import torch\n"
+        "def pair():\n    x = torch.randn(30, 5); return (x, (x[:, 0] > 0).long()), (x[:9], (x[:9, 0] > 0).long())\n"
+        "def wrong():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    task = tasks.load("mydata:pair")
+    assert (task.shape.kind, task.shape.features, task.shape.classes) == ("vector", 5, 2)
+    with pytest.raises(StudyError, match="gave a int; wanted a Task"):
+        tasks.load("mydata:wrong")
+    with pytest.raises(StudyError, match=r"no 'pairs'\. Did you mean 'pair'"):
+        tasks.load("mydata:pairs")
+    with pytest.raises(StudyError, match="no module 'nodata'"):
+        tasks.load("nodata:pair")
+
+
+def test_unknown_task_suggests_the_nearest():
+    with pytest.raises(StudyError, match="Did you mean 'digits'"):
+        tasks.load("digit")

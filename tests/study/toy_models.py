@@ -1,0 +1,66 @@
+"""Tiny models that the tests of the engine name as ``toy_models:function``."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def net(shape, *, width=16):
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape.flat, width), nn.Tanh(), nn.Linear(width, shape.classes))
+
+
+class Watched(nn.Module):
+    """Writes what it sees to the file ``$TOY_LOG``: its process and the sum of each training batch."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            with Path(os.environ["TOY_LOG"]).open("a") as file:
+                file.write(f"{os.getpid()} {float(x.sum()):.4f}\n")
+        return self.inner(x)
+
+
+def watched(shape, *, width=16):
+    return Watched(net(shape, width=width))
+
+
+class Slow(nn.Module):
+    def __init__(self, inner, pause):
+        super().__init__()
+        self.inner, self.pause = inner, pause
+
+    def forward(self, x):
+        time.sleep(self.pause if self.training else 0)
+        return self.inner(x)
+
+
+def slow(shape, *, pause=0.02):
+    return Slow(net(shape), pause)
+
+
+class Breaks(nn.Module):
+    """Raises in its 8th training step."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls == 8:
+            raise RuntimeError("broken on purpose")
+        return self.inner(x)
+
+
+def breaks(shape):
+    return Breaks(net(shape))
+
+
+def unbuildable(shape):
+    raise ValueError("cannot be built on purpose")
