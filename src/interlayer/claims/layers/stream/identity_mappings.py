@@ -25,7 +25,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         torch.manual_seed(seed)
         model = ConvNet(shape.channels, shape.classes, depth=depth, width=scale.width, stream=ARMS[arm])
         losses = train(model, "digits", seed=seed, steps=scale.steps, lr=2e-3, batch=32)
-        found[f"loss at {depth}"] = sum(losses[-10:]) / len(losses[-10:])
+        found[f"loss at {depth}"] = sum(losses[-5:]) / len(losses[-5:])
         found[f"error at {depth}"] = 1 - judge(model, "digits")["accuracy"]
     return found
 
@@ -43,7 +43,7 @@ CLAIM = Claim(
     control="half path",
     scales={
         "smoke": {"depths": (8,), "width": 4, "steps": 1},
-        "small": {"depths": (20, 164), "width": 4, "steps": 25},
+        "small": {"depths": (20, 164), "width": 4, "steps": 15},
         "full": {"depths": (20, 56, 110, 164, 1001), "width": 16, "steps": 2000},
     },
 )

@@ -79,7 +79,7 @@ CLAIM = Claim(
     control="wrong labels",
     scales={
         "smoke": {"nets": ("resnet18",), "steps": 2},
-        "small": {"nets": ("resnet18", "mobilenetv3"), "steps": 150},
+        "small": {"nets": ("resnet18", "mobilenetv3"), "steps": 100},
         "full": {"nets": ("resnet18", "mobilenetv3"), "steps": 5000},
     },
 )

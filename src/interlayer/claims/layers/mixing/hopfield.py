@@ -1,0 +1,115 @@
+"""Hopfield networks: patterns stored by dimension, and bags of digits told apart by what pools them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from interlayer.claims import Claim, Scale, highest
+from interlayer.claims.training import task
+from interlayer.layers.mixing.hopfield import HopfieldPooling, update
+
+
+def _recalled(arm: str, count: int, width: int, generator: torch.Generator) -> float:
+    """Share of ``count`` random patterns that one update brings back from a tenth of noise."""
+    stored = torch.randn(count, width, generator=generator).sign()
+    noisy = stored * torch.where(torch.rand(count, width, generator=generator) < 0.1, -1.0, 1.0)
+    if arm == "classical":  # binary patterns, Hebbian weights, zero diagonal (Hopfield 1982)
+        weights = stored.T @ stored / width
+        weights.fill_diagonal_(0)
+        new = (noisy @ weights).sign()
+    else:
+        new = update(noisy, stored, 0.01 if arm == "cold start" else 1.0).sign()
+    return float((new == stored).all(1).float().mean())
+
+
+def capacity(arm: str, width: int, most: int, generator: torch.Generator) -> int:
+    """Largest number of patterns, doubling from 1, of which 95% come back."""
+    count = 1
+    while count < most and _recalled(arm, 2 * count, width, generator) >= 0.95:
+        count *= 2
+    return count
+
+
+class Pooled(nn.Module):
+    """Embed each digit of a bag, pool, decide."""
+
+    def __init__(self, arm: str, width: int = 32) -> None:
+        super().__init__()
+        self.arm, self.embed = arm, nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width))
+        self.pool = HopfieldPooling(width, heads=4, steps=2) if arm in ("hopfield", "cold start") else None
+        if arm == "cold start" and self.pool is not None:
+            self.pool.beta.fill_(1e-4)  # all instances weigh the same
+        self.score = (
+            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)) if arm == "attention" else None
+        )
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, bags: Tensor) -> Tensor:
+        """[B, N, 64] to a logit each."""
+        x = self.embed(bags)
+        if self.pool is not None:
+            x = self.pool(x)[:, 0]
+        elif self.score is not None:
+            x = (self.score(x).softmax(1) * x).sum(1)
+        else:
+            x = x.amax(1) if self.arm == "max" else x.mean(1)
+        return self.head(x)[:, 0]
+
+
+def _bags(images: Tensor, labels: Tensor, count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Bags of digits without a 9, half of them with exactly one: positive."""
+    others, nines = images[labels != 9], images[labels == 9]
+    bags = others[torch.randint(len(others), (count, size), generator=generator)]
+    positive = torch.arange(count) % 2 == 0
+    bags[positive, 0] = nines[torch.randint(len(nines), (int(positive.sum()),), generator=generator)]
+    return bags, positive.float()
+
+
+def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
+    """Slope of log2 capacity against width, and accuracy of bags."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    if arm in ("hopfield", "classical", "cold start"):
+        widths = torch.tensor(scale.widths, dtype=torch.float)
+        logs = torch.tensor([math.log2(capacity(arm, int(w), scale.most, generator)) for w in widths])
+        centred = widths - widths.mean()
+        found["doublings for each dimension"] = float((centred * (logs - logs.mean())).sum() / centred.square().sum())
+        found[f"capacity at {scale.widths[-1]}"] = 2 ** float(logs[-1])
+    if arm != "classical":
+        (x, y), (xv, yv) = (next(iter(task("digits").batches(seed, 10**4, s))) for s in ("train", "validation"))
+        torch.manual_seed(seed)
+        model = Pooled(arm)
+        optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
+        for _ in range(scale.steps):
+            bags, labels = _bags(x.flatten(1), y, 64, scale.bag, generator)
+            loss = F.binary_cross_entropy_with_logits(model(bags), labels)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        bags, labels = _bags(xv.flatten(1), yv, 1000, scale.bag, generator)
+        with torch.no_grad():
+            found["accuracy of bags"] = float(((model(bags) > 0) == labels.bool()).float().mean())
+    return found
+
+
+CLAIM = Claim(
+    says="The number of random patterns that one update brings back doubles with every few dimensions, where the classical "
+    "network's grows linearly; pooled by a Hopfield layer, bags with one 9 among other digits are told apart better than "
+    "with attention, max or mean pooling.",
+    measure=measure,
+    arms=("classical", "mean", "max", "attention", "hopfield"),
+    expect=(
+        highest("doublings for each dimension", "hopfield", than=("classical",), margin=0.2),
+        highest("accuracy of bags", "hopfield", than=("mean", "max", "attention")),
+    ),
+    control="cold start",
+    scales={
+        "smoke": {"widths": (4, 8), "most": 64, "steps": 2, "bag": 5},
+        "small": {"widths": (8, 12, 16, 20), "most": 8192, "steps": 400, "bag": 10},
+        "full": {"widths": (8, 12, 16, 20, 24, 28), "most": 2**18, "steps": 5000, "bag": 20},
+    },
+)
