@@ -15,6 +15,7 @@ from interlayer.core.wiring import Group, Member, Wiring
 
 State = Mapping[str, Tensor]
 Loss = Callable[[Any, Any], Tensor]
+ROUNDING = 1e-6  # a gain below this share of the product of the norms may be rounding, and could go in circles
 
 
 def rows(weight: Tensor, member: Member) -> Tensor:
@@ -57,31 +58,26 @@ def match_weights(
         for n in torch.randperm(len(groups), generator=generator).tolist():
             group = groups[n]
             members = [m for m in group.members if m.name in counted]
-            pairs = [(rows(target[m.name], m), rows(state[m.name], m)) for m in members]
-            if not pairs:
+            if not members:
                 continue
-            similarity = torch.cat([a for a, _ in pairs], 1) @ torch.cat([b for _, b in pairs], 1).T
+            a, b = (torch.cat([rows(weights[m.name], m) for m in members], 1) for weights in (target, state))
+            similarity = a @ b.T
             perm = assign(similarity)
+            least = ROUNDING * float(a.norm() * b.norm())
             gain = similarity[torch.arange(group.size), perm].sum() - similarity.trace()
-            if gain <= 1e-6 * similarity.abs().max():
+            if gain <= least:
                 continue
-            moved = wiring.permute(
-                {m.name: state[m.name] for m in group.members} | _aliased(wiring, state, group), {group.name: perm}
-            )
-            if len({m.name for m in members}) < len(members):
-                touched = {m.name for m in members}
-                if agreement(target, moved, touched) <= agreement(target, state, touched) + 1e-6 * float(
-                    similarity.abs().max()
-                ):
+            axes = {m.name for m in group.members}
+            axes |= {alias for alias, name in wiring.aliases.items() if name in axes and alias in state}
+            moved = wiring.permute({name: state[name] for name in axes}, {group.name: perm})
+            touched = {m.name for m in members}
+            if len(touched) < len(members):
+                old, new = (agreement(target, weights, touched) for weights in (state, moved))
+                if new <= old + least:
                     continue
             state |= moved
             progress = True
     return state
-
-
-def _aliased(wiring: Wiring, state: State, group: Group) -> dict[str, Tensor]:
-    moved = {m.name for m in group.members}
-    return {alias: state[alias] for alias, name in wiring.aliases.items() if name in moved and alias in state}
 
 
 def match_activations(wiring: Wiring, model: nn.Module, other: nn.Module, data: Any) -> dict[str, Tensor]:
@@ -191,15 +187,16 @@ def match_weights_naive(
         progress = False
         for n in torch.randperm(len(groups), generator=generator).tolist():
             group = groups[n]
-            similarity = torch.zeros(group.size, group.size)
+            similarity, size = torch.zeros(group.size, group.size), 0.0
             for m in group.members:
                 if m.name in counted:
                     a, b = rows(target[m.name], m), rows(permuted(m.name, (group.name, m.dim)), m)
+                    size += float(a.norm() * b.norm())
                     for unit in range(group.size):
                         similarity[unit] += b @ a[unit]
             perm = assign(similarity).tolist()
             old = sum(float(similarity[i, j]) for i, j in enumerate(perms[group.name]))
             new = sum(float(similarity[i, j]) for i, j in enumerate(perm))
-            if new > old + 1e-6 * float(similarity.abs().max()):
+            if new > old + ROUNDING * size:
                 perms[group.name], progress = perm, True
     return {name: permuted(name) for name in moving}
