@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from interlayer.core import depth, recipe, taps
+from interlayer.core.example import Example
+from interlayer.core.extras import need
 from interlayer.core.kinds import Finding, Plan, Row, Transform
 from interlayer.core.select import blocks, put
 from interlayer.core.stream import State
@@ -324,3 +326,18 @@ def similarity(model: nn.Module, data: Any) -> Finding:
         return drawn
 
     return Finding({"similarity": columns}, figure)
+
+
+def _own() -> tuple[nn.Module, Tensor]:
+    from interlayer.models import Transformer
+
+    return Transformer(vocab=32, length=16, depth=6, width=16, heads=2), torch.randint(32, (2, 5))
+
+
+def _gpt2() -> tuple[nn.Module, Tensor]:
+    hf: Any = need("transformers", "hf", "painters.EXAMPLE")
+    config = hf.GPT2Config(n_embd=16, n_layer=6, n_head=2, vocab_size=32, use_cache=False)
+    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
+
+
+EXAMPLE = Example(make=Painters, inputs=_own, hf=_gpt2, options={"variant": "looped-parallel", "loops": 2})

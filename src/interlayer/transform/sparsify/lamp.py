@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from interlayer.core import recipe, weights
+from interlayer.core.example import Example
+from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.select import At, select
 
@@ -253,3 +255,16 @@ def _rewind(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             "Give a state_dict of this model from before pruning."
         )
     model.load_state_dict({k: state[p] for k, p in plain.items()}, strict=False)
+
+
+def _plain() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)), torch.randn(2, 1, 8, 8)
+
+
+def _gpt2() -> tuple[nn.Module, Tensor]:
+    hf: Any = need("transformers", "hf", "lamp.EXAMPLE")
+    config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, use_cache=False)
+    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
+
+
+EXAMPLE = Example(make=Lamp, inputs=_plain, hf=_gpt2, options={"sparsity": 0.8})
