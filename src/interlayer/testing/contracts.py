@@ -1,0 +1,118 @@
+"""Which contracts a kind has, and how a component is held to them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from interlayer.core.example import Example
+from interlayer.core.kinds import Probe, Rule, Transform
+
+Contract = Callable[[Example], None]
+
+
+class ContractError(AssertionError):
+    """A component breaks a contract, or keeps one that it declares an exception to."""
+
+
+def contracts(kind: str) -> Mapping[str, Contract]:
+    """The contracts of a kind by name; each takes an ``Example`` and raises if it is broken.
+
+    Raises:
+        ValueError: Unknown kind.
+    """
+    from interlayer.testing import modules, probes, rules, transforms
+
+    kinds = {
+        "layer": modules.LAYER,
+        "model": modules.MODEL,
+        "transform": transforms.TRANSFORM,
+        "rule": rules.RULE,
+        "probe": probes.PROBE,
+    }
+    if kind not in kinds:
+        raise ValueError(f"testing: no kind {kind!r}; there are {', '.join(kinds)}.")
+    return kinds[kind]
+
+
+def kind_of(component: type) -> str:
+    """The kind of a class: transform, rule or probe by its base, otherwise layer."""
+    for base, kind in ((Transform, "transform"), (Rule, "rule"), (Probe, "probe")):
+        if issubclass(component, base):
+            return kind
+    return "layer"
+
+
+def example_of(component: type) -> Example:
+    """The ``EXAMPLE`` that stands in the component's module, or in a package above it.
+
+    Raises:
+        LookupError: There is none.
+    """
+    name = component.__module__
+    while name:
+        found = getattr(sys.modules.get(name), "EXAMPLE", None)
+        if isinstance(found, Example):
+            return found
+        name = name.rpartition(".")[0]
+    raise LookupError(
+        f"testing: {component.__module__} has no EXAMPLE. Put one beside {component.__name__}: "
+        "EXAMPLE = Example(make=..., inputs=...), from interlayer.core.example."
+    )
+
+
+def hold(name: str, kind: str, example: Example) -> str:
+    """Hold an example to one contract: ``"kept"``, or the reason of a declared exception that really fails.
+
+    Raises:
+        ContractError: The contract is broken, or kept in spite of a declared exception.
+    """
+    contract, reason = contracts(kind)[name], example.exceptions.get(name)
+    try:
+        contract(example)
+    except Exception as error:
+        if reason is not None:
+            return reason
+        raise ContractError(f"{name}: {type(error).__name__}: {error}") from error
+    if reason is not None:
+        raise ContractError(f"{name}: kept, although it is declared as an exception ({reason}). Remove the exception.")
+    return "kept"
+
+
+def check(component: type, example: Example | None = None, *, kind: str | None = None) -> dict[str, str]:
+    """Hold a component to all contracts of its kind.
+
+    Args:
+        component: The class.
+        example: How to make one and what goes in; the ``EXAMPLE`` beside the class unless told.
+        kind: ``layer``, ``model``, ``transform``, ``rule`` or ``probe``; seen from the base class unless told (a
+            ``torch.nn.Module`` is a layer).
+
+    Returns:
+        For each contract ``"kept"`` or the reason of its declared exception.
+
+    Raises:
+        ContractError: Names every contract that is broken.
+        LookupError: No example was given and none stands beside the class.
+        ValueError: An exception is declared to a contract that there is not.
+    """
+    kind = kind or kind_of(component)
+    example = example or example_of(component)
+    if unknown := [name for name in example.exceptions if name not in contracts(kind)]:
+        raise ValueError(
+            f"testing: {component.__name__} declares an exception to {unknown[0]!r}; there are {list(contracts(kind))}."
+        )
+    outcomes: dict[str, Any] = {}
+    broken: list[ContractError] = []
+    for name in contracts(kind):
+        try:
+            outcomes[name] = hold(name, kind, example)
+        except ContractError as error:
+            broken.append(error)
+    if broken:
+        told = "\n".join(f"  {error}" for error in broken)
+        raise ContractError(
+            f"{component.__name__} breaks {len(broken)} of {len(contracts(kind))} contracts:\n{told}"
+        ) from broken[0]
+    return outcomes

@@ -1,0 +1,87 @@
+"""Contracts of probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from interlayer.core.example import Example
+from interlayer.core.kinds import Finding, Probe
+from interlayer.testing.common import make, picture, require, seeded, unchanged
+
+
+def _given(example: Example) -> tuple[nn.Module, Any]:
+    model, *data = make(example.inputs, 100)
+    return model, data[0] if data else None
+
+
+def _find(example: Example, model: nn.Module, data: Any) -> Finding:
+    probe = make(example.make)
+    require(isinstance(probe, Probe), f"make() gave {type(probe).__name__}; wanted a Probe")
+    with seeded(5):
+        return probe(model, data)
+
+
+def finding(example: Example) -> None:
+    """Named tables with columns of equal length, and a figure that can be drawn, if there is one."""
+    found = _find(example, *_given(example))
+    require(isinstance(found, Finding) and bool(found.tables), "a probe gives a Finding with at least one table")
+    for name, table in found.tables.items():
+        lengths = {column: len(values) for column, values in table.items()}
+        require(len(set(lengths.values())) == 1, f"columns of table {name!r} differ in length: {lengths}")
+        require(max(lengths.values()) > 0, f"table {name!r} is empty")
+    if found.figure is not None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        require(found.figure() is not None, "figure() gives nothing")
+        pyplot.close("all")
+
+
+def no_trace(example: Example) -> None:
+    """Weights, gradients, modes, hooks and modules of the model are afterwards as they were, in both modes."""
+    for training in (True, False):
+        model, data = _given(example)
+        model.train(training)
+        for p in list(model.parameters())[:1]:
+            p.grad = torch.ones_like(p)  # a gradient of the user's own
+        before = picture(model)
+        _find(example, model, data)
+        unchanged(before, model, "the probe")
+
+
+def planted(example: Example) -> None:
+    """What the example planted in the model is found."""
+    require(example.planted is not None, "the example plants nothing: give planted=, a check of the finding")
+    assert example.planted is not None
+    require(bool(example.planted(_find(example, *_given(example)))), "the planted truth is not found")
+
+
+def seed(example: Example) -> None:
+    """The same seed gives the same tables."""
+    first, second = (_find(example, *_given(example)).tables for _ in range(2))
+    require(_equal(first, second), "the tables of the same seed differ")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return bool(a == b) or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
+
+
+PROBE: dict[str, Callable[[Example], None]] = {
+    "finding": finding,
+    "no_trace": no_trace,
+    "planted": planted,
+    "seed": seed,
+}

@@ -1,0 +1,99 @@
+"""Contracts of learning rules."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from interlayer.core.example import Example
+from interlayer.core.kinds import Rule
+from interlayer.testing.common import hooks, make, require, same, seeded
+
+
+def _pair(example: Example, seed: int = 0) -> tuple[Rule, list[Any]]:
+    rule = make(example.make, seed)
+    require(isinstance(rule, Rule), f"make() gave {type(rule).__name__}; wanted a Rule")
+    batches = list(make(example.inputs, 100))
+    require(len(batches) >= 4, f"inputs() gave {len(batches)} batches; wanted at least 4")
+    return rule, batches
+
+
+def _steps(rule: Rule, batches: Sequence[Any], first: int = 0) -> list[float]:
+    """Losses; each step has a seed of its own, so that a resumed run can meet the same draws."""
+    losses = []
+    for at, batch in enumerate(batches, first):
+        with seeded(1000 + at):
+            metrics = rule.step(batch)
+        require(
+            "loss" in metrics and math.isfinite(metrics["loss"]), f"step {at} gave {metrics}; wanted a finite 'loss'"
+        )
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def learns(example: Example) -> None:
+    """The loss of the last quarter of the steps is below that of the first."""
+    rule, batches = _pair(example)
+    losses = _steps(rule, batches)
+    part = len(losses) // 4
+    start, end = sum(losses[:part]) / part, sum(losses[-part:]) / part
+    require(end < start, f"the loss went from {start:.4g} to {end:.4g}")
+
+
+def resumes(example: Example) -> None:
+    """A run that stops, goes through ``state_dict`` and starts again ends with the same bits."""
+    rule, batches = _pair(example)
+    half = len(batches) // 2
+    _steps(rule, batches[:half])
+    weights, state = copy.deepcopy(rule.model.state_dict()), copy.deepcopy(rule.state_dict())
+    _storable(state, "state_dict")
+    _steps(rule, batches[half:], half)
+    other, _ = _pair(example, seed=1)
+    other.model.load_state_dict(weights)
+    other.load_state_dict(state)
+    _steps(other, batches[half:], half)
+    same(list(rule.model.state_dict().values()), list(other.model.state_dict().values()), "weights of the resumed run")
+    same(rule.state_dict(), other.state_dict(), "state of the resumed run")
+
+
+def _storable(value: Any, where: str) -> None:
+    """Require tensors, numbers, strings and containers of them: what can be stored without pickle."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            require(isinstance(key, str | int), f"{where} has the key {key!r}")
+            _storable(item, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _storable(item, f"{where}[{i}]")
+    else:
+        require(value is None or isinstance(value, Tensor | int | float | str), f"{where} is a {type(value).__name__}")
+
+
+def leaves_no_hooks(example: Example) -> None:
+    """After a step there is no hook on any module or parameter."""
+    rule, batches = _pair(example)
+    _steps(rule, batches[:2])
+    require(not hooks(rule.model), f"hooks are left: {hooks(rule.model)[:3]}")
+
+
+def seed(example: Example) -> None:
+    """The same seed gives the same losses and weights."""
+    runs = []
+    for _ in range(2):
+        rule, batches = _pair(example)
+        losses = _steps(rule, batches[:3])
+        runs.append((losses, list(rule.model.state_dict().values())))
+    require(runs[0][0] == runs[1][0], "the losses of the same seed differ")
+    same(runs[0][1], runs[1][1], "the weights of the same seed")
+
+
+RULE: dict[str, Callable[[Example], None]] = {
+    "learns": learns,
+    "resumes": resumes,
+    "hooks": leaves_no_hooks,
+    "seed": seed,
+}
