@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from interlayer import catalog
+from interlayer import catalog, models
 from interlayer.core.data import DataShape
 from interlayer.core.slots import parse_spec
 from interlayer.study.spec import StudyError, split_top
@@ -51,8 +51,6 @@ class Arm:
                     f"arm {self.name!r}: {self.base} gave a {type(model).__name__}; wanted a torch.nn.Module."
                 )
             return model
-        from interlayer import models
-
         return models.build(self.base, shape, **self.options)
 
 
@@ -61,7 +59,7 @@ def parse(name: str, use: str, base: str) -> Arm:
 
     Args:
         name: Name in the report.
-        use: Terms joined by ``+``: ``plain``, a slug with options, ``key=value``, or ``package.module:function``.
+        use: Terms joined by ``+``: ``plain``, a slug with options, another base, ``key=value``, or ``package.module:function``.
         base: The study's base.
 
     Raises:
@@ -76,7 +74,7 @@ def parse(name: str, use: str, base: str) -> Arm:
         if equals and "(" not in key:
             target = training if key.strip() in TRAINING else options
             _put(target, key.strip(), _literal(value.strip()), name)
-        elif is_path(term):
+        elif is_path(term) or parse_spec(term)[0] in models.BASES:
             model = term
         elif term != "plain":
             slug, own = parse_spec(term)
@@ -118,7 +116,7 @@ def _system(slug: str, arm: str, base: str) -> catalog.System:
     systems = catalog.load()
     if slug not in systems:
         raise StudyError(
-            f"arm {arm!r}: there is no system {slug!r}.{catalog.nearest(slug, ['plain', *systems])} "
+            f"arm {arm!r}: there is no system {slug!r}.{catalog.nearest(slug, ['plain', *models.BASES, *systems])} "
             "An arm is plain, a slug, key=value, package.module:function, or several joined by +."
         )
     return systems[slug]

@@ -33,8 +33,8 @@ header p.kind{margin:0;color:var(--soft);font-size:14px;letter-spacing:.02em}
 h1{font-size:31px;line-height:1.22;font-weight:650;letter-spacing:-.012em;margin:6px 0 12px;max-width:26em;text-wrap:balance}
 h2{font-size:20px;font-weight:650;letter-spacing:-.005em;margin:52px 0 4px}
 h3{font-size:15px;font-weight:600;margin:0 0 2px}
-p{max-width:44em;margin:0 0 12px}p.soft,figcaption{color:var(--soft);font-size:14.5px}
-figcaption{margin:0 0 10px;max-width:46em}
+p{max-width:46em;margin:0 0 12px}p.soft{max-width:62em}p.soft,figcaption{color:var(--soft);font-size:14.5px}
+figcaption{margin:0 0 10px;max-width:62em}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:18px 20px 10px;min-width:0}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:20px;margin-top:16px}
 .one{margin-top:16px}
@@ -395,12 +395,13 @@ def _costs(result: Result, found: Sequence[Row], number: dict[str, int]) -> str:
     )
     out = []
     values = {r.arm: list(result.values(r.arm).values()) for r in arms}
+    unit = f" ({result.about['unit']})" if metric == "loss" else ""
     for key, title, label, scale in kinds:
         xs = [r.cost[key] * scale for r in arms]
         axes = Axes(
             _padded([*xs, min(xs) * 0.97, max(xs) * 1.03]),
             _padded([v for x in values.values() for v in x], 0.12),
-            (label, f"validation {metric}"),
+            (label, f"validation {metric}{unit}"),
         )
         places = [(axes.px(x), axes.py(r.metrics[metric].mean)) for x, r in zip(xs, arms, strict=True)]
         heights = _beside(places, [len(shorten(r.arm, 22)) * 7.2 + 14 for r in arms], axes)
@@ -492,7 +493,8 @@ def _table(result: Result, found: Sequence[Row], lines: Sequence[dict[str, str]]
         name = f'<i class="key" style="background:{_var(number[row.arm])}"></i>{escape(row.arm)}'
         if row.state and row.metrics:
             name += f' <span class="bad">({escape(row.state)})</span>'
-        cells = "".join(f"<td>{escape(v)}</td>" for v in list(line.values())[1:])
+        first = ' class="bad"' if row.state and not row.metrics else ""
+        cells = "".join(f"<td{'' if i else first}>{escape(v)}</td>" for i, v in enumerate(list(line.values())[1:]))
         body.append(f'<tr class="{"best" if row.arm == best else ""}"><td>{name}</td>{cells}</tr>')
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 

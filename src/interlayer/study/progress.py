@@ -42,7 +42,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        self.bars.console.print(text, highlight=False, markup=False)
+        self.bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def tell(self, event: dict[str, Any]) -> None:
         """Show an event of a run."""

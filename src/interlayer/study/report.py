@@ -102,7 +102,7 @@ def write(result: Result, console: Console) -> None:
         )
     for line in lines:
         table.add_row(*line.values())
-    console.print(table, width=None if console.is_terminal else 160)
+    (console if console.is_terminal else Console(file=console.file, width=180)).print(table)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say(note(result))
     bad = [r for r in result.runs if r.state in ("failed", "diverged")]

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,7 +68,7 @@ def check(arm: Arm, task: Task, spec: StudySpec) -> None:
     model = arm.build(task.shape)
     inputs, targets = next(task.batches(0, 2, "train"))
     if arm.rule:
-        _rule(arm, model, spec, None)
+        _rule(arm, model, task, arm.training.get("lr")).step((inputs, targets))
         return
     loss = task.loss(model(inputs), targets)
     if loss.dim():
@@ -162,7 +162,7 @@ class _Loop:
         own = {**spec.model_dump(include={"lr", "weight_decay", "warmup", "schedule"}), **arm.training}
         self.model, self.task, self.spec, self.device, self.lr = model, task, spec, device, lr or own["lr"]
         self.warmup, self.schedule = own["warmup"], own["schedule"]
-        self.rule = _rule(arm, model, spec, lr or arm.training.get("lr")) if arm.rule else None
+        self.rule = _rule(arm, model, task, lr or arm.training.get("lr")) if arm.rule else None
         weights = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in weights if p.dim() > 1], "weight_decay": own["weight_decay"]},
@@ -220,22 +220,33 @@ class _Loop:
         if self.optimizer:
             self.optimizer.zero_grad(set_to_none=True)
             found["kept"] = float(cost.bytes_kept(self.model, lambda: self.task.loss(self.model(inputs), targets)))
-            states = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+            states = list(_tensors(self.optimizer.state))
         else:
-            states = []
+            assert self.rule is not None
+            states = list(_tensors(self.rule.state_dict()))
         alive = itertools.chain(self.model.parameters(), self.model.buffers(), states, (inputs, targets))
         found["peak_memory"] = float(cost.peak_bytes(lambda: self.step(inputs, targets, 1.0), alive, self.device))
         return found
 
 
-def _rule(arm: Arm, model: nn.Module, spec: StudySpec, lr: float | None) -> Rule:
+def _tensors(data: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts and lists."""
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, Mapping | list | tuple):
+        for value in data.values() if isinstance(data, Mapping) else data:
+            yield from _tensors(value)
+
+
+def _rule(arm: Arm, model: nn.Module, task: Task, lr: float | None) -> Rule:
     assert arm.rule is not None
     slug, options = arm.rule
     make = catalog.get(slug).resolve()
-    if lr is not None and "lr" not in options:
-        if "lr" not in inspect.signature(make).parameters:
-            raise StudyError(f"arm {arm.name!r}: the rule {slug!r} takes no learning rate `lr`.")
-        options = {**options, "lr": lr}
+    names = inspect.signature(make).parameters
+    if lr is not None and "lr" not in names:
+        raise StudyError(f"arm {arm.name!r}: the rule {slug!r} takes no learning rate `lr`.")
+    told = {"lr": lr, "classes": task.shape.classes or None}
+    options = {**{k: v for k, v in told.items() if v is not None and k in names}, **options}
     return make(model, **options)
 
 
