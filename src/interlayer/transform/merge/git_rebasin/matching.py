@@ -20,7 +20,9 @@ ROUNDING = 1e-6  # a gain below this share of the product of the norms may be ro
 
 def rows(weight: Tensor, member: Member) -> Tensor:
     """The part of a weight that each unit of a group owns: ``[units, values]``."""
-    return weight.movedim(member.dim, 0)[member.index.to(weight.device)].flatten(1)
+    units = weight.movedim(member.dim, 0)
+    whole = member.index.shape == (len(units), 1) and torch.equal(member.index[:, 0], torch.arange(len(units)))
+    return (units if whole else units[member.index.to(weight.device)]).reshape(len(member.index), -1)
 
 
 def assign(similarity: Tensor) -> Tensor:
@@ -51,32 +53,38 @@ def match_weights(
     """
     counted = set(names)
     state, generator = dict(moving), torch.Generator().manual_seed(seed)
-    groups = list(wiring.groups.values())
-    progress = True
-    while progress:
-        progress = False
+    groups = [g for g in wiring.groups.values() if any(m.name in counted for m in g.members)]
+    members = [[m for m in g.members if m.name in counted] for g in groups]
+    ours = [[rows(target[m.name], m) for m in ms] for ms in members]
+    # neither norm changes when units are permuted
+    least = [
+        ROUNDING * sum(float(a.norm() * rows(state[m.name], m).norm()) for a, m in zip(own, ms, strict=True))
+        for own, ms in zip(ours, members, strict=True)
+    ]
+    waiting = set(range(len(groups)))  # a group is solved again only after a weight of it has changed
+    while waiting:
         for n in torch.randperm(len(groups), generator=generator).tolist():
-            group = groups[n]
-            members = [m for m in group.members if m.name in counted]
-            if not members:
+            if n not in waiting:
                 continue
-            a, b = (torch.cat([rows(weights[m.name], m) for m in members], 1) for weights in (target, state))
-            similarity = a @ b.T
+            waiting.discard(n)
+            group, place = groups[n], torch.arange(groups[n].size)
+            similarity = torch.zeros(group.size, group.size, dtype=ours[n][0].dtype, device=ours[n][0].device)
+            for a, m in zip(ours[n], members[n], strict=True):
+                similarity.addmm_(a, rows(state[m.name], m).T)
             perm = assign(similarity)
-            least = ROUNDING * float(a.norm() * b.norm())
-            gain = similarity[torch.arange(group.size), perm].sum() - similarity.trace()
-            if gain <= least:
+            if similarity[place, perm].sum() - similarity.trace() <= least[n]:
                 continue
             axes = {m.name for m in group.members}
             axes |= {alias for alias, name in wiring.aliases.items() if name in axes and alias in state}
             moved = wiring.permute({name: state[name] for name in axes}, {group.name: perm})
-            touched = {m.name for m in members}
-            if len(touched) < len(members):
+            touched = {m.name for m in members[n]}
+            twice = len(touched) < len(members[n])
+            if twice:
                 old, new = (agreement(target, weights, touched) for weights in (state, moved))
-                if new <= old + least:
+                if new <= old + least[n]:
                     continue
             state |= moved
-            progress = True
+            waiting |= {k for k, ms in enumerate(members) if (k != n or twice) and touched & {m.name for m in ms}}
     return state
 
 
