@@ -212,14 +212,13 @@ class _Indices:
         key = (*(b for b in parts if b not in self.constant_ids), *(b for b in parts if b in self.constant_ids))
         if len(key) == 1:
             return key[0]
-        while self.known is None:
-            self.known = {}
+        if self.known is None:
+            known: dict[tuple[int, ...], int] = {}
             for root in list(self.parts):
-                other = self.known.setdefault(self.expand(root), root)
+                other = known.setdefault(self.expand(root), root)
                 if other != root:
-                    self._join(root, other)
-                    self.known = None
-                    break
+                    self._join(root, other)  # the same place: what it is located by does not change
+            self.known = known
         if key not in self.known:
             i = self.new()
             self.parts[i] = key
