@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interlayer.core.mixer import Attention, Context
+from interlayer.core.parts import FeedForward
+from interlayer.core.position import Position
+from interlayer.core.slots import fill
+from interlayer.core.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -17,7 +27,7 @@ class Example:
     kind          ``make()``                          ``inputs()``
     ============  ==================================  ===============================================================
     layer, model  the ``nn.Module`` (for a stream: a  its positional arguments, batch first; at least two examples
-                  small backbone with it)
+                  ``Backbone`` with it)
     transform     the ``Transform``                   ``(model,)`` or ``(model, data)``, a plain ``nn.Module``
     rule          the ``Rule``, bound to a new model  batches to learn from, one for each step
     probe         the ``Probe``                       ``(model, data)``
@@ -26,7 +36,7 @@ class Example:
     Args:
         make: Builds the component, drawing from torch's global generator.
         inputs: Makes the inputs, drawing from the same.
-        options: Keyword options for a transform's ``plan``.
+        options: Keyword options for a transform's ``plan``, or a function of the model that gives them.
         odd: Inputs of odd sizes, such as a prime length, where the layer allows several.
         wrong: Inputs of a wrong shape, which must raise ``ValueError`` or ``TypeError``; one feature more unless told.
         hf: The inputs of a transform with an unmodified Hugging Face model in place of the plain one.
@@ -39,7 +49,7 @@ class Example:
 
     make: Callable[[], Any]
     inputs: Callable[[], tuple[Any, ...]]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]] = field(default_factory=dict)
     odd: Callable[[], tuple[Any, ...]] | None = None
     wrong: Callable[[], tuple[Any, ...]] | None = None
     hf: Callable[[], tuple[Any, ...]] | None = None
@@ -47,3 +57,50 @@ class Example:
     train: Callable[[], tuple[float, float]] | None = None
     planted: Callable[[Any], bool] | None = None
     exceptions: Mapping[str, str] = field(default_factory=dict)
+
+
+class Backbone(nn.Module):
+    """The smallest network around a stream: two blocks of causal attention and an MLP. What a stream's example makes.
+
+    Args:
+        stream: Called with ``depth=, width=, branches=`` as far as it names them.
+        width: Features D.
+
+    Shapes: [B, S, D] to [B, S, D].
+
+    Raises:
+        ValueError: An input of another width.
+
+    Example:
+        >>> import torch
+        >>> from interlayer.core.stream import PreNorm
+        >>> Backbone(lambda depth, branches, width: PreNorm(depth, width, branches=branches))(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, stream: Callable[..., Stream], width: int = 8) -> None:
+        super().__init__()
+        self.width = width
+        self.stream = fill("stream", stream, depth=2, width=width, branches=2)
+        self.position = Position()
+        self.sublayers = nn.ModuleList()
+        for layer in (0, 2):
+            own = self.stream.value_layer(layer) == layer
+            self.sublayers += [Attention(width, 2, causal=True, values=own), FeedForward(width, hidden=width)]
+
+    def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        """Run the sublayers, joined by the stream."""
+        if x.ndim != 3 or x.shape[-1] != self.width:
+            raise ValueError(f"Backbone: input {tuple(x.shape)}; wanted [batch, sequence, {self.width}].")
+        stream = self.stream
+        state = stream.start(x)
+        for layer, sublayer in enumerate(self.sublayers):
+            inputs = stream.read(state, layer)
+            if isinstance(sublayer, Attention):
+                share = partial(stream.share, state)
+                context = Context(layer, self.position, share=share, value_layer=stream.value_layer(layer))
+                branch = sublayer(inputs, context)
+            else:
+                branch = sublayer(inputs)
+            state = stream.write(state, layer, branch)
+        return stream.finish(state)

@@ -17,14 +17,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-SECONDS = 60
+SECONDS = 30
 
 
 def two_processes(module: nn.Module, step: Callable[[nn.Module, int], object]) -> dict[str, Tensor]:
     """Run ``step(wrapped module, rank)`` in two gloo processes and give the gradients that the first then holds.
 
     Raises:
-        AssertionError: A process failed (with its traceback) or took longer than a minute.
+        AssertionError: A process failed (with its traceback) or took longer than ``SECONDS``.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -28,8 +28,9 @@ def _given(inputs: Callable[[], tuple[Any, ...]], seed: int = 100) -> Given:
 def _plan(example: Example, model: nn.Module, data: Any) -> Plan:
     transform = make(example.make)
     require(isinstance(transform, Transform), f"make() gave {type(transform).__name__}; wanted a Transform")
+    options = make(lambda: example.options(model) if callable(example.options) else example.options)
     with seeded(5):
-        return transform.plan(model, data, **example.options)
+        return transform.plan(model, data, **options)
 
 
 def _result(example: Example, model: nn.Module, data: Any) -> nn.Module:

@@ -1,0 +1,491 @@
+"""Each contract catches a component that is broken on purpose, and lets its sound twin pass."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from interlayer import catalog, testing
+from interlayer.core import recipe
+from interlayer.core.example import Backbone, Example
+from interlayer.core.kinds import Finding, Plan, Probe, Row, Rule, Transform
+from interlayer.core.stream import PreNorm
+from interlayer.testing import ContractError, check, contracts, example_of, hold, kind_of
+
+
+class Sound(nn.Module):
+    """A linear map that keeps every contract; the broken ones below change one thing each."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4) / 2)
+
+    def forward(self, x):
+        if x.shape[-1] != 4:
+            raise ValueError(f"Sound: input {tuple(x.shape)}; wanted [..., 4].")
+        return torch.tanh(x @ self.weight)
+
+
+class Unused(Sound):
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Parameter(torch.ones(2))
+
+
+class WrongGradient(Sound):
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0]  # the factor 2 is missing
+
+    def forward(self, x):
+        return self.Square.apply(super().forward(x))
+
+
+class EvenOnly(Sound):
+    def forward(self, x):
+        if x.shape[1] % 2:
+            raise RuntimeError("odd")
+        return super().forward(x)
+
+
+class NoLowPrecision(Sound):
+    def forward(self, x):
+        y = super().forward(x)
+        return y * (float("inf") if y.dtype == torch.bfloat16 else 1)
+
+
+class HiddenWeights(Sound):
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.randn(4)  # neither parameter nor buffer
+
+    def forward(self, x):
+        return super().forward(x) + self.shift.to(x.dtype)
+
+
+class SharedStorage(Sound):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Parameter(torch.ones(3, 4)[1])  # a view of a larger tensor
+
+    def forward(self, x):
+        return super().forward(x) * self.part
+
+
+class LooksAtValues(Sound):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.sum().item() > 0 else 2 * y
+
+
+class SharesWithCopies(Sound):
+    def __deepcopy__(self, memo):
+        twin = type(self)()
+        twin.weight = self.weight
+        return twin
+
+
+class FreshNoise(Sound):
+    calls = 0
+
+    def forward(self, x):
+        FreshNoise.calls += 1
+        return super().forward(x) + FreshNoise.calls
+
+
+class LeaksAcrossBatch(Sound):
+    def forward(self, x):
+        return super().forward(x) - x.mean(0)
+
+
+class Remembers(Sound):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(4))
+
+    def forward(self, x):
+        y = super().forward(x) + self.last
+        self.last = x.detach().mean((0, 1))
+        return y
+
+
+class RemembersAndForgets(Remembers):
+    def reset(self):
+        self.last = torch.zeros_like(self.last)
+
+
+class TakesAnything(Sound):
+    def forward(self, x):
+        return torch.tanh(x[..., :4] @ self.weight)
+
+
+class KnowsItsProcess(Sound):
+    def forward(self, x):
+        return super().forward(x) * (1 + torch.distributed.is_initialized())
+
+
+def layer(cls, **more):
+    return Example(make=cls, inputs=lambda: (torch.randn(3, 6, 4),), odd=lambda: (torch.randn(2, 7, 4),), **more)
+
+
+BROKEN = {
+    "shapes": Unused,
+    "gradcheck": WrongGradient,
+    "odd": EvenOnly,
+    "autocast": NoLowPrecision,
+    "state_dict": HiddenWeights,
+    "compile": LooksAtValues,
+    "export": LooksAtValues,
+    "deepcopy": SharesWithCopies,
+    "seed": FreshNoise,
+    "batch": LeaksAcrossBatch,
+    "state": Remembers,
+    "ddp": KnowsItsProcess,
+    "wrong": TakesAnything,
+}
+
+
+def test_a_sound_layer_keeps_all():
+    assert set(check(Sound, layer(Sound)).values()) == {"kept"}
+    assert BROKEN.keys() == contracts("layer").keys()
+
+
+@pytest.mark.parametrize(("name", "cls"), BROKEN.items(), ids=BROKEN)
+def test_a_broken_layer_is_caught(name, cls):
+    with pytest.raises(ContractError, match=name):
+        hold(name, "layer", layer(cls))
+
+
+def test_more_breaks_of_layers():
+    with pytest.raises(ContractError, match="state_dict"):
+        hold("state_dict", "layer", layer(SharedStorage))
+    with pytest.raises(ContractError, match="RuntimeError"):
+        hold("wrong", "layer", Example(make=lambda: nn.Linear(4, 4), inputs=lambda: (torch.randn(2, 4),)))
+    assert hold("state", "layer", layer(RemembersAndForgets)) == "kept"
+    tokens = Example(make=lambda: nn.Embedding(9, 4), inputs=lambda: (torch.randint(9, (2, 3)),))
+    assert hold("gradcheck", "layer", tokens) == "kept"
+
+
+def test_exceptions_are_strict():
+    assert (
+        hold("batch", "layer", layer(LeaksAcrossBatch, exceptions={"batch": "the mean is the point"}))
+        == "the mean is the point"
+    )
+    with pytest.raises(ContractError, match="kept, although"):
+        hold("batch", "layer", layer(Sound, exceptions={"batch": "not true"}))
+    with pytest.raises(ValueError, match="'bach'"):
+        check(Sound, layer(Sound, exceptions={"bach": "mistyped"}))
+
+
+def test_check_names_every_break():
+    class Bad(LeaksAcrossBatch, TakesAnything):
+        pass
+
+    with pytest.raises(ContractError, match=r"breaks 2 of 13(?s:.*)batch(?s:.*)wrong"):
+        check(Bad, layer(Bad))
+
+
+def test_streams_are_held_in_a_backbone():
+    make = lambda: Backbone(PreNorm)  # noqa: E731
+    example = Example(make=make, inputs=lambda: (torch.randn(2, 5, 8),))
+    for name in ("shapes", "gradcheck", "batch", "ddp", "wrong"):
+        assert hold(name, "layer", example) == "kept"
+
+
+def test_a_model_must_learn():
+    def train(rate):
+        def run():
+            torch.manual_seed(0)
+            x = torch.randn(64, 4)
+            y = x @ torch.ones(4, 1)
+            net = nn.Linear(4, 1)
+            optimiser = torch.optim.SGD(net.parameters(), rate)
+            for _ in range(30):
+                loss = F.mse_loss(net(x), y)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+            return loss.item(), y.var().item()
+
+        return run
+
+    assert hold("training", "model", layer(Sound, train=train(0.1))) == "kept"
+    with pytest.raises(ContractError, match="trivial"):
+        hold("training", "model", layer(Sound, train=train(0.0)))
+    with pytest.raises(ContractError, match="digits"):
+        hold("training", "model", layer(Sound))
+
+    def digits():
+        return Example(make=lambda: nn.Linear(64, 10), inputs=lambda: (torch.randn(2, 64),))
+
+    assert hold("training", "model", digits()) == "kept"
+
+
+class Halve(Transform):
+    slug = "lamp"  # the recipe resolves it through the catalogue; ``saved`` is proved with the real one
+
+    def plan(self, model, data=None, **options):
+        rows = [Row(n, "halved") for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        if not rows:
+            raise ValueError("Halve: no linear layer to halve.")
+
+        def build():
+            new = copy.deepcopy(model)
+            with torch.no_grad():
+                for row in rows:
+                    new.get_submodule(row.name).weight.mul_(0.5)
+            return new
+
+        return Plan(self.slug, {}, rows, build=build)
+
+    def restore(self, model, structure):
+        return model
+
+
+class InPlace(Halve):
+    def plan(self, model, data=None, **options):
+        plan = super().plan(model, data)
+        plan.build = lambda: model.apply(lambda m: m.weight.data.mul_(0.5) if isinstance(m, nn.Linear) else None)
+        return plan
+
+
+class PlansInEvalMode(Halve):
+    def plan(self, model, data=None, **options):
+        return super().plan(model.eval(), data)
+
+
+class SharesWeights(Halve):
+    def plan(self, model, data=None, **options):
+        plan = super().plan(model, data)
+        plan.build = lambda: nn.Sequential(*model)
+        return plan
+
+
+class LeavesHook(Halve):
+    def plan(self, model, data=None, **options):
+        model[0].register_forward_hook(lambda *a: None)
+        return super().plan(model, data)
+
+
+class SilentNothing(Halve):
+    def plan(self, model, data=None, **options):
+        return Plan(self.slug, {}, [], build=lambda: copy.deepcopy(model))
+
+
+class Undetermined(Halve):
+    calls = 0
+
+    def plan(self, model, data=None, **options):
+        plan = super().plan(model, data)
+        Undetermined.calls += 1
+        scale = float(Undetermined.calls)
+
+        def build():
+            new = copy.deepcopy(model)
+            new[0].weight.data.mul_(scale)
+            return new
+
+        plan.build = build
+        return plan
+
+
+class NoReason(Halve):
+    def plan(self, model, data=None, **options):
+        plan = super().plan(model, data)
+        plan.skipped.append(Row("1", "left alone"))
+        return plan
+
+
+def transform(cls):
+    return Example(
+        make=cls, inputs=lambda: (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(3, 4))
+    )
+
+
+def test_a_sound_transform_keeps_its_contracts():
+    for name in ("untouched", "plain", "seed", "nothing"):
+        assert hold(name, "transform", transform(Halve)) == "kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("untouched", InPlace),
+        ("untouched", PlansInEvalMode),
+        ("untouched", SharesWeights),
+        ("untouched", LeavesHook),
+        ("plain", SilentNothing),
+        ("plain", NoReason),
+        ("hf", Halve),  # no Hugging Face model in the example
+        ("saved", Halve),  # records no step
+        ("seed", Undetermined),
+        ("nothing", SilentNothing),
+    ],
+)
+def test_a_broken_transform_is_caught(name, cls):
+    with pytest.raises(ContractError, match=name):
+        hold(name, "transform", transform(cls))
+
+
+def test_a_result_that_its_recipe_cannot_rebuild_is_caught():
+    class Forgets(Halve):
+        """Records a step, but what it builds has a module that ``restore`` knows nothing of."""
+
+        def plan(self, model, data=None, **options):
+            plan = super().plan(model, data)
+
+            def build():
+                new = copy.deepcopy(model).append(nn.Linear(2, 2))
+                recipe.record(new, recipe.BAKE, {}, {})
+                return new
+
+            plan.build = build
+            return plan
+
+    with pytest.raises(ContractError, match="saved"):
+        hold("saved", "transform", transform(Forgets))
+
+
+class Descent(Rule):
+    """Plain gradient descent with momentum on a linear classifier."""
+
+    slug = "descent"
+
+    def __init__(self, climb=False, hook=False, forget=False, noise=False):
+        self.model = nn.Linear(8, 2)
+        self.optimiser = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9, maximize=climb)
+        self.hook, self.forget, self.noise, self.steps = hook, forget, noise, 0
+
+    def step(self, batch):
+        x, y = batch
+        if self.hook:
+            self.model.register_forward_hook(lambda *a: None)
+        loss = F.cross_entropy(self.model(x), y)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        Descent.total = getattr(Descent, "total", 0) + 1
+        return {"loss": loss.item() + (1e-6 * Descent.total if self.noise else 0)}
+
+    def state_dict(self):
+        return {} if self.forget else self.optimiser.state_dict()
+
+    def load_state_dict(self, state):
+        if state:
+            self.optimiser.load_state_dict(state)
+
+
+def rule(**options):
+    def batches():
+        x = torch.randn(12, 16, 8)
+        return tuple((each, (each[:, 0] > 0).long()) for each in x)
+
+    return Example(make=lambda: Descent(**options), inputs=batches)
+
+
+def test_a_sound_rule_keeps_all():
+    assert set(check(Descent, rule()).values()) == {"kept"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("learns", {"climb": True}), ("resumes", {"forget": True}), ("hooks", {"hook": True}), ("seed", {"noise": True})],
+)
+def test_a_broken_rule_is_caught(name, options):
+    with pytest.raises(ContractError, match=name):
+        hold(name, "rule", rule(**options))
+
+
+class Norms(Probe):
+    """The norm of every weight."""
+
+    slug = "norms"
+
+    def look(self, model, data):
+        return {n: float(p.detach().norm()) for n, p in model.named_parameters()}
+
+    def __call__(self, model, data):
+        found = self.look(model, data)
+        return Finding({"norms": {"name": list(found), "norm": list(found.values())}})
+
+
+class SwitchesMode(Norms):
+    def look(self, model, data):
+        return super().look(model.eval(), data)
+
+
+class ClearsGradients(Norms):
+    def look(self, model, data):
+        model.zero_grad()
+        return super().look(model, data)
+
+
+class ReplacesForward(Norms):
+    def look(self, model, data):
+        plain = model.forward
+        model.forward = lambda x: plain(x) + 0
+        return super().look(model, data)
+
+
+class Uneven(Norms):
+    def __call__(self, model, data):
+        return Finding({"norms": {"name": ["a", "b"], "norm": [1.0]}})
+
+
+class Moody(Norms):
+    calls = 0
+
+    def look(self, model, data):
+        Moody.calls += 1
+        return {n: v + Moody.calls for n, v in super().look(model, data).items()}
+
+
+def probe(cls):
+    def inputs():
+        model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(), nn.Linear(3, 3))
+        nn.init.zeros_(model[2].weight)  # planted
+        return model, torch.randn(2, 3)
+
+    def planted(finding):
+        table = finding.tables["norms"]
+        return table["norm"][table["name"].index("2.weight")] == 0
+
+    return Example(make=cls, inputs=inputs, planted=planted)
+
+
+def test_a_sound_probe_keeps_all():
+    assert set(check(Norms, probe(Norms)).values()) == {"kept"}
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("no_trace", SwitchesMode),
+        ("no_trace", ClearsGradients),
+        ("no_trace", ReplacesForward),
+        ("finding", Uneven),
+        ("seed", Moody),
+        ("planted", Moody),
+    ],
+)
+def test_a_broken_probe_is_caught(name, cls):
+    with pytest.raises(ContractError, match=name):
+        hold(name, "probe", probe(cls))
+
+
+def test_kinds_and_examples():
+    assert [kind_of(c) for c in (Sound, Halve, Descent, Norms)] == ["layer", "transform", "rule", "probe"]
+    assert example_of(catalog.get("rmsnorm").resolve()).make().width == 12
+    with pytest.raises(LookupError, match="EXAMPLE"):
+        example_of(nn.Linear)
+    with pytest.raises(ValueError, match="no kind"):
+        contracts("leyer")
+    assert testing.check is check
