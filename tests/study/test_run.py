@@ -105,7 +105,7 @@ def test_killed_study_goes_on_where_it_was(tmp_path, workers):
     process.communicate()
     before = {t.number: t for t in trials(tmp_path) if t.state.name == "COMPLETE"}
     assert before and any(t.state.name == "RUNNING" for t in trials(tmp_path))
-    result, _ = run(tmp_path, **{k: v for k, v in spec.items() if k != "out"})
+    result, _ = run(tmp_path, **{k: v for k, v in spec.items() if k not in ("out", "workers")})
     after = {t.number: t for t in trials(tmp_path)}
     assert result.finished
     for number, trial in before.items():
@@ -113,6 +113,18 @@ def test_killed_study_goes_on_where_it_was(tmp_path, workers):
     done = [(t.user_attrs["arm"], t.user_attrs["seed"]) for t in after.values() if t.state.name == "COMPLETE"]
     assert sorted(done) == sorted((a, s) for a in ("plain", "pause=0.021") for s in (0, 1))
     assert any(t.user_attrs.get("kind") == "killed" for t in after.values())
+
+
+def test_a_study_stopped_by_hand_goes_on_in_the_same_process(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("interlayer.study.run.train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    result, _ = run(tmp_path)
+    assert result.finished and sum(t.state.name == "COMPLETE" for t in trials(tmp_path)) == 4
 
 
 def test_an_arm_that_fails_stops_nobody(tmp_path):

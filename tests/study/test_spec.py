@@ -85,6 +85,7 @@ def test_arms_are_read_by_the_kind_of_their_terms():
     assert parse("a", "mlp-mixer", "vit").base == "mlp-mixer"
     assert parse("a", "scalable-ff", "mlp").rule == ("scalable-ff", {})
     assert parse("a", "rezero+lamp(sparsity=0.5)", "mlp").transform == ("lamp", {"sparsity": 0.5})
+    assert parse("a", "vit(depth=2)+norm=rmsnorm", "mlp") == Arm("a", "vit(depth=2)", {"norm": "rmsnorm"})
     assert parse("a", "package.module:make", "mlp").base == "package.module:make"
 
 

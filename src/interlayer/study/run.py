@@ -483,6 +483,9 @@ def serve(engine: Engine, arms: dict[str, Arm], task: tasks.Task, tell: Tell) ->
                 engine.close(trial, kind, _sentence(error), traceback.format_exc())
                 tell({"what": kind, "error": _sentence(error), **label})
                 continue
+            except BaseException:  # stopped by hand, perhaps in a notebook that lives on
+                engine.close(trial, "killed", "stopped")
+                raise
             put("record", record.data())
             put("wall", time.perf_counter() - begin)
             try:
