@@ -536,7 +536,7 @@ def _tuning(result: Result, number: dict[str, int]) -> str:
         )
     note = f"Every arm had the same {len(grid)} learning rates, with seed 0. The seeds above are others."
     if edge:
-        note += f" The best of {', '.join(edge)} lies at the end of the range: a wider one may be better."
+        note += f" For {', '.join(edge)} the best lies at the end of the range: a wider one may be better."
     return (
         f'<h2>Tuning</h2><p class="soft">{escape(note)} Shown: validation {escape(metric)}.</p><div class="scroll"><table><thead><tr>'
         f"<th>learning rate</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"

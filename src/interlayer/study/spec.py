@@ -257,7 +257,8 @@ def _told(error: Any, source: str, text: str) -> str:
         hint = f" Did you mean {close[0]!r}?" if close else f" There are {', '.join(owner.model_fields)}."
         return f"{where}: no key {key!r}.{hint}"
     means = owner.model_fields[key].description if key in owner.model_fields else ""
-    wanted = message.removeprefix("Input should be ").removeprefix("a valid ")
-    wanted = {"string": "a text", "integer, unable to parse string as an integer": "a whole number"}.get(wanted, wanted)
-    wanted = re.sub(r",? unable to parse string as an? (\w+)", "", wanted)
-    return f"{where}: {key!r} is {means}. Wanted {wanted}; got {error['input']!r}."
+    wanted = re.sub(
+        r",? unable to parse string as an? .*", "", message.removeprefix("Input should be ").removeprefix("a valid ")
+    )
+    plain = {"number": "a number", "integer": "a whole number", "string": "a text", "list": "a list", "tuple": "a list"}
+    return f"{where}: {key!r} ({means}): wanted {plain.get(wanted, wanted)}, got {error['input']!r}."
