@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -54,7 +54,7 @@ class Context:
 
     Attributes:
         layer: The sublayer's number.
-        position: Turns queries and keys.
+        position: Turns queries and keys, if anything does.
         cache: Keys and values of earlier tokens, if decoding.
         mask: [B, S] with True at real tokens, if there is padding.
         share: The stream's say over keys and values: ``(layer, k, v) -> (k, v)``.
@@ -62,7 +62,7 @@ class Context:
     """
 
     layer: int = 0
-    position: Position = field(default_factory=Position)
+    position: Position | None = None
     cache: Cache | None = None
     mask: Tensor | None = None
     share: Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
@@ -126,7 +126,8 @@ class Attention(nn.Module):
         cache, offset = context.cache, context.cache.length if context.cache else 0
         q, k, *own = self.project(x)
         v = own[0] if own else None
-        q, k = context.position.rotate(q, k, offset)
+        if context.position is not None:
+            q, k = context.position.rotate(q, k, offset)
         if context.share:
             k, v = context.share(context.layer, k, v)
         assert v is not None

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from interlayer.core.example import Example
 from interlayer.core.mixer import Context, attend
 from interlayer.core.parts import Linear, plain_linear
 
@@ -177,7 +178,8 @@ class Hopfield(Association):
         context = context or Context()
         cache = context.cache
         q, k, v = self.project(x, x)
-        q, k = context.position.rotate(q, k, cache.length if cache else 0)
+        if context.position is not None:
+            q, k = context.position.rotate(q, k, cache.length if cache is not None else 0)
         if cache is not None:
             k, v = cache.extend("k", context.layer, k), cache.extend("v", context.layer, v)
         return self.settle(q, k, v, causal=self.causal, mask=context.mask)
@@ -253,3 +255,10 @@ class HopfieldLayer(Association):
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         """What each input retrieves from the prototypes."""
         return self.associate(x, self.prototypes.expand(len(x), -1, -1))
+
+
+EXAMPLE = Example(
+    make=lambda: Hopfield(8, heads=2, steps=2),
+    inputs=lambda: (torch.randn(2, 6, 8),),
+    odd=lambda: (torch.randn(3, 7, 8),),
+)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core.config import configured
 from interlayer.core.data import DataShape
+from interlayer.core.example import Example
 from interlayer.core.parts import FeedForward, Patches
 from interlayer.core.slots import factory, fill
 
@@ -129,3 +131,10 @@ class MLPMixer(nn.Module):
         for number, layer in enumerate(self.layers):
             state = self.stream.write(state, number, layer(self.stream.read(state, number)))
         return self.head(self.stream.finish(state).mean(1))
+
+
+EXAMPLE = Example(
+    make=lambda: MLPMixer(1, 8, patch=2, classes=10, size="nano", depth=2, width=16),
+    inputs=lambda: (torch.randn(2, 1, 8, 8),),
+    wrong=lambda: (torch.randn(2, 1, 8, 9),),
+)

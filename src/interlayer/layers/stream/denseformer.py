@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interlayer.core.example import Backbone, Example
 from interlayer.core.stream import Norm, PreNorm, State, Width
 
 
@@ -62,7 +63,7 @@ class DenseFormer(PreNorm):
         self.sources = {i: list(range(i % dilation, i, dilation)) for i in range(period, depth + 1, period)}
         self.last_reader = {j: i for i, earlier in self.sources.items() for j in earlier}
         # alpha_i over sources[i], then block i itself.
-        self.alpha = nn.ParameterDict({str(i): torch.eye(len(js) + 1)[-1] for i, js in self.sources.items()})
+        self.alpha = nn.ParameterDict({str(i): torch.eye(len(js) + 1)[-1].clone() for i, js in self.sources.items()})
 
     def start(self, x: Tensor) -> State:
         return State(x, {0: x} if 0 in self.last_reader else {})
@@ -104,3 +105,8 @@ class DenseFormer(PreNorm):
         axes.set_yticklabels([str(i) for i in range(1, self.depth + 1)])
         figure.colorbar(image, label="weight")
         return figure
+
+
+EXAMPLE = Example(
+    make=lambda: Backbone(DenseFormer), inputs=lambda: (torch.randn(2, 6, 8),), odd=lambda: (torch.randn(3, 7, 8),)
+)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from interlayer.core.example import Backbone, Example
 from interlayer.core.stream import Norm, State, Stream, Width, layernorm, widths
 
 SHORTCUTS = ("identity", "constant", "exclusive-gate", "shortcut-gate", "conv", "dropout")
@@ -125,3 +126,8 @@ class IdentityMappings(Stream):
             assert self.last is not None
             return self.act(self.last(state.x))
         return self.act(state.x) if self.order == "relu-only-pre" else state.x
+
+
+EXAMPLE = Example(
+    make=lambda: Backbone(IdentityMappings), inputs=lambda: (torch.randn(2, 6, 8),), odd=lambda: (torch.randn(3, 7, 8),)
+)

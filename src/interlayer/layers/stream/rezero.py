@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from interlayer.core.example import Backbone, Example
 from interlayer.core.stream import State, Stream
 
 
@@ -42,3 +43,8 @@ class ReZero(Stream):
     def write(self, state: State, layer: int, branch: Tensor) -> State:
         state.x = torch.addcmul(state.x, self.gate[layer // self.branches].to(branch.dtype), branch)
         return state
+
+
+EXAMPLE = Example(
+    make=lambda: Backbone(ReZero), inputs=lambda: (torch.randn(2, 6, 8),), odd=lambda: (torch.randn(3, 7, 8),)
+)

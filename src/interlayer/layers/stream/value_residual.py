@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from interlayer.core.example import Backbone, Example
 from interlayer.core.stream import Norm, PreNorm, State, Width
 
 MODES = ("identity", "constant", "learnable", "sparse", "shared")
@@ -86,3 +87,8 @@ class ValueResidual(PreNorm):
         if self.mode == "sparse" and block < self.depth - max(self.depth // 3, 1):
             return k, v
         return k, self.weight * first + v
+
+
+EXAMPLE = Example(
+    make=lambda: Backbone(ValueResidual), inputs=lambda: (torch.randn(2, 6, 8),), odd=lambda: (torch.randn(3, 7, 8),)
+)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from interlayer.core.example import Example
 from interlayer.core.kinds import Rule
 from interlayer.core.select import blocks as find_blocks
 
@@ -101,7 +102,7 @@ class ScalableFF(Rule):
     def _units(model: nn.Module, unit: str) -> list[str]:
         """Where units begin: at each repeated block and after the last, and with ``layers`` at each convolution too."""
         name, found = find_blocks(model)
-        starts = [f"{name}.{i}" for i in range(len(found))]
+        starts = [f"{name}.{i}" if name else str(i) for i in range(len(found))]
         if unit == "blocks":
             return starts
         names = []
@@ -236,3 +237,22 @@ class ScalableFF(Rule):
             own = [p for n, p in self.model.named_parameters() if p.requires_grad and n not in head]
             self.optimiser = torch.optim.Adam([*own, *self.judges.parameters()], lr=self.lr)
             self.optimiser.load_state_dict(state["optimiser"])
+
+
+def _rule() -> ScalableFF:
+    def block(channels: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+
+    return ScalableFF(nn.Sequential(block(1), nn.Sequential(block(16), block(16))))
+
+
+def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels))[:640].view(20, 32)
+    x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
+    return tuple((x[batch], y[batch]) for batch in order)
+
+
+EXAMPLE = Example(make=_rule, inputs=_digits)

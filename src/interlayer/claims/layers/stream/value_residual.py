@@ -67,7 +67,8 @@ def entropy(model: Transformer, tokens: Tensor) -> list[float]:
     def see(module: Attention, args: tuple[Any, ...], out: Tensor) -> None:
         context: Context = args[1]
         q, k = module.project(args[0])[:2]
-        q, k = context.position.rotate(q, k)
+        if context.position is not None:
+            q, k = context.position.rotate(q, k)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         length = score.shape[-1]

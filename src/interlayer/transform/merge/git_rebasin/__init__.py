@@ -6,10 +6,13 @@ import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.core import recipe
+from interlayer.core.example import Example
+from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.wiring import trace
 from interlayer.transform.merge.git_rebasin.interpolation import barrier, estimate_statistics, interpolate
@@ -139,3 +142,27 @@ class GitRebasin(Transform):
     def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         """The result has the structure of the base: nothing to do."""
         return model
+
+
+def _perturbed(model: nn.Module) -> dict[str, Any]:
+    """A second model: the first with noise on its weights."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return {"other": other}
+
+
+def _plain() -> tuple[Any, ...]:
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), torch.randn(5, 6)
+
+
+def _gpt2() -> tuple[Any, ...]:
+    hf: Any = need("transformers", "hf", "git_rebasin.EXAMPLE")
+    config = hf.GPT2Config(
+        n_embd=16, n_layer=2, n_head=2, vocab_size=32, use_cache=False, bos_token_id=0, eos_token_id=0
+    )
+    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
+
+
+EXAMPLE = Example(make=GitRebasin, inputs=_plain, hf=_gpt2, options=_perturbed)
