@@ -7,11 +7,15 @@ import sys
 from interlayer import catalog
 
 
+def lacking() -> list[str]:
+    """What half-finished systems lack. Those that are merely planned are no fault."""
+    return [f"{s.slug}: lacks {', '.join(s.missing)}" for s in catalog.load().values() if s.state == "partial"]
+
+
 def faults() -> list[str]:
-    """Contradictions in the catalogue. Systems that are merely planned are no fault; half-finished ones are."""
+    """Where the catalogue, the files and the README contradict each other."""
     systems = catalog.load()
-    found = [f"{s.slug}: lacks {', '.join(s.missing)}" for s in systems.values() if s.state == "partial"]
-    found += [
+    found = [
         f"{s.slug}: kind {s.kind!r} is not one of {catalog.KINDS}"
         for s in systems.values()
         if s.kind not in catalog.KINDS
@@ -55,7 +59,7 @@ def write_readme() -> None:
 def main() -> None:
     """Print every fault and the counts; exit with 1 if there is a fault."""
     systems = catalog.load().values()
-    found = faults()
+    found = lacking() + faults()
     print("\n".join(found))
     print(
         ", ".join(f"{sum(s.state == state for s in systems)} {state}" for state in catalog.STATES),
