@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
         if torch.compiler.is_compiling() or x.dtype != self.weight.dtype or x.dtype != wide:
             y = rms_norm_naive(x.to(wide), self.weight.to(wide), self.first, eps)  # a compiler fuses it
         elif x.device.type == "cpu":
-            y = RMS.apply(x, self.weight, self.first, eps)
+            y, _ = RMS.apply(x, self.weight, self.first, eps)
         elif self.first == self.width:
             y = F.rms_norm(x, (self.width,), self.weight, eps)
         else:
@@ -91,21 +91,23 @@ class RMS(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, first: int, eps: float) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, first: int, eps: float) -> tuple[Tensor, Tensor]:
         rows_ND = x.reshape(-1, x.shape[-1])
-        y_ND, size = torch.empty_like(rows_ND), _rows(x)
-        for a, y in zip(rows_ND.split(size), y_ND.split(size), strict=True):
-            torch.mul(a, _inverse_rms(a, first, eps), out=y).mul_(weight)
-        return y_ND.view(x.shape)
+        y_ND, r_N1, size = torch.empty_like(rows_ND), x.new_empty(len(rows_ND), 1), max(1, CHUNK // x.shape[-1])
+        for a, y, r in zip(rows_ND.split(size), y_ND.split(size), r_N1.split(size), strict=True):
+            torch.linalg.vector_norm(a[:, :first], dim=1, keepdim=True, out=r)
+            torch.mul(a, r.square_().mul_(1 / first).add_(eps).rsqrt_(), out=y).mul_(weight)
+        return y_ND.view(x.shape), r_N1
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, ctx.first, ctx.eps = inputs
-        ctx.save_for_backward(x, weight)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, output[1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, r_N1 = ctx.saved_tensors
         k, eps = ctx.first, ctx.eps
         if torch.is_grad_enabled():  # a second derivative is wanted: the same in operations that have one
             r = torch.rsqrt(x[..., :k].square().mean(-1, keepdim=True) + eps)
@@ -113,9 +115,9 @@ class RMS(torch.autograd.Function):
             dx = r * weight * dy - shrink * F.pad(x[..., :k], (0, x.shape[-1] - k))
             return dx, (r * x * dy).reshape(-1, x.shape[-1]).sum(0), None, None
         rows_ND, dy_ND = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
-        dx_ND, dweight, size = torch.empty_like(rows_ND), torch.zeros_like(weight), _rows(x)
-        for a, d, out in zip(rows_ND.split(size), dy_ND.split(size), dx_ND.split(size), strict=True):
-            r = _inverse_rms(a, k, eps)
+        dx_ND, dweight, size = torch.empty_like(rows_ND), torch.zeros_like(weight), max(1, CHUNK // x.shape[-1])
+        parts = zip(*(t.split(size) for t in (rows_ND, dy_ND, dx_ND, r_N1)), strict=True)
+        for a, d, out, r in parts:
             torch.mul(a, d, out=out)
             shrink = torch.mv(out, weight).unsqueeze(1).mul_(r.square()).mul_(-1 / k)
             dweight.addmv_(out.T, r[:, 0])
@@ -125,25 +127,15 @@ class RMS(torch.autograd.Function):
         return dx_ND.view(x.shape), dweight, None, None
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, first: int, eps: float
-    ) -> tuple[Tensor, int]:
-        """Rows are independent; batched weights are rare and take the equation."""
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, first: int, eps: float) -> Any:
+        """Rows are independent; weights that are batched too take the equation."""
         at = in_dims[0]
         x = x.movedim(at, 0) if at is not None else x.expand(info.batch_size, *x.shape)
         if in_dims[1] is None:
-            return RMS.apply(x, weight, first, eps), 0
+            return RMS.apply(x, weight, first, eps), (0, None)
         weight = weight.movedim(in_dims[1], 0)
-        return rms_norm_naive(x, weight.reshape(len(weight), *[1] * (x.ndim - 2), -1), first, eps), 0
-
-
-def _rows(x: Tensor) -> int:
-    return max(1, CHUNK // x.shape[-1])
-
-
-def _inverse_rms(rows: Tensor, first: int, eps: float) -> Tensor:
-    """1 / RMS of each row as a column. Recomputed in the backward pass: reading again is cheap where x is read anyway."""
-    return torch.linalg.vector_norm(rows[:, :first], dim=1, keepdim=True).square_().mul_(1 / first).add_(eps).rsqrt_()
+        y = rms_norm_naive(x, weight.reshape(len(weight), *[1] * (x.ndim - 2), -1), first, eps)
+        return (y, x.new_empty(0, 1)), (0, None)
 
 
 EXAMPLE = Example(
