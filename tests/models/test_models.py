@@ -93,6 +93,9 @@ def test_convnet_stages(depth):
     ("base", "shape"),
     [
         ("transformer(depth=2)", DataShape("tokens", "tokens", vocab=50, length=32)),
+        ("transformer(depth=2, length=64)", DataShape("tokens", "tokens", vocab=50, length=32)),
+        ("resnet18(width=8)", DataShape("image", "classes", channels=1, height=8, width=8, classes=10)),
+        ("mobilenetv3", DataShape("image", "classes", channels=1, height=8, width=8, classes=10)),
         ("encoder", DataShape("tokens", "classes", vocab=50, length=32, classes=3)),
         ("vit", DataShape("image", "classes", channels=1, height=8, width=8, classes=10)),
         ("mlp", DataShape("image", "classes", channels=1, height=8, width=8, classes=10)),

@@ -9,19 +9,30 @@ from torch import nn
 from interlayer import catalog
 from interlayer.core.data import DataShape
 from interlayer.core.slots import parse_spec
+from interlayer.models.classic import MobileNetV3Small, ResNet18
 from interlayer.models.convnet import ConvNet
 from interlayer.models.mlp import MLP
 from interlayer.models.transformer import Encoder, Transformer, VisionTransformer
 
-__all__ = ["BASES", "MLP", "ConvNet", "Encoder", "Transformer", "VisionTransformer", "build"]
+__all__ = [
+    "BASES",
+    "MLP",
+    "ConvNet",
+    "Encoder",
+    "MobileNetV3Small",
+    "ResNet18",
+    "Transformer",
+    "VisionTransformer",
+    "build",
+]
 
 
 def _transformer(shape: DataShape, **options: Any) -> nn.Module:
-    return Transformer(vocab=shape.vocab, length=shape.length, **options)
+    return Transformer(**{"vocab": shape.vocab, "length": shape.length, **options})
 
 
 def _encoder(shape: DataShape, **options: Any) -> nn.Module:
-    return Encoder(vocab=shape.vocab, classes=shape.classes, length=shape.length, **options)
+    return Encoder(**{"vocab": shape.vocab, "classes": shape.classes, "length": shape.length, **options})
 
 
 def _vit(shape: DataShape, **options: Any) -> nn.Module:
@@ -37,12 +48,22 @@ def _convnet(shape: DataShape, **options: Any) -> nn.Module:
     return ConvNet(shape.channels, shape.classes, **options)
 
 
+def _resnet18(shape: DataShape, **options: Any) -> nn.Module:
+    return ResNet18(shape.channels, shape.classes, **{"width": 16, **options})
+
+
+def _mobilenet(shape: DataShape, **options: Any) -> nn.Module:
+    return MobileNetV3Small(shape.channels, shape.classes, **{"width": 0.5, **options})
+
+
 BASES = {
     "transformer": (_transformer, {("tokens", "tokens")}),
     "encoder": (_encoder, {("tokens", "classes")}),
     "vit": (_vit, {("image", "classes")}),
     "mlp": (_mlp, {("image", "classes"), ("vector", "classes"), ("vector", "values"), ("series", "values")}),
     "convnet": (_convnet, {("image", "classes")}),
+    "resnet18": (_resnet18, {("image", "classes")}),
+    "mobilenetv3": (_mobilenet, {("image", "classes")}),
 }
 
 
