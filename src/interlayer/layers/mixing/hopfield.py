@@ -42,7 +42,7 @@ def retrieve(
 
     Example:
         >>> stored = torch.eye(3)
-        >>> retrieve(torch.tensor([[0.9, 0.2, 0.1]]), stored, beta=50.0)
+        >>> retrieve(torch.tensor([[0.9, 0.2, 0.1]]), stored, beta=50.0).round()
         tensor([[1., 0., 0.]])
     """
     for _ in range(steps):

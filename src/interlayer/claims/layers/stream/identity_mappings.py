@@ -37,13 +37,13 @@ CLAIM = Claim(
     arms=tuple(a for a in ARMS if a not in ("no shortcut", "half path")),
     expect=(
         lowest(
-            "loss at 56", "pre", than=("original", "constant", "exclusive-gate", "shortcut-gate", "conv", "dropout")
+            "loss at 164", "pre", than=("original", "constant", "exclusive-gate", "shortcut-gate", "conv", "dropout")
         ),
     ),
     control="half path",
     scales={
         "smoke": {"depths": (8,), "width": 4, "steps": 1},
-        "small": {"depths": (20, 164), "width": 4, "steps": 15},
+        "small": {"depths": (20, 164), "width": 4, "steps": 25},
         "full": {"depths": (20, 56, 110, 164, 1001), "width": 16, "steps": 2000},
     },
 )
