@@ -6,6 +6,7 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import interlayer
 
@@ -18,6 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_a_module(name):
+    torch.manual_seed(0)
     assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0
 
 

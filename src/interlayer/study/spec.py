@@ -258,7 +258,9 @@ def _told(error: Any, source: str, text: str) -> str:
         return f"{where}: no key {key!r}.{hint}"
     means = owner.model_fields[key].description if key in owner.model_fields else ""
     wanted = re.sub(
-        r", (unable to parse|got a number with).*", "", message.removeprefix("Input should be ").removeprefix("a valid ")
+        r", (unable to parse|got a number with).*",
+        "",
+        message.removeprefix("Input should be ").removeprefix("a valid "),
     )
     plain = {"number": "a number", "integer": "a whole number", "string": "a text", "list": "a list", "tuple": "a list"}
     return f"{where}: {key!r} ({means}): wanted {plain.get(wanted, wanted)}, got {error['input']!r}."

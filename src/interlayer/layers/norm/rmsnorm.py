@@ -39,8 +39,8 @@ class RMSNorm(nn.Module):
 
     Example:
         >>> import torch
-        >>> norm = RMSNorm(8, partial=0.25)
-        >>> x = torch.randn(3, 8)
+        >>> norm = RMSNorm(64, partial=0.5)
+        >>> x = torch.randn(3, 64)
         >>> torch.allclose(norm(100 * x), norm(x), atol=1e-5)
         True
     """
