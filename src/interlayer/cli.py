@@ -138,7 +138,9 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder for records and report.")] = None,
     tune: Annotated[str | None, typer.Option(help="Tune this for each arm first: lr.")] = None,
     trials: Annotated[int | None, typer.Option(help="Tuning trials for each arm.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the records there are; --fresh starts anew.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on with the records there are, or start anew.")
+    ] = True,
 ) -> None:
     """Train several ideas side by side on one task, and report which one helps at what cost.
 
