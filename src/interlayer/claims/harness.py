@@ -147,7 +147,7 @@ class Claim:
     Raises:
         ValueError: An expectation names an arm that is not there, the control is one of the arms, or a scale is missing.
 
-    Example:
+    Examples:
         >>> sizes = dict.fromkeys(("smoke", "small", "full"), {"steps": 3})
         >>> claim = Claim("halving falls faster", lambda arm, seed, scale: {"x": (2 + seed) ** -float(arm == "half")},
         ...               arms=("same", "half"), expect=lowest("x", "half"), control="not-half", scales=sizes)

@@ -31,7 +31,7 @@ def parameters(model: nn.Module, *, trainable: bool = False) -> int:
         model: Any module.
         trainable: Count only those that require a gradient.
 
-    Example:
+    Examples:
         >>> parameters(nn.Linear(3, 2))
         8
     """
@@ -47,7 +47,7 @@ def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any 
 def flops(model: nn.Module, *inputs: Any) -> int:
     """FLOPs of one forward pass in evaluation mode; a multiply-add is two.
 
-    Example:
+    Examples:
         >>> flops(nn.Linear(3, 2), torch.zeros(5, 3))
         60
     """
@@ -65,7 +65,7 @@ def flops(model: nn.Module, *inputs: Any) -> int:
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes behind the tensors, each storage counted once however many views it has.
 
-    Example:
+    Examples:
         >>> x = torch.zeros(4)
         >>> storage_bytes([x, x[:2]])
         16
@@ -81,7 +81,7 @@ def bytes_kept(model: nn.Module, run: Callable[[], Any]) -> int:
         model: The module whose parameters and buffers don't count, since they live anyway.
         run: Calls the model with gradients on.
 
-    Example:
+    Examples:
         >>> m = nn.Linear(3, 2, bias=False)
         >>> bytes_kept(m, lambda: m(torch.zeros(5, 3)).square().sum())  # input 5x3 and output 5x2 of 4 bytes
         100
@@ -108,7 +108,7 @@ def peak_bytes(run: Callable[[], Any], alive: Iterable[Tensor] = (), device: tor
             since only what ``run`` allocates can be watched there. Gradients should be ``None``.
         device: CUDA reads the allocator's own ``max_memory_allocated`` and needs no ``alive``.
 
-    Example:
+    Examples:
         >>> 8000 <= peak_bytes(lambda: torch.zeros(1000).add(1).sum()) < 8100
         True
     """
@@ -142,7 +142,7 @@ def peak_bytes(run: Callable[[], Any], alive: Iterable[Tensor] = (), device: tor
 def median_time(seconds: Iterable[float], warmup: int = 2) -> float:
     """Median of the step times without the first ``warmup``, which pay for allocation and kernel choice.
 
-    Example:
+    Examples:
         >>> median_time([9.0, 9.0, 1.0, 2.0, 3.0])
         2.0
     """

@@ -71,7 +71,7 @@ class Backbone(nn.Module):
     Raises:
         ValueError: An input of another width.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from interlayer.core.stream import PreNorm
         >>> Backbone(lambda depth, branches, width: PreNorm(depth, width, branches=branches))(torch.randn(2, 5, 8)).shape

@@ -12,7 +12,7 @@ def need(module: str, extra: str, caller: str) -> ModuleType:
     Raises:
         ImportError: It is not installed.
 
-    Example:
+    Examples:
         >>> need("json", "hf", "demo").__name__
         'json'
     """

@@ -116,7 +116,7 @@ def load(directory: str | Path, base: nn.Module | Callable[[], nn.Module] | None
     Raises:
         ValueError: A file is missing or broken, of another format, or does not fit the rebuilt model.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as place:
         ...     save(nn.Linear(2, 1), place)

@@ -55,7 +55,7 @@ def where(at: At) -> Where:
     Raises:
         TypeError: It is none of these.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
         >>> list(select(net, where(nn.Linear) - "2").chosen)
         ['0']
@@ -139,7 +139,7 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
     Raises:
         ValueError: No ``ModuleList`` or ``Sequential`` holds two or more modules of one class.
 
-    Example:
+    Examples:
         >>> blocks(nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))))[0]
         '1'
     """
@@ -180,7 +180,7 @@ def replace(model: nn.Module, *, at: At, with_: Callable[[nn.Module], nn.Module]
         ValueError: Nothing is meant.
         TypeError: ``with_`` returns something that is no module (when the plan is applied).
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
         >>> plan = replace(net, at=nn.ReLU, with_=lambda old: nn.GELU())
         >>> print(plan)

@@ -72,7 +72,7 @@ def read(
     Raises:
         ValueError: No module is meant, or ``side`` is unknown.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
         >>> with read(net, ["*"]) as seen:
         ...     _ = net(torch.zeros(5, 2))
@@ -110,7 +110,7 @@ def patch(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
     Raises:
         ValueError: A name means no module.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
         >>> with patch(net, {"1": 7.0}):
         ...     net(torch.zeros(1, 2))

@@ -74,7 +74,7 @@ OURS = (Masked, LowRank, Shifted)
 def mask(module: nn.Module, name: str, keep: Tensor) -> nn.Module:
     """Let only the weights with a true ``keep`` take part, in place. Masking again replaces the mask.
 
-    Example:
+    Examples:
         >>> layer = mask(nn.Linear(2, 1), "weight", torch.tensor([[True, False]]))
         >>> layer.weight[0, 1].item()
         0.0

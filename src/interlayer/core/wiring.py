@@ -111,7 +111,7 @@ class Wiring:
 def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Wiring:
     """Run ``model(*inputs, **kwargs)`` once in evaluation mode and return its wiring. The model is left as it was.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import torch
         >>> from interlayer.core.wiring import trace

@@ -30,7 +30,7 @@ class ConvNet(nn.Module):
 
     Shapes: [B, C, H, W] to [B, K].
 
-    Example:
+    Examples:
         >>> import torch
         >>> ConvNet(1, 10, depth=8, width=8)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])

@@ -27,7 +27,7 @@ class MLP(nn.Module):
 
     Shapes: [B, ...] to [B, K].
 
-    Example:
+    Examples:
         >>> import torch
         >>> MLP(64, 10, depth=3, width=32, stream="rezero")(torch.zeros(5, 64)).shape
         torch.Size([5, 10])

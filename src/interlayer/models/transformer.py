@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         TypeError: Tokens that are not whole numbers in two dimensions.
         ValueError: Unknown slot or name; a pair that cannot work together; a sequence longer than ``length``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = Transformer(vocab=50, length=16, depth=2, width=32, heads=2, stream="rezero")
         >>> model(torch.zeros(1, 7, dtype=torch.long)).shape
@@ -246,7 +246,7 @@ class Encoder(nn.Module):
 
     Shapes: tokens [B, S] to [B, C] or [B, S, vocab].
 
-    Example:
+    Examples:
         >>> import torch
         >>> Encoder(vocab=50, classes=3, length=16, depth=2, width=32, heads=2)(torch.zeros(4, 9, dtype=torch.long)).shape
         torch.Size([4, 3])
@@ -297,7 +297,7 @@ class VisionTransformer(nn.Module):
 
     Shapes: [B, C, H, W] to [B, K].
 
-    Example:
+    Examples:
         >>> import torch
         >>> VisionTransformer(1, 8, patch=2, classes=10, depth=2, width=32, heads=2)(torch.zeros(3, 1, 8, 8)).shape
         torch.Size([3, 10])

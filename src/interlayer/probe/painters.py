@@ -114,7 +114,7 @@ class Painters(Transform):
 
     Shapes: as the model's.
 
-    Example:
+    Examples:
         >>> from interlayer.models import Transformer
         >>> model = Transformer(vocab=50, length=16, depth=8, width=32, heads=2).eval()
         >>> print(Painters().plan(model, variant="skip", start=3, end=5))

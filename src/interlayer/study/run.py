@@ -110,7 +110,7 @@ def compare(spec: StudySpec, *, console: Console | None = None, resume: bool = T
     Raises:
         StudyError: The study as such cannot be run. What is wrong with one arm is that arm's result.
 
-    Example:
+    Examples:
         >>> result = compare(StudySpec(task="digits", arms=["plain", "rezero"], steps=100))  # doctest: +SKIP
     """
     from interlayer.study.report import write

@@ -41,7 +41,7 @@ class ArmSpec(BaseModel):
 class StudySpec(BaseModel):
     """A comparison: task, base, arms, seeds and budget. Every field is a key of the TOML file.
 
-    Example:
+    Examples:
         >>> spec = StudySpec(task="digits", arms=["plain", "rezero"], seeds=3, steps=100)
         >>> [arm.name for arm in spec.arms]
         ['plain', 'rezero']

@@ -43,7 +43,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
         values: One value for each seed.
         level: How sure the interval is to hold the mean.
 
-    Example:
+    Examples:
         >>> interval([1.0, 3.0]).text(1)
         '2.0 ± 12.7'
         >>> interval([2.0]).text(1)
@@ -66,7 +66,7 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float], level: fl
         baseline: Value of the baseline by seed.
         level: How sure the interval is to hold the mean difference.
 
-    Example:
+    Examples:
         >>> paired({0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.5, 2: 9.0}).mean
         -0.5
     """

@@ -90,7 +90,7 @@ class TensorTask(Task):
         base: The usual backbone.
         about: One line on the data.
 
-    Example:
+    Examples:
         >>> x, y = torch.randn(20, 3), torch.arange(20) % 2
         >>> TensorTask("mine", (x, y), (x, y)).shape.classes
         2

@@ -40,7 +40,7 @@ def retrieve(
 ) -> Float[Tensor, "*B S D"]:
     """Update until no pattern moves by more than ``tolerance``, or ``steps`` times.
 
-    Example:
+    Examples:
         >>> stored = torch.eye(3)
         >>> retrieve(torch.tensor([[0.9, 0.2, 0.1]]), stored, beta=50.0).round()
         tensor([[1., 0., 0.]])
@@ -146,7 +146,7 @@ class Hopfield(Association):
     Raises:
         ValueError: Heads that do not divide the width, steps below 1, beta not above 0, patterns of another shape.
 
-    Example:
+    Examples:
         >>> layer = Hopfield(width=16, heads=2, steps=3)
         >>> layer(torch.randn(4, 5, 16)).shape
         torch.Size([4, 5, 16])
@@ -194,7 +194,7 @@ class HopfieldPooling(Association):
         queries: Learned state patterns Q.
         steps, beta, learn_beta, normalise, linear: See ``Association``.
 
-    Example:
+    Examples:
         >>> HopfieldPooling(width=8)(torch.randn(3, 100, 8)).shape
         torch.Size([3, 1, 8])
     """
@@ -230,7 +230,7 @@ class HopfieldLayer(Association):
         prototypes: Learned stored patterns N.
         steps, beta, learn_beta, normalise, linear: See ``Association``.
 
-    Example:
+    Examples:
         >>> HopfieldLayer(width=8, prototypes=20)(torch.randn(3, 5, 8)).shape
         torch.Size([3, 5, 8])
     """

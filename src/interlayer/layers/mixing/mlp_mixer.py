@@ -75,7 +75,7 @@ class MLPMixer(nn.Module):
     Raises:
         ValueError: Unknown size, a patch that does not divide the image, an image of another shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> MLPMixer(1, 8, patch=2, classes=10, size="nano")(torch.zeros(3, 1, 8, 8)).shape
         torch.Size([3, 10])

@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
     Raises:
         ValueError: ``partial`` outside (0, 1], ``width`` below 1, or an input whose last size is not ``width``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> norm = RMSNorm(64, partial=0.5)
         >>> x = torch.randn(3, 64)

@@ -38,7 +38,7 @@ class DenseFormer(PreNorm):
     Raises:
         ValueError: ``dilation`` or ``period`` below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from interlayer.models import Transformer
         >>> model = Transformer(vocab=50, length=16, depth=4, width=32, heads=2, stream="denseformer(dilation=2)")

@@ -46,7 +46,7 @@ class IdentityMappings(Stream):
     Raises:
         ValueError: Unknown ``order`` or ``shortcut``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from interlayer.models import ConvNet
         >>> ConvNet(1, 10, depth=8, width=8, stream="identity-mappings(order='original')")(torch.zeros(2, 1, 8, 8)).shape

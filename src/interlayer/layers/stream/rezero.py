@@ -28,7 +28,7 @@ class ReZero(Stream):
     Raises:
         ValueError: ``depth`` or ``branches`` below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from interlayer.models import Transformer
         >>> model = Transformer(vocab=50, length=16, depth=24, width=32, heads=2, stream="rezero")

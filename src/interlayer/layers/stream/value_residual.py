@@ -37,7 +37,7 @@ class ValueResidual(PreNorm):
     Raises:
         ValueError: Unknown ``mode``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from interlayer.core.mixer import Cache
         >>> from interlayer.models import Transformer

@@ -51,7 +51,7 @@ class ScalableFF(Rule):
     Raises:
         ValueError: Unknown ``unit`` or ``read``, a name that is not in the model, labels outside of the classes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from interlayer.models.classic import ResNet18
         >>> rule = ScalableFF(ResNet18(1, 10, width=8), classes=10)

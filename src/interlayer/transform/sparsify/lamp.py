@@ -118,7 +118,7 @@ class Lamp(Transform):
 
     Shapes: any; the result is the model with ``parametrize`` masks (``weights.masks``, ``weights.bake``).
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> new = Lamp().plan(net, sparsity=0.75).apply()
         >>> sum(int(m.sum()) for m in weights.masks(new).values())

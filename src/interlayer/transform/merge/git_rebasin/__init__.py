@@ -69,7 +69,7 @@ class GitRebasin(Transform):
     Raises:
         ValueError: No data, models of different structure, or no units that can be permuted.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
