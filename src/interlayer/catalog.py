@@ -74,7 +74,7 @@ class System:
         """The system's test file; only a checkout has it."""
         return CHECKOUT.joinpath("tests", *self.room.split("."), f"test_{self.stem}").with_suffix(".py")
 
-    @property
+    @functools.cached_property
     def missing(self) -> list[str]:
         """What the system still lacks: of paper, code, docs, claim, result and, in a checkout, test."""
         has = {
@@ -94,7 +94,7 @@ class System:
         missing = self.missing
         return "planned" if "code" in missing else "partial" if missing else "ready"
 
-    @property
+    @functools.cached_property
     def _class(self) -> ast.ClassDef | None:
         if not self.code or not self.source.exists():
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -192,28 +192,15 @@ class HopfieldPooling(Association):
         width: Features D.
         heads: Associative spaces.
         queries: Learned state patterns Q.
-        steps, beta, learn_beta, normalise, linear: See ``Association``.
+        **options: ``steps``, ``beta``, ``learn_beta``, ``normalise``, ``linear``: see ``Association``.
 
     Examples:
         >>> HopfieldPooling(width=8)(torch.randn(3, 100, 8)).shape
         torch.Size([3, 1, 8])
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int = 1,
-        *,
-        queries: int = 1,
-        steps: int = 1,
-        beta: float | None = None,
-        learn_beta: bool = False,
-        normalise: bool = True,
-        linear: Linear = plain_linear,
-    ) -> None:
-        super().__init__(
-            width, heads, steps=steps, beta=beta, learn_beta=learn_beta, normalise=normalise, linear=linear
-        )
+    def __init__(self, width: int, heads: int = 1, *, queries: int = 1, **options: Any) -> None:
+        super().__init__(width, heads, **options)
         self.queries = nn.Parameter(torch.randn(1, queries, width) * 0.02)
 
     def forward(self, bag: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B Q D"]:
@@ -228,28 +215,15 @@ class HopfieldLayer(Association):
         width: Features D.
         heads: Associative spaces.
         prototypes: Learned stored patterns N.
-        steps, beta, learn_beta, normalise, linear: See ``Association``.
+        **options: ``steps``, ``beta``, ``learn_beta``, ``normalise``, ``linear``: see ``Association``.
 
     Examples:
         >>> HopfieldLayer(width=8, prototypes=20)(torch.randn(3, 5, 8)).shape
         torch.Size([3, 5, 8])
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int = 1,
-        *,
-        prototypes: int = 64,
-        steps: int = 1,
-        beta: float | None = None,
-        learn_beta: bool = False,
-        normalise: bool = True,
-        linear: Linear = plain_linear,
-    ) -> None:
-        super().__init__(
-            width, heads, steps=steps, beta=beta, learn_beta=learn_beta, normalise=normalise, linear=linear
-        )
+    def __init__(self, width: int, heads: int = 1, *, prototypes: int = 64, **options: Any) -> None:
+        super().__init__(width, heads, **options)
         self.prototypes = nn.Parameter(torch.randn(1, prototypes, width))
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
