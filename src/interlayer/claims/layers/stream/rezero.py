@@ -47,7 +47,7 @@ CLAIM = Claim(
     expect=(lowest("steps at 128", "rezero"), lowest("loss of 24-layer Transformer", "rezero")),
     control="rezero(start=1.0)",
     scales={
-        "smoke": {"depths": (128,), "limit": 10, "lm_steps": 1},
+        "smoke": {"depths": (128,), "limit": 3, "lm_steps": 1},
         "small": {"depths": (32, 128), "limit": 100, "lm_steps": 60},
         "full": {"depths": (32, 64, 128, 256), "limit": 2000, "lm_steps": 1000},
     },
