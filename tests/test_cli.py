@@ -78,3 +78,27 @@ def test_apply_plans_and_saves(tmp_path, monkeypatch):
     done = run(app, ["apply", "lamp", "--model", "mine:net", "--out", "pruned", "-o", "sparsity=0.5"])
     assert done.exit_code == 0, done.stderr
     assert {p.name for p in (tmp_path / "pruned").iterdir()} == {"model.safetensors", "recipe.json"}
+
+
+def test_apply_takes_a_hugging_face_model_with_its_head(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=16, n_layer=6, n_head=2, vocab_size=32, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    done = run(
+        app,
+        [
+            "apply",
+            "painters",
+            "--model",
+            f"hf:{tmp_path / 'gpt2'}",
+            "-o",
+            "variant=skip",
+            "--out",
+            str(tmp_path / "new"),
+        ],
+    )
+    assert done.exit_code == 0, done.stderr
+    recipe = json.loads((tmp_path / "new" / "recipe.json").read_text(encoding="utf-8"))
+    assert "GPT2LMHeadModel" in json.dumps(recipe["base"])
+    assert "left out" in done.stdout

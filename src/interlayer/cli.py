@@ -255,7 +255,9 @@ def _model(path: str) -> Any:
     from interlayer.core.extras import need
 
     if path.startswith("hf:"):
-        return need("transformers", "hf", "interlayer apply").AutoModel.from_pretrained(path[3:])
+        hf = need("transformers", "hf", "interlayer apply")
+        named = hf.AutoConfig.from_pretrained(path[3:]).architectures
+        return getattr(hf, named[0] if named else "AutoModel").from_pretrained(path[3:])
     return recipe.load(path) if Path(path).is_dir() else _call(path)
 
 
