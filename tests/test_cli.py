@@ -32,6 +32,9 @@ def test_list_filters_and_counts():
         (["claim", "no-claim-here"], "no system 'no-claim-here'"),
         (["apply", "rezero", "--model", "x:y", "--plan"], "of kind layer; only transforms"),
         (["apply", "lamp", "--model", "x:y"], "--out DIR"),
+        (["apply", "lamp", "--model", "json:dums", "--plan"], "dumps"),
+        (["apply", "lamp", "--model", "nothing_there:f", "--plan"], "nothing_there"),
+        (["apply", "lamp", "--model", "hf:/no/such/model", "--plan"], "no/such/model"),
         (["compare", "--task", "digts", "--arms", "plain"], "digits"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from enum import StrEnum
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -243,11 +242,9 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _call(path: str) -> Any:
-    module, _, name = path.partition(":")
-    if not name:
-        raise ValueError(f"{path!r} is not of the form package.module:function.")
-    sys.path.insert(0, "")
-    return getattr(import_module(module), name)()
+    from interlayer.study.arms import load_object
+
+    return load_object(path)()
 
 
 def _model(path: str) -> Any:
@@ -277,16 +274,8 @@ def _told(do: Any) -> Any:
     """Run ``do``; what a user can mend is told in one line, without a traceback."""
     try:
         return do()
-    except (
-        LookupError,
-        ValueError,
-        TypeError,
-        ImportError,
-        AttributeError,
-        FileNotFoundError,
-        FileExistsError,
-    ) as error:
-        if isinstance(error, KeyError | IndexError | AttributeError):
+    except (LookupError, ValueError, TypeError, ImportError, OSError) as error:
+        if isinstance(error, KeyError | IndexError):
             raise
         _stop(str(error))
 
