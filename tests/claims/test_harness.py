@@ -126,7 +126,7 @@ def test_a_fitted_quantity_must_lie_in_its_range():
         )
         for low, high in ((0.4, 0.6), (0.4, math.inf), (0.6, 0.7))
     ]
-    assert [run(c).verdict for c in made] == ["holds", "holds", "partly"]  # below 0.7 at least, but not above 0.6
+    assert [run(c).verdict for c in made] == ["holds", "holds", "not at this scale"]  # below 0.7 is the control too
 
 
 def test_result_survives_strict_json(tmp_path):
@@ -162,3 +162,20 @@ def test_mistakes_are_named():
         run(claim({"plain": 2.0, "ours": 1.0, "broken": 2.0}), scale="huge")
     with pytest.raises(LookupError, match="no system"):
         claims.load("rmsnrm")
+
+
+def test_a_comparison_that_the_control_meets_too_does_not_make_a_claim_hold_partly():
+    level = {"best": 2.0, "easy": 9.0, "hard": 1.0, "twin": 3.0}
+    claim = Claim(
+        says="best is lowest",
+        measure=lambda arm, seed, scale: {"x": level[arm] + 0.01 * seed},
+        arms=("best", "easy", "hard"),
+        expect=lowest("x", "best"),
+        control="twin",
+        scales=SCALES,
+    )
+    result = run(claim)
+    assert [c.met for c in result.comparisons] == [True, False]
+    assert result.control_failed
+    assert result.verdict == "not at this scale"
+    assert "met, but by the control too" in str(result)

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from interlayer.study.stats import interval
+
 Scale = SimpleNamespace  # what `measure` gets: the fields of the chosen entry of `scales`
 VERDICTS = ("holds", "partly", "not at this scale", "void")
 LEVEL = 0.95  # of every interval
@@ -247,8 +249,16 @@ class ClaimResult:
             told = "  ".join(f"{m} {_mean(v):.4g}" for m, v in metrics.items())
             failed = "  raised: " + "; ".join(self.errors[arm].values()) if arm in self.errors else ""
             lines.append(f"  {arm + (' (control)' if arm == self.control else ''):<28} {told}{failed}")
-        for c in self.comparisons:
-            mark = "met" if c.met else "right direction" if c.right else "not met"
+        for c, twin in zip(self.comparisons, self.control_comparisons, strict=True):
+            mark = (
+                "met, but by the control too"
+                if c.met and twin.met
+                else "met"
+                if c.met
+                else "right direction"
+                if c.right
+                else "not met"
+            )
             lines.append(f"  {c.metric}: {c.arm} vs {c.than}: gain {c.gain:.4g} [{c.low:.4g}, {c.high:.4g}]  {mark}")
         lines.append(f"  control {self.control}: " + ("failed, as it must" if self.control_failed else "DID NOT FAIL"))
         return "\n".join([*lines, *([f"  {self.note}"] if self.note else [])])
@@ -267,8 +277,8 @@ def run(
 
     ``holds``: against every compared arm, the 95% interval of the paired differences over the seeds excludes zero in the
     expected direction. ``partly``: the mean has the right direction everywhere, or the interval excludes zero against
-    some. Otherwise ``not at this scale``. ``void``: the control did not fail (or could not run), so that the experiment
-    shows nothing. An arm that raises is recorded and counts as not met. A run that diverged (inf or nan) counts as worst.
+    some where the control's does not. Otherwise ``not at this scale``. ``void``: the control did not fail (or could not
+    run), so that the experiment shows nothing. An arm that raises is recorded and counts as not met. A run that diverged (inf or nan) counts as worst.
 
     Raises:
         ValueError: The claim has no such scale.
@@ -317,10 +327,12 @@ def _judge(
 
     plain = {arm: values[arm] for arm in claim.arms}
     rows, void = _rows(claim, plain, errors, None)
-    verdict = "holds" if all(c.met for c in rows) else "not at this scale"
-    if verdict != "holds" and (all(c.right for c in rows) or any(c.met for c in rows)):
-        verdict = "partly"
     control_rows, _ = _rows(claim, values, errors, claim.control, plain)
+    # What the control meets as well tells nothing of the subject.
+    telling = any(c.met and not twin.met for c, twin in zip(rows, control_rows, strict=True))
+    verdict = "holds" if all(c.met for c in rows) else "not at this scale"
+    if verdict != "holds" and (all(c.right for c in rows) or telling):
+        verdict = "partly"
     failed = not all(c.met for c in control_rows)
     notes = [void] if void else []
     if claim.control in errors:
@@ -382,30 +394,14 @@ def _compare(metric: str, arm: str, than: str, gains: Sequence[float]) -> Compar
     unknown: the interval is that of the remaining seeds, or every seed must be a win where fewer than two remain.
     """
     finite = [g for g in gains if math.isfinite(g)]
-    mean, low, high = interval(finite)
+    told = interval(finite, LEVEL)
+    mean, low, high = told.mean, told.low, told.high
     if -math.inf in gains or not gains:
         return Comparison(metric, arm, than, -math.inf, math.nan, math.nan, right=False, met=False)
     wins = len(gains) > len(finite)
     right = (mean > 0) if finite else True
     met = low > 0 if len(finite) > 1 else (wins and right and len(gains) > 1)
     return Comparison(metric, arm, than, math.inf if wins else mean, low, high, right=right, met=met)
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of paired differences and the ends of its 95% t interval, which are nan for fewer than two.
-
-    >>> tuple(round(v, 3) for v in interval([1.0, 2.0, 3.0]))
-    (2.0, -0.484, 4.484)
-    """
-    from scipy.special import stdtrit
-
-    n = len(differences)
-    if n < 2:
-        return (differences[0] if n else math.nan), math.nan, math.nan
-    mean = sum(differences) / n
-    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * spread
-    return mean, mean - half, mean + half
 
 
 def load(slug: str) -> Claim:
