@@ -278,7 +278,8 @@ def run(
     ``holds``: against every compared arm, the 95% interval of the paired differences over the seeds excludes zero in the
     expected direction. ``partly``: the mean has the right direction everywhere, or the interval excludes zero against
     some where the control's does not. Otherwise ``not at this scale``. ``void``: the control did not fail (or could not
-    run), so that the experiment shows nothing. An arm that raises is recorded and counts as not met. A run that diverged (inf or nan) counts as worst.
+    run), so that the experiment shows nothing. An arm that raises is recorded and counts as not met. A run that diverged
+    (inf or nan) counts as worst.
 
     Raises:
         ValueError: The claim has no such scale.
