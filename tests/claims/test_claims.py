@@ -15,7 +15,7 @@ def test_claim_runs(slug):
     claim = load(slug)
     result = run(claim, scale="smoke")
     assert result.errors == {}
-    assert set(result.values) == {*claim.arms, claim.control}
+    assert set(result.values) == {*claim.arms, *claim.controls}
     assert all(not math.isnan(v) for metrics in result.values.values() for vs in metrics.values() for v in vs)
     assert ClaimResult.from_json(result.to_json()).verdict == result.verdict
 
@@ -26,7 +26,7 @@ def test_stored_result_is_of_this_claim_and_its_control_failed(slug):
     claim = load(slug)
     assert stored is not None
     assert stored["says"] == claim.says
-    assert set(stored["values"]) == {*claim.arms, claim.control}
+    assert set(stored["values"]) == {*claim.arms, *claim.controls}
     assert len(stored["seeds"]) >= 3
     assert stored["control_failed"]
     assert stored["errors"] == {}

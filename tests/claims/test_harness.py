@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +62,7 @@ def test_one_seed_never_holds():
 
 def test_control_that_does_not_fail_voids():
     result = run(claim({"plain": 2.0, "ours": 1.0, "broken": 0.0}))
-    assert result.verdict == "void" and not result.control_failed and "cannot tell" in result.note
+    assert result.verdict == "void" and not result.control_failed and "tells nothing: loss (broken)" in result.note
     assert all(c.arm == "broken" and c.than == "plain" for c in result.control_comparisons)
 
 
@@ -179,3 +180,24 @@ def test_a_comparison_that_the_control_meets_too_does_not_make_a_claim_hold_part
     assert result.control_failed
     assert result.verdict == "not at this scale"
     assert "met, but by the control too" in str(result)
+
+
+def test_each_expectation_has_its_own_control():
+    level = {"ours": 1.0, "plain": 2.0, "broken": 3.0, "blind": 0.5}
+    claim = Claim(
+        says="ours is lowest, and between 0 and 2",
+        measure=lambda arm, seed, scale: {"x": level[arm] + 0.01 * seed},
+        arms=("ours", "plain"),
+        expect=(lowest("x", "ours"), fits("x", "ours", 0.0, 2.0)),
+        control=("broken", "blind"),
+        scales=SCALES,
+    )
+    result = run(claim)
+    assert result.controls == ["broken", "blind"] and list(result.values) == ["ours", "plain", "broken", "blind"]
+    assert all(c.met for c in result.comparisons)
+    assert result.verdict == "partly"  # the second control is within the bounds too
+    assert result.control_failed and "tells nothing: x (blind)" in result.note
+    held = run(replace(claim, control="broken"))
+    assert held.verdict == "holds" and held.controls == ["broken"]
+    with pytest.raises(ValueError, match="1 controls for 2 expectations"):
+        replace(claim, control=("broken",))

@@ -8,7 +8,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from itertools import pairwise
@@ -141,8 +141,8 @@ class Claim:
         measure: ``(arm, seed, scale) -> {metric: value}``; ``scale`` has the fields of the chosen entry of ``scales``.
         arms: What is compared.
         expect: One expectation or several that must all hold: ``lowest``, ``highest``, ``ordered``, ``fits``.
-        control: An arm that ``measure`` also understands, broken on purpose. It is put in the subject's place, and the
-            expectation must then fail; if it holds all the same, the experiment cannot tell, and the verdict is void.
+        control: An arm that ``measure`` also understands, broken on purpose; or several, one for each expectation. It is
+            put in the subject's place, and the expectation must then fail; one that holds all the same tells nothing.
         scales: The sizes ``smoke`` (in tests), ``small`` (default) and ``full``.
         seeds: How many seeds unless told otherwise; ``smoke`` takes one.
 
@@ -161,17 +161,19 @@ class Claim:
     measure: Callable[[str, int, Any], Mapping[str, float]]
     arms: Sequence[str]
     expect: Expect | Sequence[Expect]
-    control: str
+    control: str | Sequence[str]
     scales: Mapping[str, Mapping[str, Any]]
     seeds: int = 3
 
     def __post_init__(self) -> None:
         if not {"smoke", "small", "full"} <= self.scales.keys():
             raise ValueError(f"Claim: scales has {list(self.scales)}; wanted smoke, small and full.")
-        if self.control in self.arms:
+        if len(self.controls) != len(self.expects):
             raise ValueError(
-                f"Claim: control {self.control!r} is one of the arms; it must be a broken twin beside them."
+                f"Claim: {len(self.controls)} controls for {len(self.expects)} expectations; give one for all or one for each."
             )
+        if both := set(self.controls) & set(self.arms):
+            raise ValueError(f"Claim: control {both.pop()!r} is one of the arms; it must be a broken twin beside them.")
         for e in self.expects:
             named = (
                 e.arms if isinstance(e, Ordered) else (e.arm, *((e.than or ()) if isinstance(e, Expectation) else ()))
@@ -186,6 +188,11 @@ class Claim:
         """The expectations as a tuple."""
         return (self.expect,) if isinstance(self.expect, Expectation | Within | Ordered) else tuple(self.expect)
 
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The control of each expectation."""
+        return (self.control,) * len(self.expects) if isinstance(self.control, str) else tuple(self.control)
+
 
 @dataclass
 class ClaimResult:
@@ -198,9 +205,9 @@ class ClaimResult:
         values: ``values[arm][metric]`` has one value for each seed; the control is among the arms. nan: no such value.
         errors: ``errors[arm]`` says what the arm raised, by seed.
         comparisons: The subject against the others.
-        control: Name of the control.
-        control_failed: Whether the expectation failed for the control, as it must.
-        control_comparisons: The control, in the subject's place, against the others.
+        controls: Names of the controls.
+        control_failed: Whether an expectation failed for its control, as all must; else the verdict is void.
+        control_comparisons: The controls, in the subject's place, against the others.
         verdict: One of ``VERDICTS``.
         note: Why the verdict is void, or that it rests on one seed.
         seconds: Time of the whole run.
@@ -214,7 +221,7 @@ class ClaimResult:
     values: dict[str, dict[str, list[float]]]
     errors: dict[str, dict[str, str]]
     comparisons: list[Comparison]
-    control: str
+    controls: list[str]
     control_failed: bool
     control_comparisons: list[Comparison]
     verdict: str
@@ -248,7 +255,7 @@ class ClaimResult:
         for arm, metrics in self.values.items():
             told = "  ".join(f"{m} {_mean(v):.4g}" for m, v in metrics.items())
             failed = "  raised: " + "; ".join(self.errors[arm].values()) if arm in self.errors else ""
-            lines.append(f"  {arm + (' (control)' if arm == self.control else ''):<28} {told}{failed}")
+            lines.append(f"  {arm + (' (control)' if arm in self.controls else ''):<28} {told}{failed}")
         for c, twin in zip(self.comparisons, self.control_comparisons, strict=True):
             mark = (
                 "met, but by the control too"
@@ -260,14 +267,17 @@ class ClaimResult:
                 else "not met"
             )
             lines.append(f"  {c.metric}: {c.arm} vs {c.than}: gain {c.gain:.4g} [{c.low:.4g}, {c.high:.4g}]  {mark}")
-        lines.append(f"  control {self.control}: " + ("failed, as it must" if self.control_failed else "DID NOT FAIL"))
+        lines.append(
+            f"  control {', '.join(self.controls)}: "
+            + ("failed, as it must" if self.control_failed else "DID NOT FAIL")
+        )
         return "\n".join([*lines, *([f"  {self.note}"] if self.note else [])])
 
 
 def run(
     claim: Claim, scale: str = "small", seeds: int | Sequence[int] | None = None, progress: Progress | None = None
 ) -> ClaimResult:
-    """Run every arm and the control on every seed, and judge.
+    """Run every arm and every control on every seed, and judge.
 
     Args:
         claim: The claim.
@@ -276,10 +286,10 @@ def run(
         progress: Called before each run with (runs done, runs in all, arm, seed).
 
     ``holds``: against every compared arm, the 95% interval of the paired differences over the seeds excludes zero in the
-    expected direction. ``partly``: the mean has the right direction everywhere, or the interval excludes zero against
-    some where the control's does not. Otherwise ``not at this scale``. ``void``: the control did not fail (or could not
-    run), so that the experiment shows nothing. An arm that raises is recorded and counts as not met. A run that diverged
-    (inf or nan) counts as worst.
+    expected direction, and every expectation fails for its control. ``partly``: the mean has the right direction
+    everywhere, or the interval excludes zero somewhere where the control's does not. Otherwise ``not at this scale``.
+    ``void``: no expectation failed for its control, or a control could not run, so that the experiment shows nothing. An
+    arm that raises is recorded and counts as not met. A run that diverged (inf or nan) counts as worst.
 
     Raises:
         ValueError: The claim has no such scale.
@@ -294,7 +304,7 @@ def run(
     if not chosen:
         raise ValueError("claim: no seed was given; at least one is needed.")
     size = SimpleNamespace(**claim.scales[scale])
-    arms = [*claim.arms, claim.control]
+    arms = [*claim.arms, *dict.fromkeys(claim.controls)]
     raw: dict[str, list[Mapping[str, float]]] = {arm: [] for arm in arms}
     errors: dict[str, dict[str, str]] = {}
     start, done = time.perf_counter(), 0
@@ -326,45 +336,50 @@ def _judge(
 ) -> ClaimResult:
     import torch
 
-    plain = {arm: values[arm] for arm in claim.arms}
-    rows, void = _rows(claim, plain, errors, None)
-    control_rows, _ = _rows(claim, values, errors, claim.control, plain)
-    # What the control meets as well tells nothing of the subject.
+    rows: list[Comparison] = []
+    control_rows: list[Comparison] = []
+    empty: list[str] = []  # statements that their control meets too: they tell nothing of the subject
+    for expect, control in zip(claim.expects, claim.controls, strict=True):
+        rows += _rows(claim, expect, values, errors)
+        theirs = _rows(claim, expect, values, errors, control)
+        control_rows += theirs
+        if all(c.met for c in theirs):
+            empty.append(f"{expect.metric} ({control})")
     telling = any(c.met and not twin.met for c, twin in zip(rows, control_rows, strict=True))
-    verdict = "holds" if all(c.met for c in rows) else "not at this scale"
-    if verdict != "holds" and (all(c.right for c in rows) or telling):
+    verdict = "not at this scale"
+    if all(c.met for c in rows) and not empty:
+        verdict = "holds"
+    elif telling or (all(c.right for c in rows) and not empty):
         verdict = "partly"
-    failed = not all(c.met for c in control_rows)
-    notes = [void] if void else []
-    if claim.control in errors:
+    failed = len(empty) < len(claim.expects)
+    controls = list(dict.fromkeys(claim.controls))
+    raised = [arm for arm in errors if arm not in controls]
+    notes = [f"Raised: {', '.join(raised)}."] if raised else []
+    if empty:
+        notes.append(f"Met by the control too, so that it tells nothing: {', '.join(empty)}.")
+    if broken := [c for c in controls if c in errors]:
         failed, verdict = False, "void"
-        notes.append(f"The control {claim.control!r} raised, so that its failure shows nothing.")
+        notes.append(f"The control {broken[0]!r} raised, so that its failure shows nothing.")
     elif not failed:
         verdict = "void"
-        notes.append(f"The control {claim.control!r} met the expectation too: the experiment cannot tell.")
     if len(seeds) == 1:
         notes.append("One seed gives no interval: 'partly' is the best that it can show.")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "interlayer": _version()}
     return ClaimResult(
-        claim.says, scale, seeds, values, errors, rows, claim.control, failed, control_rows, verdict, " ".join(notes),
+        claim.says, scale, seeds, values, errors, rows, controls, failed, control_rows, verdict, " ".join(notes),
         round(seconds, 2), datetime.now(UTC).date().isoformat(), versions,
     )  # fmt: skip
 
 
 def _rows(
-    claim: Claim, values: Values, errors: Mapping[str, Any], control: str | None, plain: Values | None = None
-) -> tuple[list[Comparison], str]:
-    """All comparisons; an arm that raised is not met, whichever side it is on."""
-    rows: list[Comparison] = []
-    for e in claim.expects:
-        # The control is judged against the same arms as the subject, never against itself.
-        pool = values if control is None else {**(plain or values), control: values[control]}
-        if control and isinstance(e, Expectation) and e.than is None:
-            e = Expectation(e.metric, e.arm, tuple(a for a in claim.arms if a != e.arm), e.margin, e.sign)
-        rows += e.judge(pool, control)
-    raised = [a for a in errors if a != claim.control]
-    rows = [_unmet(c) if c.arm in errors or c.than in errors else c for c in rows]
-    return rows, f"Raised: {', '.join(raised)}." if raised else ""
+    claim: Claim, expect: Expect, values: Values, errors: Mapping[str, Any], control: str | None = None
+) -> list[Comparison]:
+    """The comparisons of an expectation; an arm that raised is not met, whichever side it is on."""
+    # The control is judged against the same arms as the subject, never against itself or another control.
+    pool = {arm: values[arm] for arm in (*claim.arms, *([control] if control else []))}
+    if control and isinstance(expect, Expectation) and expect.than is None:
+        expect = replace(expect, than=tuple(a for a in claim.arms if a != expect.arm))
+    return [_unmet(c) if c.arm in errors or c.than in errors else c for c in expect.judge(pool, control)]
 
 
 def _unmet(c: Comparison) -> Comparison:
