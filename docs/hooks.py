@@ -53,7 +53,9 @@ def _room(room: str) -> str:
             lines += ["| arm | " + " | ".join(metrics) + " |", "| --- |" + " --- |" * len(metrics)]
             for arm, found in result["values"].items():
                 means = [_mean(found[m]) if m in found else "" for m in metrics]
-                lines.append(f"| {arm}{' (control)' if arm in result['controls'] else ''} | " + " | ".join(means) + " |")
+                lines.append(
+                    f"| {arm}{' (control)' if arm in result['controls'] else ''} | " + " | ".join(means) + " |"
+                )
             lines.append("")
     return "\n".join(lines)
 

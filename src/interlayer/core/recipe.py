@@ -126,7 +126,8 @@ def load(directory: str | Path, base: nn.Module | Callable[[], nn.Module] | None
     source = Path(directory)
     content = _read(source)
     try:
-        tensors = load_file(source / WEIGHTS)
+        # Copied into memory of torch's own alignment: kernels round otherwise where weights lie unaligned in the file.
+        tensors = {name: t.clone() for name, t in load_file(source / WEIGHTS).items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"recipe.load: {source / WEIGHTS} can't be read: {error}.") from error
     with torch.random.fork_rng(devices=[]):  # building draws initial weights that nobody keeps

@@ -61,7 +61,7 @@ class MLP(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Float[Tensor, "B *F"]) -> Float[Tensor, "B K"]:
+    def forward(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B K"]:
         """Outputs of the last layer."""
         if x[0].numel() != self.features:
             raise ValueError(f"MLP: input {tuple(x.shape)} has {x[0].numel()} features; wanted {self.features}.")

@@ -74,12 +74,11 @@ def test_function_transforms():
     naive = torch.func.jacrev(lambda x: rms_norm_naive(x, norm.weight, 6, 1e-6))(x[0])
     torch.testing.assert_close(torch.func.jacrev(norm)(x[0]), naive)
     weights = torch.randn(4, 6, dtype=torch.float64)
-    for f in (fast, rms_norm_naive):  # a gradient for each example, as in differential privacy
-        each = torch.func.vmap(torch.func.grad(lambda w, x, f=f: f(x, w, 6, 1e-6).sin().sum(), argnums=(0, 1)))(
-            weights, x
-        )
-        first = each if f is fast else first
-    torch.testing.assert_close(first, each)
+    each = [  # a gradient for each example, as in differential privacy
+        torch.func.vmap(torch.func.grad(lambda w, x, f=f: f(x, w, 6, 1e-6).sin().sum(), argnums=(0, 1)))(weights, x)
+        for f in (fast, rms_norm_naive)
+    ]
+    torch.testing.assert_close(*each)
     many = torch.func.vmap(lambda x, w: fast(x, w, 6, 1e-6))(x, weights)
     torch.testing.assert_close(many[2], fast(x[2], weights[2], 6, 1e-6))
 

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from interlayer.core.example import Example
 
-CHUNK = (
-    1 << 16
-)  # numbers that a core's second-level cache holds three times over: operands meet again while they are near
+CHUNK = 1 << 16  # numbers that a core's second-level cache holds three times: operands meet again while they are near
 
 
 class RMSNorm(nn.Module):

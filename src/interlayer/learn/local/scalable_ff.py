@@ -142,7 +142,7 @@ class ScalableFF(Rule):
             self.judges[key] = judge.to(x.device, x.dtype)
         return self.judges[key](F.layer_norm(x, x.shape[1:])).square().mean((2, 3))
 
-    def loss(self, goodness: Float[Tensor, "B K"], labels: Int[Tensor, "B"]) -> Tensor:
+    def loss(self, goodness: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> Tensor:
         """The log-sum-exp margin of the true class over all others."""
         margin = goodness - goodness.gather(1, labels[:, None]) + self.margin
         return F.pad(margin.scatter(1, labels[:, None], -torch.inf), (1, 0)).logsumexp(1).mean()

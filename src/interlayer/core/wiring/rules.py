@@ -1,0 +1,460 @@
+"""What each operator does to labels.
+
+A rule takes the labelling, the operator's result and its arguments and returns the labels of the result (of each result,
+if there are several).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from interlayer.core.wiring.indices import FREE, Array, Label, Labels
+from interlayer.core.wiring.labels import Labelling, Unknown, tensors
+
+
+def _lead(labels: Labels, rank: int) -> Labels:
+    """Labels as the broadcast tensor of higher rank has them."""
+    more = rank - len(labels)
+    return [FREE] * more + [
+        lab.reshape((1,) * more + lab.shape) if isinstance(lab, np.ndarray) else lab for lab in labels
+    ]
+
+
+def _pointwise(tr: Labelling, out: Tensor, *args: Any, **kwargs: Any) -> Labels:
+    made: Labels = [FREE] * out.ndim
+    for t in tensors((args, kwargs)):
+        sizes = [1] * (out.ndim - t.ndim) + list(t.shape)
+        for d, label in enumerate(_lead(tr.get(t), out.ndim)):
+            made[d] = tr.tie(made[d], FREE if sizes[d] == 1 and out.shape[d] > 1 else label, d)
+    return made
+
+
+def _same(tr: Labelling, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Labels:
+    return tr.get(x)
+
+
+def _free(tr: Labelling, out: Tensor, *_: Any, **__: Any) -> Labels:
+    return [FREE] * out.ndim
+
+
+def _reshape(tr: Labelling, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Labels:
+    return _reshaped(tr, tr.get(x), list(x.shape), list(out.shape))
+
+
+def _reshaped(tr: Labelling, labels: Labels, old: list[int], new: list[int]) -> Labels:
+    if 0 in old or any(isinstance(n, torch.SymInt) for n in old):
+        raise Unknown
+    i = j = 0
+    while i < len(old) or j < len(new):  # match axes from the left, in runs of equal product
+        if j == len(new) or (i < len(old) and old[i] == 1 and new[j] != 1):
+            if len(old) == 1:
+                labels, old = [], []
+            else:
+                q = i - 1 if i else 0
+                labels, old = tr.merge(labels, old, q)
+            continue
+        if i == len(old) or (new[j] == 1 and old[i] != 1):
+            labels = [np.expand_dims(lab, i) if isinstance(lab, np.ndarray) else lab for lab in labels]
+            labels, old = [*labels[:i], None, *labels[i:]], [*old[:i], 1, *old[i:]]
+        elif old[i] < new[j]:
+            labels, old = tr.merge(labels, old, i)
+            continue
+        elif old[i] > new[j]:
+            if old[i] % new[j]:
+                labels, old = tr.merge(labels, old, i)
+                continue
+            labels, old = tr.split(labels, old, i, new[j], old[i] // new[j])
+        i, j = i + 1, j + 1
+    return labels
+
+
+def _moved(tr: Labelling, x: Tensor, order: Sequence[int]) -> Labels:
+    labels = tr.get(x)
+    order = [d % x.ndim for d in order]
+    return [np.transpose(lab, order) if isinstance(lab := labels[d], np.ndarray) else lab for d in order]
+
+
+def _permute(tr: Labelling, out: Tensor, x: Tensor, dims: Sequence[int]) -> Labels:
+    return _moved(tr, x, dims)
+
+
+def _transpose(tr: Labelling, out: Tensor, x: Tensor, a: int = 0, b: int = 1) -> Labels:
+    if x.ndim < 2:
+        return tr.get(x)
+    order = list(range(x.ndim))
+    order[a], order[b] = order[b], order[a]
+    return _moved(tr, x, order)
+
+
+def _unsqueeze(tr: Labelling, out: Tensor, x: Tensor, dim: int) -> Labels:
+    dim %= out.ndim
+    labels = [np.expand_dims(lab, dim) if isinstance(lab, np.ndarray) else lab for lab in tr.get(x)]
+    return [*labels[:dim], None, *labels[dim:]]
+
+
+def _dropped(labels: Labels, dims: Iterable[int]) -> Labels:
+    """Take away axes of size 1."""
+    gone = set(dims)
+    return [
+        np.squeeze(lab, tuple(gone)) if isinstance(lab, np.ndarray) else lab
+        for d, lab in enumerate(labels)
+        if d not in gone
+    ]
+
+
+def _squeeze(tr: Labelling, out: Tensor, x: Tensor, dim: int | Sequence[int] | None = None) -> Labels:
+    dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    return _dropped(tr.get(x), [d % x.ndim for d in dims if x.shape[d] == 1])
+
+
+def _expand(tr: Labelling, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Labels:
+    sizes = [1] * (out.ndim - x.ndim) + list(x.shape)
+    labels = _lead(tr.get(x), out.ndim)
+    return [FREE if sizes[d] == 1 and out.shape[d] > 1 else labels[d] for d in range(out.ndim)]
+
+
+def _taken(tr: Labelling, labels: Labels, dim: int, places: Any) -> Labels:
+    """Only some places of an axis, in some order: they are told apart from the others."""
+    label = labels[dim]
+    if isinstance(label, np.ndarray):
+        axis = [int(i) for i in np.moveaxis(label, dim, 0).reshape(label.shape[dim], -1).ravel()]
+        part = set(np.moveaxis(label, dim, 0)[places].ravel().tolist())
+        if len(part) < len(set(axis)):
+            inside = [tr.ix.expand(i) for i in part]
+            outside = [tr.ix.expand(i) for i in set(axis) - part]
+            tag = tr.ix.tag("is one of few selected places" if len(part) == 1 else "")
+            for slot in range(min(map(len, inside + outside))):
+                chosen = {p[slot] for p in inside}
+                if chosen.isdisjoint(p[slot] for p in outside):
+                    for i in chosen:
+                        tr.ix.marks[i].add((tag, -1))
+                    break
+            else:
+                tr.fix(label, dim, "is sliced across its units")
+    return [
+        lab if not isinstance(lab, np.ndarray) or (lab.shape[dim] == 1) else np.take(lab, places, axis=dim)
+        for lab in labels
+    ]
+
+
+def _select(tr: Labelling, out: Tensor, x: Tensor, dim: int, index: int) -> Labels:
+    dim %= x.ndim
+    return _dropped(_taken(tr, tr.get(x), dim, np.array([index % x.shape[dim]])), [dim])
+
+
+def _slice(
+    tr: Labelling, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Labels:
+    dim %= x.ndim
+    return _taken(tr, tr.get(x), dim, np.arange(x.shape[dim])[slice(start, end, step)])
+
+
+def _split(tr: Labelling, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> list[Labels]:
+    dim %= x.ndim
+    edges = np.cumsum([0, *(t.shape[dim] for t in out)])
+    return [_taken(tr, tr.get(x), dim, np.arange(a, b)) for a, b in pairwise(edges)]
+
+
+def _unbind(tr: Labelling, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> list[Labels]:
+    return [_select(tr, t, x, dim, i) for i, t in enumerate(out)]
+
+
+def _flip(tr: Labelling, out: Tensor, x: Tensor, dims: Sequence[int]) -> Labels:
+    labels = tr.get(x)
+    for dim in dims:
+        labels = _taken(tr, labels, dim % x.ndim, np.arange(x.shape[dim])[::-1])
+    return labels
+
+
+def _joined(tr: Labelling, parts: list[Labels], sizes: list[int], dim: int) -> Labels:
+    rank = len(parts[0])
+    made: Labels = [FREE] * rank
+    for d in range(rank):
+        if d != dim:
+            for part in parts:
+                made[d] = tr.tie(made[d], part[d], d)
+    own = [part[dim] for part in parts]
+    if not any(isinstance(lab, np.ndarray) for lab in own):
+        made[dim] = FREE if all(isinstance(lab, str) for lab in own) and len(own) == 1 else None
+        return made
+    arrays: list[Array] = []
+    for label, size in zip(own, sizes, strict=True):
+        if isinstance(label, np.ndarray):
+            arrays.append(label)
+            continue
+        fresh = np.array([tr.ix.new() for _ in range(size)], dtype=np.int64)
+        arrays.append(fresh.reshape([-1 if d == dim else 1 for d in range(rank)]))
+        if label is None:
+            tr.fix(arrays[-1], dim, "meets an input or a constant")
+    roots = [{tr.ix.find(int(i)) for i in label.ravel()} for label in arrays]
+    if sum(map(len, roots)) > len(set().union(*roots)):  # the same units twice: told apart by where they stand
+        pack = np.vectorize(lambda i, n: tr.ix.pack((int(i), tr.ix.constant(len(own), int(n)))), otypes=[np.int64])
+        arrays = [pack(label, n) for n, label in enumerate(arrays)]
+    grid = np.broadcast_shapes(*(tuple(1 if d == dim else s for d, s in enumerate(a.shape)) for a in arrays))
+    made[dim] = np.concatenate(
+        [np.broadcast_to(a, (*grid[:dim], a.shape[dim], *grid[dim + 1 :])) for a in arrays], axis=dim
+    )
+    for d, label in enumerate(made):  # an axis that differed along the joined one has been tied part by part
+        if d != dim and isinstance(label, np.ndarray) and label.shape[dim] > 1:
+            made[d] = tr.collapse(made, [dim])[d]
+    return made
+
+
+def _cat(tr: Labelling, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Labels:
+    parts = [t for t in tensors if t.ndim == out.ndim]
+    dim %= out.ndim
+    collapsed = [tr.collapse(tr.get(t), [dim]) if len(parts) > 1 else tr.get(t) for t in parts]
+    return _joined(tr, collapsed, [t.shape[dim] for t in parts], dim)
+
+
+def _stack(tr: Labelling, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Labels:
+    parts = [_unsqueeze(tr, out, t, dim) for t in tensors]
+    return _joined(tr, parts, [1] * len(parts), dim % out.ndim)
+
+
+def _pad(tr: Labelling, out: Tensor, x: Tensor, pad: Sequence[int], value: Any = 0) -> Labels:
+    labels = tr.get(x)
+    for n in range(len(pad) // 2):
+        dim = x.ndim - 1 - n
+        before, after = pad[2 * n], pad[2 * n + 1]
+        if min(before, after) < 0:
+            raise Unknown
+        if before or after:
+            filler: Labels = [FREE] * x.ndim
+            parts = [(filler, before), (labels, x.shape[dim]), (filler, after)]
+            parts = [(lab, size) for lab, size in parts if size]
+            labels = _joined(tr, [lab for lab, _ in parts], [size for _, size in parts], dim)
+    return labels
+
+
+def _reduce(tr: Labelling, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Labels:
+    if isinstance(dim, float):
+        raise Unknown
+    dims = range(x.ndim) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+    dims = [d % x.ndim for d in dims]
+    labels = tr.collapse(tr.get(x), dims)
+    if out.ndim == x.ndim:
+        return [None if d in dims else lab for d, lab in enumerate(labels)]
+    one = [None if d in dims else lab for d, lab in enumerate(labels)]
+    return _dropped(
+        [lab.take([0], axis=d) if isinstance(lab, np.ndarray) and d in dims else lab for d, lab in enumerate(one)], dims
+    )
+
+
+def _norm_p(tr: Labelling, out: Tensor, x: Tensor, p: Any = 2, dim: Any = None, *_: Any, **__: Any) -> Labels:
+    return _reduce(tr, out, x, dim)
+
+
+def _var(tr: Labelling, out: Tensor, x: Tensor, dim: Any = None, *_: Any, **__: Any) -> Labels:
+    return _reduce(tr, out, x, dim)
+
+
+def _softmax(tr: Labelling, out: Tensor, x: Tensor, dim: int, *_: Any, **__: Any) -> Labels:
+    return tr.collapse(tr.get(x), [dim % x.ndim])
+
+
+def _bmm(tr: Labelling, out: Tensor, a: Tensor, b: Tensor) -> Labels:
+    """[(b,) n, k] x [(b,) k, m]."""
+    left, right = tr.get(a), tr.get(b)
+    rank = out.ndim
+    swap = [*range(rank - 2), rank - 1, rank - 2]
+    # b transposed has the rank and the batch axes of a, with the contracted axis last
+    other = [np.transpose(lab, swap) if isinstance(lab := right[d], np.ndarray) else lab for d in swap]
+    batch: Labels = [tr.tie(left[d], other[d], d) for d in range(rank - 2)]
+    tr.tie(left[-1], other[-1], rank - 1)
+    rows = tr.collapse(left, [rank - 1])[rank - 2]
+    columns = tr.collapse(other, [rank - 1])[rank - 2]
+    columns = np.transpose(columns, swap) if isinstance(columns, np.ndarray) else columns
+    batch = [tr.collapse([*batch, None, lab], [rank - 1])[d] for d, lab in enumerate(batch)]
+    return [*batch, rows, columns]
+
+
+def _addmm(tr: Labelling, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> Labels:
+    return _plus(tr, out, _bmm(tr, out, a, b), bias)
+
+
+def _plus(tr: Labelling, out: Tensor, labels: Labels, bias: Tensor) -> Labels:
+    sizes = [1] * (out.ndim - bias.ndim) + list(bias.shape)
+    extra = _lead(tr.get(bias), out.ndim)
+    return [tr.tie(lab, FREE if sizes[d] == 1 else extra[d], d) for d, lab in enumerate(labels)]
+
+
+def _mv(tr: Labelling, out: Tensor, a: Tensor, v: Tensor) -> Labels:
+    left = tr.get(a)
+    tr.tie(left[1], _lead(tr.get(v), 2)[1], 1)
+    return _dropped([tr.collapse(left, [1])[0], None], [1])
+
+
+def _dot(tr: Labelling, out: Tensor, a: Tensor, b: Tensor) -> Labels:
+    tr.tie(tr.get(a)[0], tr.get(b)[0], 0)
+    return []
+
+
+def _convolution(
+    tr: Labelling, out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int,
+) -> Labels:  # fmt: skip
+    rank = x.ndim
+    data, kernel = tr.get(x), tr.get(w)
+    for d in range(2, rank):
+        tr.fix(data[d], d, "is moved over by a kernel")
+        tr.fix(kernel[d], d, "is a place of a kernel")
+    data = tr.collapse(data, range(1, rank))
+    a, b = (0, 1) if transposed else (1, 0)  # axes of w: in, out
+
+    def alone(label: Label, axis: int) -> Label:  # as axis 1 of a tensor whose other axes have size 1
+        return label.reshape(1, -1, *[1] * (rank - 2)) if isinstance(label, np.ndarray) else label
+
+    if groups == 1:
+        tr.tie(data[1], alone(kernel[a], a), 1)
+        made = alone(kernel[b], b)
+    else:
+        sizes = list(x.shape)
+        grouped, _ = tr.split(data, sizes, 1, groups, x.shape[1] // groups)
+        whole = alone(kernel[0], 0)  # axis 0 of w holds (group, unit) of the outputs, or of the inputs if transposed
+        cut, _ = tr.split(
+            [None, whole, *[None] * (rank - 2)], [1, w.shape[0], *[1] * (rank - 2)], 1, groups, w.shape[0] // groups
+        )
+        tr.tie(grouped[1], cut[1], 1)
+        inner = kernel[1].reshape(1, 1, -1, *[1] * (rank - 2)) if isinstance(kernel[1], np.ndarray) else kernel[1]
+        if transposed:
+            tr.tie(grouped[2], cut[2], 2)
+            made = tr.merge([None, cut[1], inner, *[None] * (rank - 2)], [1, groups, w.shape[1], *[1] * (rank - 2)], 1)[
+                0
+            ][1]
+        else:
+            if w.shape[1] > 1:
+                tr.tie(grouped[2], inner, 2)
+            made = whole
+    if bias is not None:
+        made = tr.tie(made, alone(tr.get(bias)[0], 0), 1)
+    return [data[0], made, *[None] * (rank - 2)]
+
+
+def _channels(tr: Labelling, x: Tensor, *weights: Tensor | None) -> Labels:
+    labels = tr.get(x)
+    for w in weights:
+        if w is not None:
+            label = tr.get(w)[0]
+            shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+            labels[1] = tr.tie(labels[1], label.reshape(shape) if isinstance(label, np.ndarray) else label, 1)
+    return labels
+
+
+def _batch_norm(tr: Labelling, out: Any, x: Tensor, w: Any, b: Any, mean: Any, var: Any, *_: Any) -> list[Labels]:
+    labels = _channels(tr, x, w, b, mean, var)
+    return [tr.collapse(labels, [d for d in range(x.ndim) if d != 1]) if mean is None else labels]
+
+
+def _layer_norm(tr: Labelling, out: Any, x: Tensor, shape: Sequence[int], *weights: Any) -> list[Labels]:
+    labels = tr.get(x)
+    first = x.ndim - len(shape)
+    for w in weights:
+        if isinstance(w, Tensor):
+            extra = _lead(tr.get(w), x.ndim)
+            labels = [tr.tie(lab, extra[d], d) if d >= first else lab for d, lab in enumerate(labels)]
+    mixed = tr.collapse(labels, range(first, x.ndim))
+    return [[*mixed[:first], *labels[first:]]]
+
+
+def _group_norm(
+    tr: Labelling, out: Any, x: Tensor, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float
+) -> list[Labels]:
+    labels = _channels(tr, x, w, b)
+    if 1 < groups < c:
+        tr.split(labels, list(x.shape), 1, groups, c // groups)
+    return [labels]
+
+
+def _spatial(tr: Labelling, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Pooling and resizing: batch and channels pass, the rest is moved over by a window."""
+    keep = x.ndim - (1 if "1d" in str(type(out)) else 2) if x.ndim < 4 else 2
+    labels = tr.get(x)
+    for d in range(keep, x.ndim):
+        tr.fix(labels[d], d, "is moved over by a window")
+    labels = tr.collapse(labels, range(keep, x.ndim))
+    made: Labels = [*labels[:keep], *[None] * (x.ndim - keep)]
+    return made if isinstance(out, Tensor) else [made]
+
+
+def _embedding(tr: Labelling, out: Tensor, w: Tensor, ids: Tensor, *_: Any, **__: Any) -> Labels:
+    labels = tr.get(w)
+    tr.fix(labels[0], 0, "is indexed by data")
+    tr.fix_all(ids, "is used as an index")
+    return [
+        *[None] * ids.ndim,
+        *_lead(_dropped([labels[0] if labels[0] is None else None, *tr.collapse(labels, [0])[1:]], [0]), out.ndim)[
+            ids.ndim :
+        ],
+    ]
+
+
+def _index(tr: Labelling, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> Labels:
+    where = [d for d, i in enumerate(indices) if i is not None]
+    if len(where) != 1 or indices[where[0]].dtype == torch.bool:  # type: ignore[union-attr]
+        raise Unknown
+    dim, index = where[0], indices[where[0]]
+    assert index is not None
+    return _gathered(tr, x, dim, index)
+
+
+def _index_select(tr: Labelling, out: Tensor, x: Tensor, dim: int, index: Tensor) -> Labels:
+    return _gathered(tr, x, dim % x.ndim, index)
+
+
+def _gathered(tr: Labelling, x: Tensor, dim: int, index: Tensor) -> Labels:
+    tr.fix_all(index, "is used as an index")
+    labels = tr.get(x)
+    tr.fix(labels[dim], dim, "is indexed by data")
+    labels = tr.collapse(labels, [dim])
+    made: Labels = []
+    for d, lab in enumerate(labels):
+        if d == dim:
+            made += [None] * index.ndim
+        elif isinstance(lab, np.ndarray):
+            made.append(lab.reshape(*lab.shape[:dim], *[1] * index.ndim, *lab.shape[dim + 1 :]))
+        else:
+            made.append(lab)
+    return made
+
+
+def _copy(tr: Labelling, out: Tensor, x: Tensor, source: Tensor, *_: Any, **__: Any) -> Labels:
+    return _plus(tr, out, tr.get(x), source)
+
+
+RULES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("alias", "detach", "clone", "contiguous", "_to_copy", "to", "lift_fresh", "dropout", "native_dropout"), _same),
+    **dict.fromkeys(("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"), _free),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"), _reshape),
+    **dict.fromkeys(("transpose", "t"), _transpose),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
+    **dict.fromkeys(("sum", "mean", "amax", "amin", "logsumexp", "any", "all"), _reduce),
+    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), _var),
+    **dict.fromkeys(("linalg_vector_norm", "norm"), _norm_p),
+    **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax", "softmax"), _softmax),
+    **dict.fromkeys(("mm", "bmm"), _bmm),
+    **dict.fromkeys(("addmm", "baddbmm"), _addmm),
+    **dict.fromkeys(
+        ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_no_update"), _batch_norm),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
+    **dict.fromkeys(
+        ("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d",
+         "upsample_bilinear2d", "max_pool2d", "mkldnn_max_pool2d"), _spatial),
+    "permute": _permute, "unsqueeze": _unsqueeze, "squeeze": _squeeze, "expand": _expand, "select": _select, "slice": _slice,
+    "unbind": _unbind, "flip": _flip, "cat": _cat, "stack": _stack, "constant_pad_nd": _pad, "mv": _mv, "dot": _dot,
+    "convolution": _convolution, "native_group_norm": _group_norm, "embedding": _embedding, "index": _index,
+    "index_select": _index_select, "copy": _copy,
+}  # fmt: skip
+FROM_NOTHING = (_free, _expand)  # these give labels to results of tensors that carry none
+
+
+def rule_of(func: Any) -> Callable[..., Any] | None:
+    """The rule of an operator; None where there is none."""
+    rule = RULES.get(func.overloadpacket.__name__.removesuffix("_") if hasattr(func, "overloadpacket") else "")
+    return _pointwise if rule is None and torch.Tag.pointwise in func.tags else rule
