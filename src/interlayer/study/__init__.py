@@ -5,7 +5,8 @@ from interlayer.study import StudySpec, compare
 result = compare(StudySpec(task="digits", arms=["plain", "rezero", "norm=rmsnorm"], seeds=3, steps=200))
 """
 
-from interlayer.study.run import Result, Run, compare, report
+from interlayer.study.engine import Result, Run
+from interlayer.study.run import compare, report
 from interlayer.study.spec import ArmSpec, StudyError, StudySpec
 from interlayer.study.tasks import Task, TensorTask, TextTask
 

@@ -12,8 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from interlayer.study.engine import Result
 from interlayer.study.page import page
-from interlayer.study.run import Result
 from interlayer.study.stats import Interval, interval, paired
 
 
