@@ -6,7 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from interlayer.cli import _split, app
+from interlayer.cli import app
 
 run = CliRunner().invoke
 
@@ -54,12 +54,6 @@ def test_show_tells_what_there_is():
         "works when",
     ):
         assert word in out
-
-
-def test_arms_are_split_outside_of_brackets():
-    assert _split("plain, denseformer(dilation=4, period=2),norm=rmsnorm+rezero") == [
-        "plain", "denseformer(dilation=4, period=2)", "norm=rmsnorm+rezero",
-    ]  # fmt: skip
 
 
 def test_version_and_module_entry():

@@ -125,7 +125,10 @@ def compare(
         str | None, typer.Option(help="The base: transformer, vit, mlp, convnet, ..., or package.module:function.")
     ] = None,
     arms: Annotated[
-        str | None, typer.Option(help="Comma-separated: plain, slugs, slug(option=value), norm=rmsnorm, joined by +.")
+        str | None,
+        typer.Option(
+            help="Comma-separated: plain, slugs, slug(option=value), norm=rmsnorm, joined by +; stream=* for all streams."
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds for each arm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps for each run.")] = None,
@@ -149,25 +152,13 @@ def compare(
     from interlayer.study import compare as run_study
 
     given = {
-        "task": task, "base": model, "arms": _split(arms) if arms else None, "seeds": seeds, "steps": steps, "seconds": seconds,
+        "task": task, "base": model, "arms": arms, "seeds": seeds, "steps": steps, "seconds": seconds,
         "workers": workers, "storage": storage, "out": str(out) if out else None, "tune": tune, "trials": trials,
     }  # fmt: skip
     spec = _told(lambda: StudySpec.from_cli_values(study, {k: v for k, v in given.items() if v is not None}))
     result = _told(lambda: run_study(spec, resume=resume))
     if not result.finished:
         raise typer.Exit(1)
-
-
-def _split(arms: str) -> list[str]:
-    """Split at commas outside brackets."""
-    parts, depth = [""], 0
-    for c in arms:
-        depth += (c == "(") - (c == ")")
-        if c == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return [p.strip() for p in parts if p.strip()]
 
 
 @app.command()

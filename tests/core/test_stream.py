@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from interlayer.core.stream import Feedforward, PostNorm, PreNorm, Residual, State, widths
+from interlayer.layers.stream.denseformer import DenseFormer
 
 
 def walk(stream, x, branches):
@@ -56,3 +57,16 @@ def test_bad_sizes_are_told():
         Residual(0)
     with pytest.raises(ValueError, match="3 widths for 2 sublayers"):
         widths([1, 2, 3], 2)
+
+
+def test_saved_weights_of_another_depth_are_told_in_one_sentence():
+    saved = DenseFormer(3, 4).state_dict()
+    with pytest.raises(
+        ValueError, match=r"DenseFormer: the saved weights .* 'norms.3.weight' is not there in them .* depth is 4"
+    ):
+        DenseFormer(4, 4).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"'alpha.1' is \(2,\) in them and \(1,\) here"):
+        DenseFormer(3, 4, dilation=2).load_state_dict(saved, strict=False)
+    model = nn.Sequential(PreNorm(3, 4))
+    model.load_state_dict({f"0.{name}": t for name, t in saved.items()}, strict=False)  # what does not clash is taken
+    assert DenseFormer(3, 4).load_state_dict(saved).missing_keys == []

@@ -105,3 +105,11 @@ def test_arms_that_cannot_be_are_refused(use, words):
 
 def test_split_keeps_brackets_and_quotes_together():
     assert split_top("a(b=1,c='x,y'), d=[1,2]", ",") == ["a(b=1,c='x,y')", "d=[1,2]"]
+
+
+def test_a_star_stands_for_all_ready_systems_of_a_slot():
+    names = [arm.name for arm in StudySpec(arms="plain,stream=*").arms]
+    assert names[0] == "plain" and {"rezero", "denseformer", "value-residual"} <= set(names)
+    assert "rmsnorm" not in names
+    with pytest.raises(StudyError, match=r"no slot 'streem'\. Did you mean 'stream'"):
+        StudySpec.parse({"arms": "streem=*"})

@@ -90,3 +90,12 @@ def test_tensors_of_a_user_become_a_task(tmp_path, monkeypatch):
 def test_unknown_task_suggests_the_nearest():
     with pytest.raises(StudyError, match="Did you mean 'digits'"):
         tasks.load("digit")
+
+
+def test_nan_in_a_users_data_is_told():
+    x, y = torch.randn(10, 3), torch.arange(10) % 2
+    x[2, 1], x[3, 0] = float("nan"), float("inf")
+    with pytest.raises(
+        StudyError, match="'mine': 2 of the 30 numbers in the validation inputs are NaN or infinite; leave"
+    ):
+        tasks.TensorTask("mine", (x.nan_to_num(0, 0), y), (x, y))

@@ -57,6 +57,21 @@ class Stream(nn.Module):
             raise ValueError(f"{type(self).__name__}: depth {depth} and branches {branches} must be at least 1.")
         self.depth, self.branches = depth, branches
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *rest: Any) -> None:
+        """Weights of another depth are told in one sentence, before torch lists every name."""
+        own = {name: tuple(t.shape) for name, t in self.state_dict().items()}
+        saved = {name.removeprefix(prefix): tuple(t.shape) for name, t in state_dict.items() if name.startswith(prefix)}
+        # A part that is wholly missing or unexpected is torch's to judge: it knows whether the load is strict.
+        both = {n.partition(".")[0] for n in own} & {n.partition(".")[0] for n in saved}
+        odd = [n for n in {**own, **saved} if n.partition(".")[0] in both and own.get(n) != saved.get(n)]
+        if odd:
+            here, there = own.get(odd[0], "not there"), saved.get(odd[0], "not there")
+            raise ValueError(
+                f"{type(self).__name__}: the saved weights are of another stream: {odd[0]!r} is {there} in them and {here} "
+                f"here, where depth is {self.depth}; build it with the depth, width and options that it was saved with."
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
+
     @property
     def layers(self) -> int:
         """Number of sublayers."""

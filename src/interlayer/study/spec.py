@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from interlayer import catalog
+
 __all__ = ["ArmSpec", "StudyError", "StudySpec", "split_top"]
 
 
@@ -61,7 +63,7 @@ class StudySpec(BaseModel):
     arms: tuple[ArmSpec, ...] = Field(
         default=(ArmSpec(name="plain", use="plain"),),
         min_length=1,
-        description='the list of what is compared: "plain", a system\'s slug, "norm=rmsnorm", joined by "+"',
+        description='the list of what is compared: "plain", a system\'s slug, "norm=rmsnorm", joined by "+"; "stream=*" is all streams',
     )
     seeds: PositiveInt = Field(default=2, description="how many seeds each arm is trained with")
     steps: PositiveInt | None = Field(default=None, description="training steps of each run")
@@ -95,7 +97,8 @@ class StudySpec(BaseModel):
         if isinstance(value, str):
             value = split_top(value, ",")
         if isinstance(value, list | tuple):
-            return tuple({"name": v, "use": v} if isinstance(v, str) else v for v in value)
+            arms = [arm for v in value for arm in (_all_of(v) if isinstance(v, str) else [v])]
+            return tuple({"name": v, "use": v} if isinstance(v, str) else v for v in arms)
         return value
 
     @model_validator(mode="after")
@@ -201,6 +204,16 @@ class StudySpec(BaseModel):
             for a in self.arms:
                 lines += ["", "[[arms]]", f"name = {json.dumps(a.name)}", f"use = {json.dumps(a.use)}"]
         return "\n".join(lines) + "\n"
+
+
+def _all_of(arm: str) -> list[str]:
+    """``slot=*`` stands for every ready system that fills the slot."""
+    slot, star, rest = arm.partition("=*")
+    if not star or rest:
+        return [arm]
+    if slot not in catalog.slots():
+        raise ValueError(f"no slot {slot!r}.{catalog.nearest(slot, catalog.slots())} There are {catalog.slots()}")
+    return [s.slug for s in catalog.load().values() if s.slot == slot and s.state == "ready"]
 
 
 def split_top(text: str, at: str) -> list[str]:

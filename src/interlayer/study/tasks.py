@@ -112,6 +112,12 @@ class TensorTask(Task):
                 raise StudyError(
                     f"task {name!r}: {split} has {len(x)} inputs and {len(y)} targets; wanted as many, and some."
                 )
+            for what, t in (("inputs", x), ("targets", y)):
+                if bad := int((~torch.isfinite(t)).sum()):
+                    raise StudyError(
+                        f"task {name!r}: {bad} of the {t.numel()} numbers in the {split} {what} are NaN or infinite; "
+                        "leave those samples out or fill them in."
+                    )
         self.shape = shape or _shape(name, *train)
         self.base = base or {"tokens": "encoder", "image": "convnet"}.get(self.shape.kind, "mlp")
         if self.shape.outputs == "tokens":

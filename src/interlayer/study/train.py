@@ -67,6 +67,10 @@ def check(arm: Arm, task: Task, spec: StudySpec) -> None:
     torch.manual_seed(0)
     model = arm.build(task.shape)
     inputs, targets = next(task.batches(0, 2, "train"))
+    if isinstance(inputs, Tensor) and not torch.isfinite(inputs).all():
+        raise StudyError(
+            f"task {task.name!r}: its inputs hold NaN or infinite numbers; leave those samples out or fill them in."
+        )
     if arm.rule:
         _rule(arm, model, task, arm.training.get("lr")).step((inputs, targets))
         return
