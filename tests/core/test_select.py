@@ -83,6 +83,59 @@ def test_replace_skips_what_lies_within_and_names_broken_ties():
         replace(net(), at=nn.Conv2d, with_=lambda old: old)
 
 
+def test_norms_and_activations_are_exchanged_by_name_and_come_back_from_a_recipe(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    from interlayer.core import recipe
+    from interlayer.layers.norm.rmsnorm import RMSNorm
+
+    small = {"vocab_size": 20, "bos_token_id": 0, "eos_token_id": 0}
+    tokens = torch.arange(6)[None]
+    llama = LlamaForCausalLM(LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, rms_norm_eps=1e-3, **small)
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        llama.model.norm.weight.uniform_(1, 2)
+    same = replace(llama, at="**norm", with_="rmsnorm").apply()  # another class for the same maths and the same weights
+    assert isinstance(same.model.norm, RMSNorm) and same.model.norm.eps == 1e-3
+    torch.testing.assert_close(same(tokens).logits, llama(tokens).logits)
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, **small)).eval()
+    plan = replace(gpt2, at="**", with_="relu")
+    assert [r.name for r in plan.touched if r.name.endswith("act")] == [
+        "transformer.h.0.mlp.act",
+        "transformer.h.1.mlp.act",
+    ]
+    assert {r.name: r.why for r in plan.skipped}["transformer.ln_f"] == "LayerNorm is no activation"
+    changed = replace(
+        replace(gpt2, at="**act", with_="leaky-relu(negative_slope=0.2)").apply(), at="**ln_*", with_="rmsnorm"
+    )
+    changed = changed.apply()
+    assert changed.transformer.h[0].mlp.act.negative_slope == 0.2
+    recipe.save(changed, tmp_path)
+    again = recipe.load(tmp_path)
+    assert isinstance(again.transformer.ln_f, RMSNorm)
+    torch.testing.assert_close(again(tokens).logits, changed(tokens).logits, rtol=0, atol=0)
+    (tmp_path / "recipe.json").write_text((tmp_path / "recipe.json").read_text().replace("transformer.ln_f", "gone"))
+    with pytest.raises(ValueError, match="does not say what was replaced in GPT2LMHeadModel"):
+        recipe.load(tmp_path)
+
+
+def test_what_cannot_be_exchanged_by_name_is_skipped_with_the_reason():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.GroupNorm(1, 2), nn.LayerNorm((2, 2)))
+    with pytest.raises(ValueError, match=r"can become 'rmsnorm' .*1: BatchNorm2d normalises channels, rmsnorm features"):
+        replace(model, at="*", with_="rmsnorm")
+    plan = replace(model, at="*", with_="batchnorm")
+    assert [r.name for r in plan.touched] == ["1"]
+    assert {r.why for r in plan.skipped} == {
+        f"{n} is no norm over one axis" for n in ("Conv2d", "ReLU", "GroupNorm", "LayerNorm")
+    }
+    half = replace(model.bfloat16(), at="1", with_="batchnorm(momentum=0.3)").apply()
+    assert half[1].weight.dtype == torch.bfloat16 and half[1].momentum == 0.3 and half[1] is not model[1]
+    with pytest.raises(ValueError, match=r"no norm or activation is called 'rmsnrm'. Did you mean 'rmsnorm'"):
+        replace(model, at="*", with_="rmsnrm")
+
+
 def test_blocks_of_hugging_face_models_and_ours():
     from transformers import (
         BertConfig,

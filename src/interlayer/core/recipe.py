@@ -25,7 +25,7 @@ from interlayer.core.kinds import Transform
 
 FORMAT = 1
 WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
-BAKE = "bake"  # the one step that is no system of the catalogue
+BAKE, REPLACE = "bake", "replace"  # the steps that are no systems of the catalogue
 _KEY = "_interlayer_recipe"
 # Keys of a Hugging Face configuration that could make a constructor fetch something; the weights come from the file.
 _FETCHING = ("implementation", "auto_map", "trust_remote_code", "quantization_config", "custom_pipelines")
@@ -246,6 +246,8 @@ def _restore(model: nn.Module, step: Any) -> nn.Module:
     slug = step["system"]
     if slug == BAKE:
         return weights.strip(model)
+    if slug == REPLACE:
+        return _replaced(model, step["structure"])
     system = catalog.load().get(slug)
     cls = system.resolve() if system and system.kind == "transform" and system.state != "planned" else None
     if not (isinstance(cls, type) and issubclass(cls, Transform)):
@@ -253,6 +255,18 @@ def _restore(model: nn.Module, step: Any) -> nn.Module:
             f"recipe.load: the catalogue has no transform {slug!r}. `interlayer list --kind transform` shows them."
         )
     return cls().restore(model, step["structure"])
+
+
+def _replaced(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
+    from interlayer.core import select, slots
+
+    spec, places = structure.get("with"), structure.get("places")
+    there = dict(model.named_modules())
+    if not isinstance(spec, str) or not isinstance(places, list) or [p for p in places if p not in there]:
+        raise ValueError(
+            f"recipe.load: {str(structure)[:80]!r} does not say what was replaced in {type(model).__name__}."
+        )
+    return select.exchange(model, places, slots.Swap(spec))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,8 @@ from torch import nn
 
 from interlayer.core import recipe
 from interlayer.core.kinds import Plan, Row
+from interlayer.core.recipe import REPLACE
+from interlayer.core.slots import Swap
 
 At: TypeAlias = "Where | str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool] | list[Any]"
 
@@ -167,39 +169,44 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def replace(model: nn.Module, *, at: At, with_: Callable[[nn.Module], nn.Module]) -> Plan:
+def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.Module]) -> Plan:
     """Plan to put other modules in place of some of a model's.
 
     Args:
         model: Any module; it is left as it is.
         at: Which modules, as ``where`` reads it.
-        with_: Gets the old module (of the copy) and returns the new one. A module that occurs at several places is
-            replaced at all of them by one new module.
+        with_: The name of a norm or activation (see ``slots.Swap``), or a function that gets the old module (of the copy)
+            and returns the new one. A module that occurs at several places is replaced at all of them by one new module.
+            What was replaced by name is in the recipe: ``save`` and ``load`` rebuild it.
 
     Raises:
-        ValueError: Nothing is meant.
+        ValueError: Nothing is meant, or nothing that is meant can be exchanged; no such name.
         TypeError: ``with_`` returns something that is no module (when the plan is applied).
 
     Examples:
-        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-        >>> plan = replace(net, at=nn.ReLU, with_=lambda old: nn.GELU())
-        >>> print(plan)
-        replace
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.LayerNorm(2))
+        >>> print(replace(net, at="*", with_="gelu"))
+        replace {'with_': 'gelu'}
           + 1  ReLU
-          - 0  Linear  (Linear, not ReLU)
-        >>> plan.apply()
-        Sequential(
-          (0): Linear(in_features=2, out_features=2, bias=True)
-          (1): GELU(approximate='none')
-        )
+          - 0  Linear  (Linear is no activation)
+          - 2  LayerNorm  (LayerNorm is no activation)
+        >>> replace(net, at=nn.ReLU, with_=lambda old: nn.Tanh()).apply()[1]
+        Tanh()
     """
     found = select(model, at)
-    inner = {n: o for n in found.chosen for o in found.chosen if n.startswith(f"{o}.")}
+    swap = Swap(with_) if isinstance(with_, str) else None
+    refused = {n: why for n, m in found if swap and (why := swap.refuses(m))}
+    meant = [n for n in found.chosen if n not in refused]
+    if not meant:
+        told = "; ".join(f"{n}: {why}" for n, why in list(refused.items())[:3])
+        raise ValueError(f"replace: nothing that is meant can become {with_!r} ({told}).")
+    inner = {n: o for n in meant for o in meant if n.startswith(f"{o}.")}
     skipped = [
         *found.skipped,
+        *(Row(n, type(found.chosen[n]).__name__, why) for n, why in refused.items()),
         *(Row(n, type(found.chosen[n]).__name__, f"within {o}, which is replaced") for n, o in inner.items()),
     ]
-    chosen = [n for n in found.chosen if n not in inner]
+    chosen = [n for n in meant if n not in inner]
     owners: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(p), name)
@@ -214,19 +221,29 @@ def replace(model: nn.Module, *, at: At, with_: Callable[[nn.Module], nn.Module]
 
     def build() -> nn.Module:
         new = copy.deepcopy(model)
-        places: dict[int, list[str]] = {}
-        for name, module in new.named_modules(remove_duplicate=False):
-            places.setdefault(id(module), []).append(name)
-        for name in chosen:
-            old = new.get_submodule(name)
-            fresh = with_(old)
-            if not isinstance(fresh, nn.Module):
-                raise TypeError(
-                    f"replace: with_ returned {type(fresh).__name__} for {name!r}; wanted a torch.nn.Module."
-                )
-            for place in places[id(old)]:
-                put(new, place, fresh)
-        recipe.rebase(new)
+        if swap:
+            recipe.record(new, REPLACE, {"with_": swap.spec}, {"with": swap.spec, "places": chosen})
+        exchange(new, chosen, swap or with_)  # type: ignore[arg-type]
+        if not swap:
+            recipe.rebase(new)
         return new
 
-    return Plan("replace", {}, touched, skipped, build)
+    return Plan(REPLACE, {"with_": swap.spec} if swap else {}, touched, skipped, build)
+
+
+def exchange(model: nn.Module, names: list[str], make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Put ``make(old)`` in place of each named module, wherever it occurs, in place; ``model`` is returned."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    near = next(model.parameters(), None)
+    for name in names:
+        old = model.get_submodule(name)
+        new = make(old)
+        if not isinstance(new, nn.Module):
+            raise TypeError(f"replace: with_ returned {type(new).__name__} for {name!r}; wanted a torch.nn.Module.")
+        if isinstance(make, Swap) and (like := next(old.parameters(), near)) is not None:
+            new = new.to(like.device, like.dtype if like.is_floating_point() else None).train(old.training)
+        for place in places[id(old)]:
+            put(model, place, new)
+    return model
