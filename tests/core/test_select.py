@@ -123,7 +123,9 @@ def test_norms_and_activations_are_exchanged_by_name_and_come_back_from_a_recipe
 
 def test_what_cannot_be_exchanged_by_name_is_skipped_with_the_reason():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.GroupNorm(1, 2), nn.LayerNorm((2, 2)))
-    with pytest.raises(ValueError, match=r"can become 'rmsnorm' .*1: BatchNorm2d normalises channels, rmsnorm features"):
+    with pytest.raises(
+        ValueError, match=r"can become 'rmsnorm' .*1: BatchNorm2d normalises channels, rmsnorm features"
+    ):
         replace(model, at="*", with_="rmsnorm")
     plan = replace(model, at="*", with_="batchnorm")
     assert [r.name for r in plan.touched] == ["1"]

@@ -213,3 +213,11 @@ def test_csv_holds_every_run_and_curve(tmp_path):
 def test_one_seed_is_told(tmp_path):
     _, said = run(tmp_path, seeds=1, steps=2)
     assert "One seed: no intervals" in said
+
+
+def test_what_layers_ask_for_is_added_to_the_loss(tmp_path):
+    found = {}
+    for weight in (0.0, 10.0):
+        result, _ = run(tmp_path / str(weight), base=f"toy_models:shrinking(weight={weight})", arms=["lr=0.03"], steps=60)
+        found[weight] = result.values("lr=0.03", "loss")[0]
+    assert found[10.0] == pytest.approx(2.302, abs=0.02) and found[0.0] < 1.0  # all weights shrunk: every class alike

@@ -64,3 +64,21 @@ def breaks(shape):
 
 def unbuildable(shape):
     raise ValueError("cannot be built on purpose")
+
+
+class Shrinking(nn.Module):
+    """Asks for small weights through ``extra_loss``."""
+
+    def __init__(self, inner, weight):
+        super().__init__()
+        self.inner, self.weight = inner, weight
+
+    def forward(self, x):
+        return self.inner(x)
+
+    def extra_loss(self):
+        return self.weight * sum(p.square().sum() for p in self.inner.parameters())
+
+
+def shrinking(shape, *, weight):
+    return Shrinking(net(shape), weight)

@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from interlayer.core.extra import extra_loss
 from interlayer.study import tasks
 
 
@@ -36,7 +37,8 @@ def train(
     watch: Callable[[int, float], bool] | None = None,
     cut: int | None = None,
 ) -> list[float]:
-    """AdamW without weight decay, gradients clipped at 1, linear warm-up if asked for, constant after.
+    """AdamW without weight decay, gradients clipped at 1, linear warm-up if asked for, constant after. What layers ask for
+    through ``extra_loss`` is added to the task's loss.
 
     Args:
         model: Trained in place.
@@ -65,7 +67,8 @@ def train(
         if not math.isfinite(losses[-1]):
             break
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        more = extra_loss(model)
+        (loss if more is None else loss + more).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         if watch and watch(step, losses[-1]):

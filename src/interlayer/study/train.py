@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from interlayer import catalog
 from interlayer.core import cost
+from interlayer.core.extra import extra_loss
 from interlayer.core.kinds import Rule
 from interlayer.study.arms import Arm
 from interlayer.study.spec import StudyError, StudySpec
@@ -195,9 +196,9 @@ class _Loop:
             group["lr"] = self.rate(share, 1 / self.spec.budget["steps"] if "steps" in self.spec.budget else 0.001)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.task.loss(self.model(inputs), targets)
-        loss.backward()
+        value, more = float(loss.detach()), extra_loss(self.model)
+        (loss if more is None else loss + more).backward()
         nn.utils.clip_grad_norm_(self.weights, self.spec.clip)
-        value = float(loss.detach())
         if math.isfinite(value):
             self.optimizer.step()
         return value
