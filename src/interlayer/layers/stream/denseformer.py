@@ -75,14 +75,24 @@ class DenseFormer(PreNorm):
         i = layer // self.branches + 1
         x = state.x
         if i in self.sources:
-            alpha = self.alpha[str(i)].to(x.dtype)
-            state.x = x * alpha[-1]
-            for weight, j in zip(alpha, self.sources[i], strict=False):
-                state.x = torch.addcmul(state.x, weight, state.kept[j])
+            if missing := [j for j in self.sources[i] if j not in state.kept]:
+                raise ValueError(
+                    f"{type(self).__name__}: block {i} reads the output of block {missing[0]}, which was not kept: every "
+                    "block must run once, in order. Take depth_order='sequential'."
+                )
+            state.x = self.average(state, i)
         if i in self.last_reader:
             state.kept[i] = x
         state.kept = {j: x for j, x in state.kept.items() if self.last_reader[j] > i}
         return state
+
+    def average(self, state: State, i: int) -> Tensor:
+        """``Y_i`` from ``X_i``, which is in ``state.x``, and the outputs that were kept."""
+        alpha = self.alpha[str(i)].to(state.x.dtype)
+        y = state.x * alpha[-1]
+        for weight, j in zip(alpha, self.sources[i], strict=False):
+            y = torch.addcmul(y, weight, state.kept[j])
+        return y
 
     @torch.no_grad()
     def matrix(self) -> Tensor:

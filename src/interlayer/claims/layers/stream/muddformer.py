@@ -1,0 +1,71 @@
+"""MUDDFormer against the plain Transformer and DenseFormer at equal steps, and what its connections cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims.training import judge, train
+from interlayer.core import cost
+from interlayer.core.stream import State
+from interlayer.layers.stream.muddformer import MUDDFormer, widening
+from interlayer.models import Transformer
+
+
+class Frozen(MUDDFormer):
+    """The control: all connection weights stay as they started, so that nothing of earlier blocks is ever read."""
+
+    def start(self, x: torch.Tensor) -> State:
+        """Begin with weights that do not learn."""
+        self.alpha.requires_grad_(False)
+        self.dynamic.requires_grad_(False)
+        return super().start(x)
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "denseformer": {"stream": "denseformer"},
+    "muddformer": {"stream": "muddformer"},
+    "muddformer, widening": {"stream": "muddformer", "mlp": widening},
+    "frozen": {"stream": Frozen},
+}
+
+
+def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
+    """Validation loss after equal steps, and parameters and FLOPs of a pass in percent above the plain Transformer."""
+    torch.manual_seed(seed)
+    sizes = {"depth": scale.depth, "width": scale.width, "heads": 4}
+    model, plain = Transformer(**sizes, **ARMS[arm]), Transformer(**sizes)
+    train(
+        model,
+        "stdlib-bytes",
+        seed=seed,
+        steps=scale.steps,
+        lr=2e-3,
+        batch=16,
+        warmup=scale.steps // 10,
+        cut=scale.length,
+    )
+    tokens = torch.zeros(1, 128, dtype=torch.long)
+    return {
+        "loss": judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=scale.length)["loss"],
+        "parameters +%": 100 * (cost.parameters(model) / cost.parameters(plain) - 1),
+        "FLOPs +%": 100 * (cost.flops(model, tokens) / cost.flops(plain, tokens) - 1),
+    }
+
+
+CLAIM = Claim(
+    says="At equal steps multiway dynamic dense connections lower the Transformer's validation loss below plain and "
+    "DenseFormer.",
+    measure=measure,
+    arms=tuple(a for a in ARMS if a != "frozen"),
+    expect=(lowest("loss", "muddformer", than=("plain", "denseformer")),),
+    control="frozen",
+    scales={
+        "smoke": {"depth": 3, "width": 32, "length": 16, "steps": 2, "judged": 1},
+        "small": {"depth": 6, "width": 64, "length": 64, "steps": 150, "judged": 8},
+        "full": {"depth": 24, "width": 1024, "length": 128, "steps": 13500, "judged": 200},
+    },
+)
