@@ -4,6 +4,7 @@ import torch
 from interlayer import catalog
 from interlayer.core.data import DataShape
 from interlayer.core.mixer import Cache
+from interlayer.core.stream import Residual
 from interlayer.models import MLP, ConvNet, Encoder, Transformer, VisionTransformer, build
 
 STREAMS = ["pre-norm", "post-norm", "residual", *(s.slug for s in catalog.load().values() if s.slot == "stream")]
@@ -70,6 +71,17 @@ def test_a_looped_stack_runs_twice_and_refuses_a_cache():
     assert not torch.allclose(once(TOKENS), twice(TOKENS))
     with pytest.raises(ValueError, match="Looped order cannot use a cache"):
         twice(TOKENS, cache=Cache())
+
+
+def test_a_stream_is_told_of_heads_and_key_value_heads():
+    told = {}
+
+    def stream(depth, branches, heads, kv_heads):
+        told.update(depth=depth, branches=branches, heads=heads, kv_heads=kv_heads)
+        return Residual(depth, branches=branches)
+
+    Transformer(vocab=5, length=8, depth=3, width=16, heads=4, kv_heads=2, stream=stream)
+    assert told == {"depth": 3, "branches": 2, "heads": 4, "kv_heads": 2}
 
 
 def test_config_builds_the_same_model_again():

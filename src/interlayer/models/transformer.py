@@ -80,7 +80,7 @@ class Trunk(nn.Module):
         sizes = {"depth": depth, "width": width, "heads": heads, "length": length, "branches": 2}
         line = factory("linear", linear)
         inner = {"activation": factory("activation", activation)} if activation else {}
-        self.stream = fill("stream", stream, norm=factory("norm", norm), **sizes)
+        self.stream = fill("stream", stream, norm=factory("norm", norm), kv_heads=kv_heads, **sizes)
         self.blocks = nn.ModuleList()
         for layer in range(0, 2 * depth, 2):
             attention = fill(
