@@ -1,0 +1,97 @@
+"""Layer-integrated memory: attention over a learned mixture of the keys and values of all layers so far."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from interlayer.core.example import Backbone, Example
+from interlayer.core.stream import Norm, PreNorm, State, Width
+
+
+class LIMe(PreNorm):
+    """Each key-value head of a layer attends to its own learned mixture of all heads of all layers up to this one.
+
+    Paper: Gerasimov et al., "You Do Not Fully Utilize Transformer's Representation Capacity", arXiv:2502.09245.
+
+    Equation: ``[K'_{l,h}, V'_{l,h}] = sum_{j <= l} sum_g R^l_{h,(j,g)} [K_{j,g}, V_{j,g}]``, the same router R for keys and
+    values, for every layer l but the first; then attention as ever. Here ``R^l_{h,(j,g)} = [j = l][g = h]`` at the start,
+    which is the plain Transformer; the authors' code starts the weights on earlier layers at random, uniform within
+    ``sqrt(3 / (l H))``.
+
+    Rotary positions are linear and the same in all layers, so that it makes no difference whether keys are mixed before
+    or after them. What is cached is the mixture, in place of the layer's own keys and values and of their size. A pass
+    keeps the states of its own tokens only; a layer costs H multiply-adds for each number in the states so far: with H
+    key-value heads of K features and L layers 2 H^2 K multiply-adds a layer and source, L^2 H^2 K in all, a token.
+
+    Args:
+        depth: Number of blocks.
+        width: Features D.
+        heads: Query heads.
+        kv_heads: Key-value heads H, if fewer.
+        branches: Sublayers in a block; the first one is the attention.
+        norm: Called with ``width=``.
+
+    Shapes: keys and values [B, H, S, K], equal in all layers; needs a mixer that offers ``share``.
+
+    Raises:
+        ValueError: Other heads than it was built for; blocks that run out of order.
+
+    Examples:
+        >>> import torch
+        >>> from interlayer.models import Transformer
+        >>> model = Transformer(vocab=50, length=16, depth=3, width=32, heads=4, kv_heads=2, stream="lime")
+        >>> [tuple(r.shape) for r in model.trunk.stream.router]  # heads, and heads of all layers so far
+        [(2, 4), (2, 6)]
+    """
+
+    needs = frozenset({"share"})
+
+    def __init__(
+        self,
+        depth: int,
+        width: Width,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        branches: int = 2,
+        norm: Norm | None = None,
+    ) -> None:
+        super().__init__(depth, width, branches=branches, norm=norm)
+        self.heads = kv_heads or heads
+        own = torch.eye(self.heads)
+        self.router = nn.ParameterList(
+            torch.cat((torch.zeros(self.heads, block * self.heads), own), 1) for block in range(1, depth)
+        )
+
+    def share(self, state: State, layer: int, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert v is not None
+        if k.shape[1] != self.heads or k.shape != v.shape:
+            raise ValueError(
+                f"LIMe: keys {tuple(k.shape)} and values {tuple(v.shape)}; wanted equal shapes [batch, {self.heads}, ...]: "
+                "give the mixer's heads (or kv_heads)."
+            )
+        block = layer // self.branches
+        state.kept[block] = torch.cat((k, v), -1).flatten(2)
+        if block == 0:
+            return k, v
+        if missing := [j for j in range(block) if j not in state.kept]:
+            raise ValueError(
+                f"LIMe: block {block} runs before block {missing[0]}, whose keys and values it reads. "
+                "Take depth_order='sequential'."
+            )
+        # One product for each source: nothing is copied or kept twice, which beats one product over all of them.
+        parts_HH = self.router[block - 1].split(self.heads, 1)
+        first, *rest = (part.expand(len(k), -1, -1) for part in parts_HH)
+        mixed_BHX = torch.bmm(first, state.kept[0])
+        for j, part in enumerate(rest, start=1):
+            mixed_BHX = torch.baddbmm(mixed_BHX, part, state.kept[j])
+        mixed_k, mixed_v = mixed_BHX.unflatten(-1, (-1, 2 * k.shape[-1])).chunk(2, -1)
+        return mixed_k, mixed_v
+
+
+EXAMPLE = Example(
+    make=lambda: Backbone(lambda depth, width, branches: LIMe(depth, width, 2, branches=branches)),
+    inputs=lambda: (torch.randn(2, 6, 8),),
+    odd=lambda: (torch.randn(3, 7, 8),),
+)
