@@ -218,6 +218,8 @@ def test_one_seed_is_told(tmp_path):
 def test_what_layers_ask_for_is_added_to_the_loss(tmp_path):
     found = {}
     for weight in (0.0, 10.0):
-        result, _ = run(tmp_path / str(weight), base=f"toy_models:shrinking(weight={weight})", arms=["lr=0.03"], steps=60)
+        result, _ = run(
+            tmp_path / str(weight), base=f"toy_models:shrinking(weight={weight})", arms=["lr=0.03"], steps=60
+        )
         found[weight] = result.values("lr=0.03", "loss")[0]
     assert found[10.0] == pytest.approx(2.302, abs=0.02) and found[0.0] < 1.0  # all weights shrunk: every class alike
