@@ -1,0 +1,165 @@
+"""Two-point neurons: what a unit receives is amplified or suppressed by the context that its neighbours give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interlayer.core.config import configured
+from interlayer.core.example import Example
+
+
+def modulate(drive: Tensor, context: Tensor) -> Tensor:
+    """Asynchronous modulatory transfer function ``ReLU6(R^2 + 2 R + C (1 + |R|))`` of drive R and context C.
+
+    Without context a weak drive passes about doubled if positive and not at all if it is negative and above -2; an
+    agreeing context raises it, and an opposed one silences even a strong drive.
+    """
+    return F.relu6(drive * (drive + 2) + context * (1 + drive.abs()))
+
+
+class TwoPoint(nn.Module):
+    """A layer of units with two points of integration: receptive-field drive, and context that modulates its transmission.
+
+    Paper: Adeel et al., "Unlocking the potential of two-point cells for energy-efficient and resilient training of deep
+    nets", arXiv:2211.01950.
+
+    Equation: ``y = ReLU6(R^2 + 2 R + C (1 + |R|))`` with ``R = W x + b`` and ``C = W_L l + W_U u`` from local context l (units of
+    the same layer, of other streams above all) and universal context u (what all streams share). The transfer function
+    is the one of the authors' related work as this project knows it; the paper's own text could not be checked for it.
+
+    Args:
+        inputs: Features of the receptive field.
+        outputs: Units N.
+        local: Features of the local context.
+        universal: Features of the universal context.
+        transfer: From drive and context to the output; ``point`` gives the units of an ordinary net.
+
+    Shapes: [..., inputs], [..., local], [..., universal] to [..., N].
+
+    Raises:
+        ValueError: An input of other features.
+
+    Examples:
+        >>> import torch
+        >>> layer = TwoPoint(8, 4, local=4, universal=3)
+        >>> layer(torch.randn(2, 8), torch.randn(2, 4), torch.randn(2, 3)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, local: int, universal: int, transfer: Any = modulate) -> None:
+        super().__init__()
+        self.drive = nn.Linear(inputs, outputs)
+        self.local = nn.Linear(local, outputs, bias=False)
+        self.universal = nn.Linear(universal, outputs, bias=False)
+        self.transfer = transfer
+
+    def forward(
+        self, x: Float[Tensor, "*B inputs"], local: Float[Tensor, "*B local"], universal: Float[Tensor, "*B universal"]
+    ) -> Float[Tensor, "*B N"]:
+        """The units' outputs."""
+        for name, given, part in (
+            ("x", x, self.drive),
+            ("local", local, self.local),
+            ("universal", universal, self.universal),
+        ):
+            if given.shape[-1] != part.in_features:
+                raise ValueError(f"TwoPoint: {name} {tuple(given.shape)}; wanted [..., {part.in_features}].")
+        return self.transfer(self.drive(x), self.local(local) + self.universal(universal))
+
+
+def point(drive: Tensor, context: Tensor) -> Tensor:
+    """A point neuron: drive and context are one sum, ``ReLU6(R + C)``."""
+    return F.relu6(drive + context)
+
+
+@configured
+class MCC(nn.Module):
+    """Multisensory cooperative computing: streams of two-point layers, one for each sense, that are each other's context.
+
+    In every layer the drives of the other streams are a stream's local context. The universal context is one vector for
+    all streams: what all senses, then all streams' outputs, layer by layer, project to, added up.
+
+    Args:
+        senses: Features of each sense.
+        units: Units of each layer of a stream.
+        outputs: Features that are read out of all streams' last layers.
+        universal: Features of the universal context.
+        depth: Layers of each stream.
+        two_point: Whether units are two-point; otherwise point neurons with the same connections.
+
+    Shapes: one [B, features] for each sense to [B, outputs].
+
+    Raises:
+        ValueError: Another number of senses, or features, than it was built for.
+
+    Examples:
+        >>> import torch
+        >>> MCC((16, 12), units=8, outputs=5)(torch.randn(3, 16), torch.randn(3, 12)).shape
+        torch.Size([3, 5])
+    """
+
+    def __init__(
+        self,
+        senses: Sequence[int],
+        *,
+        units: int = 64,
+        outputs: int = 10,
+        universal: int = 16,
+        depth: int = 2,
+        two_point: bool = True,
+    ) -> None:
+        super().__init__()
+        if len(senses) < 2 or depth < 1:
+            raise ValueError(f"MCC: {len(senses)} senses and depth {depth}; wanted at least two and one.")
+        self.senses = list(senses)
+        others = (len(senses) - 1) * units
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                TwoPoint(
+                    units if layer else size,
+                    units,
+                    local=others,
+                    universal=universal,
+                    transfer=modulate if two_point else point,
+                )
+                for size in senses
+            )
+            for layer in range(depth)
+        )
+        whole = [sum(senses), *[len(senses) * units] * (depth - 1)]
+        self.share = nn.ModuleList(nn.Linear(size, universal, bias=False) for size in whole)
+        self.read = nn.Linear(len(senses) * units, outputs)
+
+    def units(self, *senses: Tensor) -> list[Tensor]:
+        """Outputs of every layer, all streams side by side: [B, senses x units] each."""
+        if [s.shape[-1] for s in senses] != self.senses:
+            raise ValueError(f"MCC: senses of {[tuple(s.shape) for s in senses]}; wanted last sizes {self.senses}.")
+        xs, universal, seen = list(senses), torch.zeros((), device=senses[0].device), []
+        for share, layer in zip(self.share, self.layers, strict=True):
+            cells = [cast(TwoPoint, cell) for cell in cast(nn.ModuleList, layer)]
+            universal = universal + share(torch.cat(xs, -1))
+            drives = [cell.drive(x) for cell, x in zip(cells, xs, strict=True)]
+            xs = []
+            for i, cell in enumerate(cells):
+                local = torch.cat([d for j, d in enumerate(drives) if j != i], -1)
+                xs.append(cell.transfer(drives[i], cell.local(local) + cell.universal(universal)))
+            seen.append(torch.cat(xs, -1))
+        return seen
+
+    def forward(self, *senses: Float[Tensor, "B _"]) -> Float[Tensor, "B outputs"]:
+        """Read out of the last layer."""
+        return self.read(self.units(*senses)[-1])
+
+
+EXAMPLE = Example(
+    make=lambda: TwoPoint(6, 5, local=4, universal=3),
+    inputs=lambda: (torch.randn(3, 6), torch.randn(3, 4), torch.randn(3, 3)),
+    odd=lambda: (torch.randn(2, 7, 6), torch.randn(2, 7, 4), torch.randn(2, 7, 3)),
+    wrong=lambda: (torch.randn(3, 6), torch.randn(3, 5), torch.randn(3, 3)),
+)
