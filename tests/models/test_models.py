@@ -3,6 +3,7 @@ import torch
 
 from interlayer import catalog
 from interlayer.core.data import DataShape
+from interlayer.core.depth import Sequential
 from interlayer.core.mixer import Cache
 from interlayer.core.stream import Residual
 from interlayer.models import MLP, ConvNet, Encoder, Transformer, VisionTransformer, build
@@ -82,6 +83,18 @@ def test_a_stream_is_told_of_heads_and_key_value_heads():
 
     Transformer(vocab=5, length=8, depth=3, width=16, heads=4, kv_heads=2, stream=stream)
     assert told == {"depth": 3, "branches": 2, "heads": 4, "kv_heads": 2}
+
+
+def test_the_order_of_blocks_is_told_whether_the_model_is_causal():
+    told = []
+
+    def order(depth, causal):
+        told.append((depth, causal))
+        return Sequential(depth)
+
+    Transformer(vocab=5, length=8, depth=2, width=16, heads=4, depth_order=order)
+    VisionTransformer(1, 8, patch=2, depth=3, width=16, heads=2, depth_order=order)
+    assert told == [(2, True), (3, False)]
 
 
 def test_config_builds_the_same_model_again():

@@ -90,7 +90,7 @@ class Trunk(nn.Module):
             channels = fill("mlp", mlp, **sizes, hidden=hidden, linear=line, layer=layer, **inner)
             self.blocks.append(Block(attention, channels))
         self.position = fill("position", position, **sizes, head_width=width // heads)
-        self.order = fill("depth", depth_order, **sizes)
+        self.order = fill("depth", depth_order, causal=causal, **sizes)
         self.offers = getattr(self.blocks[0].mixer, "offers", None)
         if missing := self.stream.needs - (self.offers or frozenset()):
             raise ValueError(
