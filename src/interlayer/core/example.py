@@ -10,11 +10,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interlayer.core.depth import Sequential
 from interlayer.core.mixer import Attention, Context
 from interlayer.core.parts import FeedForward
 from interlayer.core.position import Position
 from interlayer.core.slots import fill
-from interlayer.core.stream import Stream
+from interlayer.core.stream import State, Stream
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Backbone(nn.Module):
     Args:
         stream: Called with ``depth=, width=, branches=`` as far as it names them.
         width: Features D.
+        order: In which order the blocks run; called with ``depth=``.
 
     Shapes: [B, S, D] to [B, S, D].
 
@@ -78,10 +80,13 @@ class Backbone(nn.Module):
         torch.Size([2, 5, 8])
     """
 
-    def __init__(self, stream: Callable[..., Stream], width: int = 8) -> None:
+    def __init__(
+        self, stream: Callable[..., Stream], width: int = 8, order: Callable[..., Sequential] = Sequential
+    ) -> None:
         super().__init__()
         self.width = width
         self.stream = fill("stream", stream, depth=2, width=width, branches=2)
+        self.order = fill("depth", order, depth=2)
         self.position = Position()
         self.sublayers = nn.ModuleList()
         for layer in (0, 2):
@@ -93,14 +98,17 @@ class Backbone(nn.Module):
         if x.ndim != 3 or x.shape[-1] != self.width:
             raise ValueError(f"Backbone: input {tuple(x.shape)}; wanted [batch, sequence, {self.width}].")
         stream = self.stream
-        state = stream.start(x)
-        for layer, sublayer in enumerate(self.sublayers):
-            inputs = stream.read(state, layer)
-            if isinstance(sublayer, Attention):
-                share = partial(stream.share, state)
-                context = Context(layer, self.position, share=share, value_layer=stream.value_layer(layer))
-                branch = sublayer(inputs, context)
-            else:
-                branch = sublayer(inputs)
-            state = stream.write(state, layer, branch)
-        return stream.finish(state)
+
+        def step(state: State, block: int) -> State:
+            for layer in (2 * block, 2 * block + 1):
+                inputs, sublayer = stream.read(state, layer), self.sublayers[layer]
+                if isinstance(sublayer, Attention):
+                    share = partial(stream.share, state)
+                    context = Context(layer, self.position, share=share, value_layer=stream.value_layer(layer))
+                    branch = sublayer(inputs, context)
+                else:
+                    branch = sublayer(inputs)
+                state = stream.write(state, layer, branch)
+            return state
+
+        return stream.finish(self.order(stream.start(x), step))
