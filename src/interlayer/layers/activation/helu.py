@@ -1,0 +1,61 @@
+"""HeLU: ReLU forwards, with a threshold of its own for the gradient."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interlayer.core.example import Example
+
+
+class HeLU(nn.Module):
+    """Hysteresis ReLU: zero below 0, but units that are off by less than ``alpha`` still learn.
+
+    Paper: Kimhi et al., "Hysteresis Activation Function for Efficient Inference", arXiv:2411.10573.
+
+    Equation: ``y = max(x, 0)`` with the gradient ``dy/dx = 1`` where ``x > -alpha`` and 0 elsewhere. Inference is ReLU's and
+    costs the same. The paper's choice of ``alpha`` could not be verified; 0.1 is this project's.
+
+    Args:
+        alpha: How far below 0 the gradient reaches.
+
+    Shapes: any.
+
+    Raises:
+        ValueError: A negative ``alpha``.
+
+    Examples:
+        >>> import torch
+        >>> x = torch.tensor([-1.0, -0.05, 2.0], requires_grad=True)
+        >>> y = HeLU()(x)
+        >>> y.tolist(), torch.autograd.grad(y.sum(), x)[0].tolist()
+        ([0.0, 0.0, 2.0], [0.0, 1.0, 1.0])
+    """
+
+    def __init__(self, alpha: float = 0.1) -> None:
+        super().__init__()
+        if alpha < 0:
+            raise ValueError(f"HeLU: alpha {alpha} is negative; the backward threshold lies at -alpha, below 0.")
+        self.alpha = alpha
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """ReLU."""
+        y = torch.relu(x)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return y
+        near = (x <= 0) & (x > -self.alpha)
+        return y + torch.where(near, x - x.detach(), 0)  # adds exactly 0, and a gradient of 1
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"alpha={self.alpha}"
+
+
+EXAMPLE = Example(
+    make=lambda: HeLU(1.0),
+    inputs=lambda: (torch.randn(3, 5),),
+    odd=lambda: (torch.randn(2, 1, 7),),
+    wrong=lambda: ("text",),
+    exceptions={"gradcheck": "the gradient below 0 is not that of the function, on purpose"},
+)
