@@ -81,3 +81,14 @@ def test_embedded_positions_start_at_the_offset():
         Sinusoidal(7, 4)
     with pytest.raises(ValueError, match="odd"):
         Rotary(4, 7)
+
+
+def test_another_kind_of_attention_changes_what_heads_read_alone():
+    class Uniform(Attention):
+        def mix(self, q, k, v, mask=None):
+            return v.mean(-2, keepdim=True).expand_as(q)
+
+    layer = Uniform(8, 2)
+    x = torch.randn(2, 5, 8)
+    wanted = layer.out(layer.qkv(x)[..., 16:].mean(1, keepdim=True).expand(2, 5, 8))
+    torch.testing.assert_close(layer(x), wanted)

@@ -138,8 +138,11 @@ class Attention(nn.Module):
                 v = cache.extend("v", context.layer, v)
             else:
                 v = cache.whole("v", context.value_layer, new)
-        y = attend(q, k, v, causal=self.causal, mask=context.mask)
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(self.mix(q, k, v, context.mask).transpose(1, 2).flatten(2))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What each head reads, [B, H, new, K]; another kind of attention over the same parts changes this alone."""
+        return attend(q, k, v, causal=self.causal, mask=mask)
 
 
 def attend(
