@@ -1,0 +1,249 @@
+"""A Transformer read as an ODE over depth: parallel sublayers are its right-hand side, and a solver runs the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from interlayer.core.depth import Sequential, Step
+from interlayer.core.example import Backbone, Example
+from interlayer.core.stream import PreNorm, State
+
+Slope = Callable[[Tensor], Tensor]
+
+
+class NODETransformer(PreNorm):
+    """Attention and MLP of a block read the same state and add to it together, as one right-hand side of an ODE.
+
+    Paper: Zhong et al., "A Neural ODE Interpretation of Transformer Layers", arXiv:2212.06011.
+
+    Equation: ``dx/dt = f_l(x) = attention_l(norm(x)) + MLP_l(norm(x))`` for t from l to l + 1. With one Euler step this is
+    ``x_{l+1} = x_l + attention_l(norm(x_l)) + MLP_l(norm(x_l))``, the parallel Transformer block; ``Integrate`` in the slot
+    ``depth`` takes better solvers. The two are apart because they are: what a block adds is the stream's, in which order
+    and how often blocks run is the slot's, and each is of use without the other.
+
+    A norm of its own for each sublayer, as in the sequential block; whether the authors share one could not be verified.
+
+    Args:
+        depth: Number of blocks.
+        width: Features D, one number or one for each sublayer.
+        outputs: Features of a sublayer's output, where they differ.
+        branches: Sublayers in a block, all of them parallel.
+        norm: Called with ``width=``.
+
+    Shapes: any that the norm takes; the state keeps the shape of the input.
+
+    Raises:
+        ValueError: Another number of widths than of sublayers.
+
+    Examples:
+        >>> import torch
+        >>> from functools import partial
+        >>> from interlayer.models import VisionTransformer
+        >>> solver = partial(Integrate, solver="rk4")
+        >>> model = VisionTransformer(1, 8, patch=2, depth=2, width=32, heads=2, stream="node-transformer", depth_order=solver)
+        >>> model(torch.zeros(3, 1, 8, 8)).shape, model.trunk.order.evaluations
+        (torch.Size([3, 10]), 8)
+    """
+
+    def write(self, state: State, layer: int, branch: Tensor) -> State:
+        slope = state.kept.pop("slope", None)
+        slope = branch if slope is None else slope + branch
+        if self.ends_block(layer):
+            state.x = state.x + slope
+        else:
+            state.kept["slope"] = slope
+        return state
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """An explicit Runge-Kutta method for autonomous equations; with ``low`` an embedded pair that estimates its error.
+
+    Args:
+        a: Rows of the strictly lower triangle: how stage i + 1 leans on the stages before it.
+        b: Weights of the stages.
+        c: Times of the stages.
+        order: Order of ``b``.
+        low: Weights of the embedded solution, one order lower.
+
+    Raises:
+        ValueError: Weights that do not sum to one, rows that do not sum to their times, or a pair that is not FSAL.
+    """
+
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+    order: int
+    low: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        rows = [0.0, *map(sum, self.a)]
+        off = max(abs(row - time) for row, time in zip(rows, self.c, strict=True))
+        off = max(off, *(abs(sum(w) - 1) for w in (self.b, self.low) if w))
+        sizes = [len(row) for row in self.a] == list(range(1, len(self.b)))
+        if off > 1e-12 or not sizes:
+            raise ValueError(
+                f"Tableau: sums are off by {off:.2g}, or rows are not 1, 2, ... long; check the constants."
+            )
+        if self.low and (*self.a[-1], 0.0) != self.b:
+            raise ValueError("Tableau: the last stage of an embedded pair must be the new state (first same as last).")
+
+
+SOLVERS = {
+    "euler": Tableau((), (1.0,), (0.0,), 1),
+    "midpoint": Tableau(((1 / 2,),), (0.0, 1.0), (0.0, 1 / 2), 2),
+    "rk4": Tableau(
+        ((1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0.0, 1 / 2, 1 / 2, 1.0), 4
+    ),
+    "bogacki-shampine": Tableau(
+        ((1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
+        (2 / 9, 1 / 3, 4 / 9, 0.0),
+        (0.0, 1 / 2, 3 / 4, 1.0),
+        3,
+        (7 / 24, 1 / 4, 1 / 3, 1 / 8),
+    ),
+    "dormand-prince": Tableau(
+        (
+            (1 / 5,),
+            (3 / 40, 9 / 40),
+            (44 / 45, -56 / 15, 32 / 9),
+            (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+            (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+            (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+        ),
+        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0),
+        (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
+        5,
+        (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40),
+    ),
+}
+
+
+class Integrate(Sequential):
+    """Each block's right-hand side, what the block adds to the state, is integrated over one unit of depth; for the slot ``depth``.
+
+    Equation: ``x_{l+1} = x_l + int_0^1 f_l(x(t)) dt`` with ``f_l(x) = block_l(x) - x``. One Euler step is the ordinary stack.
+
+    A fixed-step solver of s stages costs ``s * steps`` evaluations of each block, and a key-value cache, which has one
+    entry for a block, serves only a single evaluation. With a ``tolerance`` an embedded pair chooses the steps by itself,
+    for each item of the batch; since they depend on all of its tokens, a causal model must not use it. Gradients are
+    those of the steps that were taken (discretise, then optimise).
+
+    Args:
+        depth: Number of blocks.
+        solver: One of ``SOLVERS``, or a ``Tableau``.
+        steps: Equal steps in a block; the first guess if they are adapted.
+        tolerance: Relative and absolute error that a step may have; fixed steps unless told.
+        limit: Most steps in a block that are tried, if they are adapted.
+        causal: Whether the model is causal; the backbone tells.
+
+    Raises:
+        ValueError: Unknown solver; ``steps`` below 1; a tolerance for a causal model or for a solver without an error
+            estimate; a stream that carries more than the state from block to block.
+        RuntimeError: More than ``limit`` steps.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        solver: str | Tableau = "euler",
+        steps: int = 1,
+        tolerance: float | None = None,
+        limit: int = 100,
+        causal: bool = False,
+    ) -> None:
+        super().__init__(depth)
+        if isinstance(solver, str) and solver not in SOLVERS:
+            raise ValueError(f"Integrate: solver {solver!r} is not one of {list(SOLVERS)}.")
+        if steps < 1:
+            raise ValueError(f"Integrate: steps {steps} must be at least 1.")
+        self.tableau = SOLVERS[solver] if isinstance(solver, str) else solver
+        if tolerance is not None and causal:
+            raise ValueError("Integrate: adapted steps see the whole sequence; a causal model needs fixed steps.")
+        if tolerance is not None and not self.tableau.low:
+            pairs = [name for name, t in SOLVERS.items() if t.low]
+            raise ValueError(
+                f"Integrate: {solver!r} does not estimate its error; with a tolerance take one of {pairs}."
+            )
+        self.steps, self.tolerance, self.limit = steps, tolerance, limit
+        self.evaluations = 0 if tolerance is not None else depth * steps * len(self.tableau.b)
+        self.caches = self.evaluations == depth
+
+    def forward(self, state: State, step: Step) -> State:
+        """Integrate block after block."""
+        if self.tolerance is not None:
+            self.evaluations = 0  # counted anew in each pass
+        for block in range(self.depth):
+
+            def slope(x: Tensor, block: int = block) -> Tensor:
+                after = step(State(x), block)
+                if after.kept:
+                    raise ValueError(
+                        f"Integrate: the stream carries {list(after.kept)} beside the state; an ODE has none. "
+                        "Take a stream such as 'node-transformer' or 'pre-norm'."
+                    )
+                return after.x - x
+
+            state.x = self.fixed(slope, state.x) if self.tolerance is None else self.adapted(slope, state.x)
+        return state
+
+    def stages(self, slope: Slope, x: Tensor, first: Tensor, size: float | Tensor) -> list[Tensor]:
+        """The slopes of all stages, of which the first is known."""
+        slopes = [first]
+        for row in self.tableau.a:
+            slopes.append(slope(x + size * combine(row, slopes)))
+        return slopes
+
+    def fixed(self, slope: Slope, x: Tensor) -> Tensor:
+        """Equal steps."""
+        size = 1 / self.steps
+        for _ in range(self.steps):
+            x = x + size * combine(self.tableau.b, self.stages(slope, x, slope(x), size))
+        return x
+
+    def adapted(self, slope: Slope, x: Tensor) -> Tensor:
+        """Steps as long as the tolerance allows, for each item of the batch its own; each keeps its last slope (FSAL)."""
+        assert self.tolerance is not None
+        flat = (len(x), *[1] * (x.ndim - 1))
+        time, size = x.new_zeros(flat), x.new_full(flat, 1 / self.steps)
+        gap = tuple(b - low for b, low in zip(self.tableau.b, self.tableau.low, strict=True))
+        first = slope(x)
+        self.evaluations += 1
+        for _ in range(self.limit):
+            slopes = self.stages(slope, x, first, size)
+            self.evaluations += len(self.tableau.a)
+            new = x + size * combine(self.tableau.b, slopes)
+            with torch.no_grad():
+                scale = self.tolerance * (1 + torch.maximum(x.abs(), new.abs()))
+                error = (size * combine(gap, slopes) / scale).square().flatten(1).mean(1).sqrt().view(flat)
+                taken = (error <= 1) & (time < 1)
+                time = torch.where(taken, time + size, time)
+                grown = 0.9 * error.clamp_min(1e-10) ** (-1 / self.tableau.order)
+                size = torch.minimum(size * grown.clamp(0.2, 10), 1 - time)
+                time = torch.where(1 - time < 1e-6, torch.ones_like(time), time)  # rounding may leave a rest
+            x, first = torch.where(taken, new, x), torch.where(taken, slopes[-1], first)
+            if bool((time >= 1).all()):
+                return x
+        raise RuntimeError(
+            f"Integrate: {self.limit} steps did not reach the end of a block at tolerance {self.tolerance:g}; allow more "
+            "with limit= or raise the tolerance."
+        )
+
+
+def combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    """The weighted sum of the slopes; a weight of zero costs nothing."""
+    terms = [w * k for w, k in zip(weights, slopes, strict=False) if w]
+    return sum(terms[1:], terms[0])
+
+
+EXAMPLE = Example(
+    make=lambda: Backbone(NODETransformer, order=partial(Integrate, solver="rk4", steps=2)),
+    inputs=lambda: (torch.randn(2, 6, 8),),
+    odd=lambda: (torch.randn(3, 7, 8),),
+)
