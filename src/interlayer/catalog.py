@@ -32,6 +32,7 @@ class System:
         paper: Verified ``arXiv:ID`` or ``doi:ID``; empty until verified.
         slot: The slot of a backbone that it fills, if it is a layer that fills one.
         code: Name of the class in the system's module; empty until written.
+        network: Name of a whole network in the same module with ``for_task``, if a layer brings one of its own.
     """
 
     slug: str
@@ -42,6 +43,7 @@ class System:
     paper: str = ""
     slot: str = ""
     code: str = ""
+    network: str = ""
 
     @property
     def stem(self) -> str:
@@ -130,6 +132,16 @@ class System:
                 f"catalogue: {self.slug!r} is planned, there is no code yet. See `interlayer list --state ready`."
             )
         return getattr(import_module(self.module), self.code)
+
+    @property
+    def has_network(self) -> bool:
+        """Whether the system is a network, or brings one."""
+        return bool(self.code) and (self.kind == "model" or bool(self.network))
+
+    def resolve_network(self) -> Any:
+        """Import the system's network (this may import torch)."""
+        found = self.resolve()
+        return getattr(import_module(self.module), self.network) if self.network else found
 
 
 @functools.cache

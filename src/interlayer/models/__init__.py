@@ -71,7 +71,7 @@ def build(base: str, shape: DataShape, **options: Any) -> nn.Module:
     """A backbone of a named family, or a catalogue model, sized for the task's data.
 
     Args:
-        base: One of ``BASES`` or a catalogue system of kind ``model`` that has ``for_task(shape, **options)``;
+        base: One of ``BASES``, or a catalogue system that is or brings a network with ``for_task(shape, **options)``;
             options may be given in brackets: ``"transformer(depth=12)"``.
         shape: What the task gives and wants.
         **options: Sizes and slots of the backbone.
@@ -88,7 +88,7 @@ def build(base: str, shape: DataShape, **options: Any) -> nn.Module:
             raise ValueError(f"models: {name!r} cannot take {shape.kind} and give {shape.outputs}; these can: {fits}.")
         return make(shape, **options)
     systems = catalog.load()
-    if name in systems and systems[name].kind == "model":
-        return systems[name].resolve().for_task(shape, **options)
-    models = [*BASES, *(s.slug for s in systems.values() if s.kind == "model" and s.code)]
+    if name in systems and systems[name].has_network:
+        return systems[name].resolve_network().for_task(shape, **options)
+    models = [*BASES, *(s.slug for s in systems.values() if s.has_network)]
     raise ValueError(f"models: no base {name!r}.{catalog.nearest(name, models)} There are {models}.")

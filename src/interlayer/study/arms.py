@@ -79,14 +79,14 @@ def parse(name: str, use: str, base: str) -> Arm:
         elif term != "plain":
             slug, own = parse_spec(term)
             system = _system(slug, name, model)
-            if system.kind == "layer":
+            if system.kind == "model" or (system.network and not system.slot):
+                model = term
+            elif system.kind == "layer":
                 if not system.slot:
                     raise StudyError(
                         f"arm {name!r}: {slug!r} fills no slot of a backbone; use it in a model of your own."
                     )
                 _put(options, system.slot, term, name)
-            elif system.kind == "model":
-                model = term
             elif system.kind == "rule":
                 if rule:
                     raise StudyError(f"arm {name!r}: {rule[0]!r} and {slug!r} are both learning rules; an arm has one.")
