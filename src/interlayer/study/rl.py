@@ -105,7 +105,7 @@ class DQN:
         >>> features, actions = sizes("CartPole-v1")
         >>> q = MLP(features, actions, depth=1, width=16)
         >>> run = DQN(steps=400, warm=100).train(q, "CartPole-v1", seed=0)
-        >>> len(run.returns) == len(run.at) > 5
+        >>> len(run.returns) == len(run.at) >= 3
         True
         >>> len(evaluate(q, "CartPole-v1", episodes=3, seed=1))
         3
