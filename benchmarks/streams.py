@@ -7,26 +7,31 @@ import torch.nn.functional as F
 
 from benchmarks.harness import compare, train_step
 from interlayer.models import Transformer
+from interlayer.models.transformer import SIZES
 
-GOALS = {"denseformer(dilation=4)": 1.10}
+GOALS = {"denseformer(dilation=4)": 1.10, "muddformer": 1.25, "lime": 1.15}
+DEEP = {"depth": 12, "width": 128, "heads": 4}
+DENSE = ("denseformer", "denseformer(dilation=2)", "denseformer(dilation=4)")
+SHARED = ("value-residual", "value-residual(mode='shared')")
+# Streams, shape, sequences of 128 tokens, rounds.
+CASES = (
+    ((*DENSE, *SHARED), DEEP, 8, 11),
+    (("muddformer", "lime"), SIZES["nano"], 16, 11),
+    (("muddformer", "lime"), SIZES["small"], 4, 5),
+)
 
 
 def main():
     """At the start every stream here but value-residual computes what the plain Transformer computes."""
-    for shape, batch in (({"depth": 12, "width": 128, "heads": 4}, 8),):
+    torch.manual_seed(0)
+    for specs, shape, batch, rounds in CASES:
         tokens = torch.randint(0, 256, (batch, 128))
         plain = Transformer(**shape)
-        for spec in (
-            "denseformer",
-            "denseformer(dilation=2)",
-            "denseformer(dilation=4)",
-            "value-residual",
-            "value-residual(mode='shared')",
-        ):
+        for spec in specs:
             model = Transformer(**shape, stream=spec)
 
             def same(model=model, spec=spec, plain=plain, tokens=tokens):
-                if not spec.startswith("denseformer"):
+                if spec in SHARED:
                     return True
                 model.load_state_dict(plain.state_dict(), strict=False)
                 return torch.allclose(model(tokens), plain(tokens), atol=1e-4)
@@ -34,9 +39,12 @@ def main():
             def step(model, tokens=tokens):
                 return train_step(model, lambda: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()))
 
-            goal = {"plain": GOALS[spec]} if spec in GOALS else None
             compare(
-                f"training step, {shape}", {spec: step(model), "plain": step(plain)}, agree=same, rounds=11, goal=goal
+                f"training step, {shape}",
+                {spec: step(model), "plain": step(plain)},
+                agree=same,
+                rounds=rounds,
+                goal={"plain": GOALS[spec]} if spec in GOALS else None,
             )
 
 
