@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from interlayer.core.example import Backbone, Example
 from interlayer.core.parts import FeedForward, Linear, plain_linear
@@ -61,8 +62,9 @@ class MUDDFormer(DenseFormer):
     models) are not built here.
 
     An average over n outputs costs 4 n multiply-adds for each feature and its weights 4 n (D + 4 n) for each position,
-    2 depth^2 / (k p) multiply-adds a feature in all at dilation k and period p. Weights depend on their own position
-    alone, so nothing is added to a key-value cache.
+    2 depth^2 / (k p) multiply-adds a feature in all at dilation k and period p. For training the four averages of a block
+    and the outputs that they read are kept, each once. Weights depend on their own position alone, so nothing is added to
+    a key-value cache.
 
     Args:
         depth: Number of blocks.
@@ -122,9 +124,10 @@ class MUDDFormer(DenseFormer):
 
     def average(self, state: State, i: int) -> Tensor:
         """All ways side by side, [B, S, 4, D], until the next block reads them; after the last block [B, S, D]."""
-        x_BSND = torch.stack([*(state.kept[j] for j in self.sources[i]), state.x], -2)
         weight_BSCN = self.dynamic[str(i)](state.x) + self.alpha[str(i)]
-        y_BSCD = weight_BSCN.to(x_BSND.dtype) @ x_BSND
+        sources = [*(state.kept[j] for j in self.sources[i]), state.x]
+        # Keeping the stack for the backward pass would take depth^2 / 2 outputs in all; it is made again instead.
+        y_BSCD = checkpoint(mixture, weight_BSCN, *sources, use_reentrant=False, preserve_rng_state=False)
         return y_BSCD if i < self.depth else y_BSCD.squeeze(-2)
 
     @torch.no_grad()
@@ -137,6 +140,12 @@ class MUDDFormer(DenseFormer):
             if len(row) >= -at:
                 table[i - 1, [*self.sources.get(i, []), i]] = row[at]
         return table
+
+
+def mixture(weight_BSCN: Tensor, *sources_BSD: Tensor) -> Tensor:
+    """Weighted sums of N sources, C of them for each position."""
+    x_BSND = torch.stack(sources_BSD, -2)
+    return weight_BSCN.to(x_BSND.dtype) @ x_BSND
 
 
 def widening(
