@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from interlayer.layers.stream.lowrank_passthrough import GATES, TRANSITIONS, LowRankPassthrough
+from interlayer.layers.stream.lowrank_passthrough import GROUPS, TRANSITIONS, LowRankPassthrough
 
 
 def matrices(layer):
@@ -44,7 +44,7 @@ def naive(layer, x):
     return torch.stack(outputs, 1)
 
 
-@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("cell", GROUPS)
 @pytest.mark.parametrize("transition", TRANSITIONS)
 @pytest.mark.parametrize(("tied", "weight_norm"), [(False, False), (True, True)])
 def test_values_and_gradients_equal_the_equation(cell, transition, tied, weight_norm):
@@ -79,7 +79,7 @@ def test_full_transitions_are_torchs_lstm():
     torch.testing.assert_close((h, c), (h_t[0], c_t[0]))
 
 
-@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("cell", GROUPS)
 def test_a_sequence_in_pieces_is_the_whole(cell):
     layer = LowRankPassthrough(3, 6, cell=cell, rank=2)
     x = torch.randn(2, 9, 3)

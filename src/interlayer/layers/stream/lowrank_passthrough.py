@@ -12,9 +12,9 @@ from torch.nn.utils.parametrizations import weight_norm as normed
 
 from interlayer.core.example import Example
 
-GATES = {"highway": 2, "gru": 3, "lstm": 4}
+GROUPS = {"highway": (2,), "gru": (2, 1), "lstm": (4,)}  # gates of a cell, by the state that they read
 TRANSITIONS = ("full", "low-rank", "low-rank-diagonal")
-Apply = Callable[[Tensor, int, int], Tensor]
+Apply = Callable[[Tensor], Tensor]
 
 
 class Transition(nn.Module):
@@ -41,25 +41,35 @@ class Transition(nn.Module):
             for name in ("left", *(["right"] if self.right is not None else [])):
                 normed(self, name, dim=0)
 
-    def ready(self) -> Apply:
-        """What applies gates a to b to a state [B, n] and gives [b - a, B, n]; weights are read once, not at every step."""
-        n, d = self.width, self.rank
-        left, right, diagonal = self.left, self.right, self.diagonal
-        if right is None:
+    def ready(self, *groups: int) -> list[Apply]:
+        """For each group of gates what maps a state [B, n] to [gates, B, n]; weights are read once, not at every step."""
+        left_GND, at, out = self.left.unflatten(0, (self.gates, self.width)), 0, []
+        for size in groups:
+            part = slice(at, at + size)
+            right = self.right
+            if right is not None and not self.tied:
+                right = right.unflatten(0, (self.gates, -1))[part].flatten(0, 1)
+            diagonal = None if self.diagonal is None else self.diagonal[part].unsqueeze(1)
+            out.append(_applied(left_GND[part], right, diagonal))
+            at += size
+        return out
 
-            def full(h: Tensor, a: int, b: int) -> Tensor:
-                return F.linear(h, left[a * n : b * n]).unflatten(-1, (b - a, n)).transpose(0, 1)
 
-            return full
-        left_GDN = left.unflatten(0, (self.gates, n)).transpose(1, 2)
+def _applied(left_GND: Tensor, right: Tensor | None, diagonal_G1N: Tensor | None) -> Apply:
+    """``h -> h U'`` of a group of gates."""
+    gates, width, _ = left_GND.shape
+    if right is None:
+        full = left_GND.flatten(0, 1)
+        return lambda h: F.linear(h, full).unflatten(-1, (gates, width)).transpose(0, 1)
+    left_GDN = left_GND.transpose(1, 2)
+    rank = left_GDN.shape[1]
 
-        def low_rank(h: Tensor, a: int, b: int) -> Tensor:
-            rows = right if self.tied else right[a * d : b * d]
-            inner_GBD = F.linear(h, rows).unflatten(-1, (-1, d)).transpose(0, 1).expand(b - a, -1, -1)
-            y = torch.bmm(inner_GBD, left_GDN[a:b])
-            return y if diagonal is None else torch.addcmul(y, h, diagonal[a:b].unsqueeze(1))
+    def low_rank(h: Tensor) -> Tensor:
+        inner_GBD = F.linear(h, right).unflatten(-1, (-1, rank)).transpose(0, 1).expand(gates, -1, -1)
+        y_GBN = torch.bmm(inner_GBD, left_GDN)
+        return y_GBN if diagonal_G1N is None else torch.addcmul(y_GBN, h, diagonal_G1N)
 
-        return low_rank
+    return low_rank
 
 
 class LowRankPassthrough(nn.Module):
@@ -116,13 +126,13 @@ class LowRankPassthrough(nn.Module):
         carry: float = 1.0,
     ) -> None:
         super().__init__()
-        if cell not in GATES:
-            raise ValueError(f"LowRankPassthrough: cell {cell!r} is not one of {list(GATES)}.")
+        if cell not in GROUPS:
+            raise ValueError(f"LowRankPassthrough: cell {cell!r} is not one of {list(GROUPS)}.")
         if transition not in TRANSITIONS:
             raise ValueError(f"LowRankPassthrough: transition {transition!r} is not one of {TRANSITIONS}.")
         if transition != "full" and not 1 <= rank <= width:
             raise ValueError(f"LowRankPassthrough: rank {rank} must lie between 1 and the state size {width}.")
-        self.inputs, self.width, self.cell, self.gates = inputs, width, cell, GATES[cell]
+        self.inputs, self.width, self.cell, self.gates = inputs, width, cell, sum(GROUPS[cell])
         self.transition = Transition(width, self.gates, transition, rank, tied=tied, weight_norm=weight_norm)
         self.input = nn.Parameter(_glorot(self.gates, width, inputs))
         self.bias = nn.Parameter(torch.zeros(self.gates, width))
@@ -143,28 +153,31 @@ class LowRankPassthrough(nn.Module):
                 f"LowRankPassthrough: states {[tuple(s.shape) for s in state]}; wanted {len(self.start)} of {wanted}."
             )
         driven_SGBN = F.linear(x, self.input, self.bias.flatten()).unflatten(-1, (self.gates, -1)).permute(1, 2, 0, 3)
-        apply, outputs = self.transition.ready(), []
+        step, applied, outputs = STEPS[self.cell], self.transition.ready(*GROUPS[self.cell]), []
         for driven in driven_SGBN.contiguous().unbind():
-            state = getattr(self, f"_{self.cell}")(driven, apply, *state)
+            state = step(driven, applied, *state)
             outputs.append(state[0])
         return torch.stack(outputs, 1), state
 
-    @staticmethod
-    def _highway(driven: Tensor, apply: Apply, h: Tensor) -> tuple[Tensor, ...]:
-        carry, new = driven + apply(h, 0, 2)
-        return (torch.lerp(new.tanh(), h, carry.sigmoid()),)
 
-    @staticmethod
-    def _gru(driven: Tensor, apply: Apply, h: Tensor) -> tuple[Tensor, ...]:
-        carry, reset = (driven[:2] + apply(h, 0, 2)).sigmoid()
-        new = (driven[2] + apply(reset * h, 2, 3)[0]).tanh()
-        return (torch.lerp(new, h, carry),)
+def _highway(driven: Tensor, applied: list[Apply], h: Tensor) -> tuple[Tensor, ...]:
+    carry, new = driven + applied[0](h)
+    return (torch.lerp(new.tanh(), h, carry.sigmoid()),)
 
-    @staticmethod
-    def _lstm(driven: Tensor, apply: Apply, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        forget, write, out, new = driven + apply(h, 0, 4)
-        c = forget.sigmoid() * c + write.sigmoid() * new.tanh()
-        return out.sigmoid() * c.tanh(), c
+
+def _gru(driven: Tensor, applied: list[Apply], h: Tensor) -> tuple[Tensor, ...]:
+    carry, reset = (driven[:2] + applied[0](h)).sigmoid()
+    new = (driven[2] + applied[1](reset * h)[0]).tanh()
+    return (torch.lerp(new, h, carry),)
+
+
+def _lstm(driven: Tensor, applied: list[Apply], h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    forget, write, out, new = driven + applied[0](h)
+    c = forget.sigmoid() * c + write.sigmoid() * new.tanh()
+    return out.sigmoid() * c.tanh(), c
+
+
+STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"highway": _highway, "gru": _gru, "lstm": _lstm}
 
 
 def _glorot(gates: int, outputs: int, inputs: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, fits, highest, lowest
 from interlayer.claims.training import batches, task, train
+from interlayer.core.position import Rotary
 from interlayer.core.stream import PostNorm, State
 from interlayer.layers.stream.peri_ln import PeriLN
 from interlayer.models import Transformer
@@ -33,13 +34,24 @@ class NormedSum(PeriLN):
 
 
 Seen = tuple[list[float], list[float]]
+
+
+class UnitInput(Rotary):
+    """Rotary, and the embedding (std 0.02) multiplied to variance 1, so that no placement starts from a tiny state."""
+
+    def embed(self, x_BSD: Tensor, offset: int = 0) -> Tensor:
+        """Scale, as the original Transformer does."""
+        return 50 * x_BSD
+
+
 STREAMS = {"post-norm": PostNorm, "no output norm": NoOutputNorm, "sum normed": NormedSum}
 
 
 def build(arm: str, seed: int, scale: Scale) -> Transformer:
     """A deep narrow Transformer; weights have std sqrt(2 / (5 D)), which is the customary 0.02 at 1000 features."""
     torch.manual_seed(seed)
-    model = Transformer(length=128, depth=scale.depth, width=scale.width, heads=4, stream=STREAMS.get(arm, arm))
+    sizes = {"length": 128, "depth": scale.depth, "width": scale.width, "heads": 4}
+    model = Transformer(**sizes, stream=STREAMS.get(arm, arm), position=UnitInput)
     for module in model.trunk.blocks.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=math.sqrt(0.4 / scale.width))
