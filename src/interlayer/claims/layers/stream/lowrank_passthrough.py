@@ -89,7 +89,7 @@ CLAIM = Claim(
     control="no passthrough",
     scales={
         "smoke": {"steps": 1, "copy_steps": 1, "symbols": 2, "wait": 2},
-        "small": {"steps": 100, "copy_steps": 300, "symbols": 4, "wait": 8},
+        "small": {"steps": 300, "copy_steps": 800, "symbols": 4, "wait": 8},
         "full": {"steps": 5000, "copy_steps": 20000, "symbols": 10, "wait": 100},
     },
 )
