@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, fits, lowest
 from interlayer.core.mixer import Attention, attend
+from interlayer.core.trunk import Trunk, build_trunk
 from interlayer.layers.stream.shaped_transformer import (
     CovarianceSDE,
     ShapedAttention,
@@ -19,7 +20,6 @@ from interlayer.layers.stream.shaped_transformer import (
     ShapedTransformer,
     correlations,
 )
-from interlayer.models.transformer import Trunk, build_trunk
 
 TOKENS, RHO = 4, 0.2  # tokens, and their correlation at the start
 
