@@ -4,7 +4,7 @@ import torch
 from interlayer.core.mixer import Cache
 from interlayer.core.stream import State
 from interlayer.layers.stream.lime import LIMe
-from interlayer.models import Encoder, Transformer
+from interlayer.models import MLP, Encoder, Transformer
 
 SIZES = {"vocab": 20, "length": 32, "depth": 4, "width": 16, "heads": 4}
 
@@ -103,6 +103,8 @@ def test_padding_changes_nothing_in_an_encoder():
 
 def test_what_cannot_work_is_told():
     k = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="LIMe: heads 0; it needs attention"):
+        MLP(4, 2, stream="lime")
     with pytest.raises(ValueError, match=r"LIMe: keys \(1, 2, 3, 4\).*wanted.*\[batch, 3"):
         LIMe(2, 8, 3).share(State(k), 0, k, k)
     with pytest.raises(ValueError, match="LIMe: block 2 runs before block 0"):

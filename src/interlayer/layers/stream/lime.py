@@ -35,7 +35,7 @@ class LIMe(PreNorm):
     Shapes: keys and values [B, H, S, K], equal in all layers; needs a mixer that offers ``share``.
 
     Raises:
-        ValueError: Other heads than it was built for; blocks that run out of order.
+        ValueError: No heads, or others than it was built for; blocks that run out of order.
 
     Examples:
         >>> import torch
@@ -51,13 +51,15 @@ class LIMe(PreNorm):
         self,
         depth: int,
         width: Width,
-        heads: int,
+        heads: int = 0,
         *,
         kv_heads: int | None = None,
         branches: int = 2,
         norm: Norm | None = None,
     ) -> None:
         super().__init__(depth, width, branches=branches, norm=norm)
+        if heads < 1:
+            raise ValueError(f"LIMe: heads {heads}; it needs attention, and the number of its heads.")
         self.heads = kv_heads or heads
         own = torch.eye(self.heads)
         self.router = nn.ParameterList(
