@@ -1,0 +1,63 @@
+"""Plain convolutional nets of 44 and 110 layers on digits, with and without orthonormal filters and modulated errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims.training import batches, judge, task
+from interlayer.layers.stream.deep_plain import DeepPlain, Plain
+from interlayer.models import ConvNet
+
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {"strength": 0.0, "modulate": False, "orthogonal": False},
+    "orthonormal": {"modulate": False},
+    "modulated": {"strength": 0.0, "orthogonal": False},
+    "both": {},
+    "good start": {"strength": 0.0, "modulate": False},
+}
+
+
+def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
+    """Training loss and accuracy of the last steps, and the error at the first convolution over that at the last one."""
+    found = {}
+    shape = task("digits").shape
+    probe = next(batches("digits", seed, 64, 1))
+    for depth in scale.depths:
+        torch.manual_seed(seed)
+        model = ConvNet(shape.channels, shape.classes, depth=depth, width=scale.width, stream=Plain)
+        rule = DeepPlain(model, lr=0.1, **ARMS[arm])
+        errors = [list(rule.errors(probe).values())]
+        told = []
+        for batch in batches("digits", seed, 64, scale.steps):
+            told.append(rule.step(batch))
+            if not math.isfinite(told[-1]["loss"]):
+                break
+        errors.append(list(rule.errors(probe).values()))
+        last = told[-10:]
+        loss = sum(t["loss"] for t in last) / len(last)
+        found[f"loss at {depth}"] = loss if math.isfinite(loss) else math.inf
+        found[f"accuracy in training at {depth}"] = sum(t["accuracy"] for t in last) / len(last)
+        found[f"held-out accuracy at {depth}"] = judge(model, "digits")["accuracy"]
+        for when, e in zip(("before", "after"), errors, strict=True):
+            for name, at in (("first", 0), ("middle", len(e) // 2)):
+                found[f"{depth}: error at the {name} layer over the last, {when}"] = e[at] / e[-1]
+    return found
+
+
+CLAIM = Claim(
+    says="Plain Conv-BN-ReLU nets of 44 and of 110 layers reach a lower training loss on digits in equal steps with the "
+    "orthonormality regulariser and modulated errors than without.",
+    measure=measure,
+    arms=("plain", "orthonormal", "modulated", "both"),
+    expect=(lowest("loss at 44", "both", than=("plain",)), lowest("loss at 110", "both", than=("plain",))),
+    control="good start",
+    scales={
+        "smoke": {"depths": (8,), "width": 4, "steps": 2},
+        "small": {"depths": (44, 110), "width": 8, "steps": 120},
+        "full": {"depths": (44, 110), "width": 16, "steps": 20000},
+    },
+)
