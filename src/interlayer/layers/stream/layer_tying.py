@@ -50,7 +50,7 @@ class LayerTying(Rule):
         explore: Probability of a random action in the first round.
         decay: Factor on it for each round.
         least: The lowest that it gets.
-        clip: Bound of a reward's size.
+        clip: Bound of a reward's size. The authors' 10 makes all perplexities above 10 the same to the agent.
         hidden: Units of the agent's network.
         clip_norm: Gradients of the model are scaled down to this norm.
         seed: Of the agent's draws.
