@@ -1,0 +1,179 @@
+"""D'OH: all layers of an implicit representation from one latent code by fixed random projections."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from interlayer.core.config import configured
+from interlayer.core.data import DataShape
+from interlayer.core.example import Example
+from interlayer.core.implicit import Layout, dequantize, grid, quantize
+
+
+@configured
+class DOH(nn.Module):
+    """A signal as a latent code: a decoder-only hypernetwork, random and never trained, makes every layer from it.
+
+    Paper: Gordon et al., "D'OH: Decoder-Only Random Hypernetworks for Implicit Neural Representations", arXiv:2403.19163.
+
+    Equation: layer l of the implicit network has the weights ``W_l = s_l B_l z`` with one code z for all layers, learned for
+    this signal alone, and a fixed random ``B_l`` that is never stored but drawn again from ``seed``. Here B_l is Gaussian with
+    variance 1 / latent, z starts standard normal, and ``s_l`` is the deviation with which that layer would usually begin, so
+    that the generated network begins as an ordinary one does (with sines, the last layer as a linear one without them). The
+    paper's own distributions could not be verified.
+
+    The footprint is ``latent`` numbers whatever the network is: the rate is chosen without a search over networks. A
+    forward pass costs P latent multiply-adds more than the network of P weights itself, and P latent numbers of memory.
+
+    Args:
+        inputs: Coordinates D.
+        outputs: Values C.
+        latent: Numbers in the code.
+        width: Features of each hidden layer of the network.
+        depth: Hidden layers.
+        activation: ``relu`` or ``sine``.
+        frequencies: Of the positional encoding; 0 for none.
+        omega: Frequency of the sines.
+        seed: Of the projections.
+
+    Shapes: coordinates [..., D] to values [..., C].
+
+    Raises:
+        ValueError: A size below 1, an unknown activation, coordinates of another dimension.
+
+    Examples:
+        >>> import tempfile
+        >>> image = DOH(2, 1, latent=100, seed=7)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     stored = image.save(f"{folder}/image.safetensors", bits=8)
+        ...     again = DOH.load(f"{folder}/image.safetensors")
+        >>> torch.equal(again(grid(5, 5)), stored(grid(5, 5))), again.bits(8)
+        (True, 800)
+    """
+
+    def __init__(
+        self,
+        inputs: int = 2,
+        outputs: int = 1,
+        *,
+        latent: int = 500,
+        width: int = 32,
+        depth: int = 3,
+        activation: str = "relu",
+        frequencies: int = 6,
+        omega: float = 30.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if latent < 1:
+            raise ValueError(f"DOH: latent {latent}; wanted at least 1 number in the code.")
+        self.layout = Layout(
+            inputs, outputs, width=width, depth=depth, activation=activation, frequencies=frequencies, omega=omega
+        )
+        generator = torch.Generator().manual_seed(seed)
+        spread = self.layout.spread()
+        if (
+            activation == "sine"
+        ):  # a code cannot grow for the last layer alone, so its values must have their size at once
+            spread[-1] = (1 / (3 * width) ** 0.5, spread[-1][1])
+        each = [s for (o, i), (w, b) in zip(self.layout.shapes, spread, strict=True) for s in [w] * (o * i) + [b] * o]
+        projection = torch.randn(self.layout.count, latent, generator=generator, dtype=torch.float32)
+        projection *= (torch.tensor(each) / latent**0.5).unsqueeze(1)
+        self.register_buffer("projection", projection, persistent=False)
+        self.latent = nn.Parameter(torch.randn(latent))
+
+    @classmethod
+    def for_task(cls, shape: DataShape, **options: Any) -> Self:
+        """For a task from vectors, as coordinates, to values or classes; images and tokens have no coordinates here."""
+        if shape.kind != "vector":
+            raise ValueError(f"DOH: takes vectors of coordinates, not {shape.kind}.")
+        return cls(shape.features, shape.classes, **{"frequencies": 0, **options})
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of each layer, as generated from the code."""
+        return self.layout.split(self.projection @ self.latent)  # type: ignore[operator]
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B C"]:
+        """Values at coordinates."""
+        return self.layout(x, self.layers())
+
+    def bits(self, bits: int) -> int:
+        """Size of the code alone at so many bits a number."""
+        return bits * self.latent.numel()
+
+    @torch.no_grad()
+    def quantized(self, bits: int) -> Self:
+        """A copy whose code lies on the even grid of 2^bits values between its smallest and its largest."""
+        new = type(self)(**self.config).to(self.latent)  # type: ignore[arg-type]
+        new.latent.copy_(dequantize(*quantize(self.latent.detach().cpu().float(), bits)))
+        return new
+
+    def save(self, path: str | Path, bits: int = 8) -> Self:
+        """Write the quantised code, its bits packed without gaps, and what is needed to build the network again.
+
+        Returns:
+            The model that ``load`` will give.
+
+        Raises:
+            ValueError: ``bits`` is not between 1 and 16.
+        """
+        if not 1 <= bits <= 16:
+            raise ValueError(f"DOH: bits {bits}; wanted 1 to 16.")
+        levels, low, step = quantize(self.latent.detach().cpu().float(), bits)
+        packed = np.packbits((levels.numpy()[:, None] >> np.arange(bits)) & 1)
+        told = {"config": self.config, "bits": bits, "count": levels.numel(), "low": low, "step": step}
+        save_file({"code": torch.from_numpy(packed)}, path, metadata={"doh": json.dumps(told)})
+        return self.quantized(bits)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The model of a file that ``save`` wrote.
+
+        Raises:
+            ValueError: The file was not written by ``save``.
+        """
+        with safe_open(path, "pt") as file:
+            told = (file.metadata() or {}).get("doh")
+            if told is None:
+                raise ValueError(f"DOH: {path} has no code of a DOH; it is written by save().")
+            packed = file.get_tensor("code").numpy()
+        told = json.loads(told)
+        bits = np.unpackbits(packed, count=told["count"] * told["bits"]).reshape(-1, told["bits"])
+        levels = torch.from_numpy((bits.astype(np.int64) << np.arange(told["bits"])).sum(1))
+        model = cls(**told["config"])
+        with torch.no_grad():
+            model.latent.copy_(dequantize(levels, told["low"], told["step"]))
+        return model
+
+
+def _picture() -> tuple[float, float]:
+    """Squared error on a photograph of scikit-learn, 32 x 32 grey, after 150 steps, and that of its mean."""
+    from sklearn.datasets import load_sample_image
+
+    pixels = torch.from_numpy(load_sample_image("china.jpg")[:416, :416].copy()).float().mean(-1) / 255
+    y = torch.nn.functional.adaptive_avg_pool2d(pixels[None], 32).flatten()[:, None] - 0.5
+    model, x = DOH(2, 1, latent=200, width=16, depth=2), grid(32, 32)
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(150):
+        loss = (model(x) - y).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return float(loss.detach()), float(y.var(correction=0))
+
+
+EXAMPLE = Example(
+    make=lambda: DOH(2, 3, latent=20, width=8, depth=2, frequencies=3, seed=5),
+    inputs=lambda: (2 * torch.rand(4, 7, 2) - 1,),
+    odd=lambda: (2 * torch.rand(13, 2) - 1,),
+    train=_picture,
+)

@@ -1,0 +1,97 @@
+"""D'OH: layers are projections of one code, the file gives back the same signal, and its size is that of the code."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from interlayer.core.data import DataShape
+from interlayer.core.implicit import grid
+from interlayer.layers.hyper.doh import DOH
+
+
+def test_layers_are_fixed_projections_of_one_code():
+    model = DOH(2, 1, latent=7, width=4, depth=2, frequencies=1, seed=3)
+    assert [name for name, _ in model.named_parameters()] == ["latent"]
+    layers = model.layers()
+    assert [tuple(w.shape) for w, _ in layers] == [(4, 6), (4, 4), (1, 4)]
+    torch.testing.assert_close(layers[0][0], (model.projection[:24] @ model.latent).view(4, 6))
+    torch.testing.assert_close(layers[2][1], model.projection[-1:] @ model.latent)
+    with torch.no_grad():
+        model.latent.mul_(2)
+    for (w, b), (w2, b2) in zip(layers, model.layers(), strict=True):
+        torch.testing.assert_close(w2, 2 * w)
+        torch.testing.assert_close(b2, 2 * b)
+
+
+def test_one_number_of_the_code_moves_every_layer():
+    model = DOH(2, 1, latent=7, width=4, depth=2, frequencies=1)
+    for w, b in model.layers():
+        for part in (w, b):
+            (grad,) = torch.autograd.grad(part.sum(), model.latent, retain_graph=True)
+            assert (grad != 0).all()
+
+
+def test_generated_weights_begin_with_the_spread_of_the_ordinary_network():
+    torch.manual_seed(0)
+    for activation in ("relu", "sine"):
+        model = DOH(2, 3, latent=300, width=64, depth=2, activation=activation)
+        spreads = [s for s, _ in model.layout.spread()]
+        if activation == "sine":
+            spreads[-1] = (3 * 64) ** -0.5
+        for (w, _), spread in zip(model.layers(), spreads, strict=True):
+            assert w.std().item() == pytest.approx(spread, rel=0.25)
+
+
+def test_projections_come_from_the_seed_alone_and_are_not_stored():
+    torch.manual_seed(0)
+    a = DOH(seed=1)
+    torch.manual_seed(5)
+    b, other = DOH(seed=1), DOH(seed=2)
+    assert torch.equal(a.projection, b.projection) and not torch.equal(a.projection, other.projection)
+    assert not torch.equal(a.latent, b.latent)
+    assert list(a.state_dict()) == ["latent"]
+
+
+@pytest.mark.parametrize("bits", [1, 5, 8, 12, 16])
+def test_the_file_gives_back_the_same_signal(tmp_path: Path, bits):
+    model, x = DOH(2, 3, latent=101, width=9, depth=2, activation="sine", seed=11), grid(6, 5)
+    stored = model.save(tmp_path / "code.safetensors", bits)
+    again = DOH.load(tmp_path / "code.safetensors")
+    assert torch.equal(stored(x), again(x)) and torch.equal(stored.latent, again.latent)
+    assert len(again.latent.unique()) <= 2**bits
+    gap = (again.latent - model.latent).abs().max()
+    assert 0 < gap <= (model.latent.max() - model.latent.min()) / (2**bits - 1) / 2 * 1.001
+
+
+def test_footprint_is_the_code_whatever_the_network(tmp_path: Path):
+    sizes = {}
+    for latent in (400, 800):
+        for width in (8, 64):
+            DOH(latent=latent, width=width).save(path := tmp_path / "code", 6)
+            sizes[latent, width] = path.stat().st_size
+    assert abs(sizes[400, 8] - sizes[400, 64]) <= 8  # the network's size is one number in the header
+    assert sizes[800, 8] - sizes[400, 8] == pytest.approx(400 * 6 / 8, abs=8)
+    assert sizes[800, 64] < 800 * 6 / 8 + 450
+
+
+def test_for_task():
+    assert DOH.for_task(DataShape("vector", "values", classes=3, features=4), latent=5)(torch.zeros(2, 4)).shape == (
+        2,
+        3,
+    )
+    with pytest.raises(ValueError, match="not tokens"):
+        DOH.for_task(DataShape("tokens", "tokens", vocab=3, length=4))
+
+
+def test_errors(tmp_path: Path):
+    with pytest.raises(ValueError, match="latent 0"):
+        DOH(latent=0)
+    with pytest.raises(ValueError, match="bits 17; wanted 1 to 16"):
+        DOH(latent=3).save(tmp_path / "x", 17)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="has no code of a DOH"):
+        DOH.load(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"wanted \[\.\.\., 2\]"):
+        DOH(latent=3)(torch.zeros(4, 3))
