@@ -165,6 +165,46 @@ def builtins(slot: str) -> Mapping[str, str]:
     return _tables()["slot"].get(slot, {})
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """A leaf of the tree of Transformer variants, and what stands for it here.
+
+    Attributes:
+        at: Its place in the tree, from the root.
+        method: What stands for it.
+        use: Which slots of a backbone it fills (or which size it sets), and with what.
+        paper: Verified ``arXiv:ID``; empty where it was not checked.
+    """
+
+    at: tuple[str, ...]
+    method: str
+    use: Mapping[str, Any]
+    paper: str = ""
+
+    @property
+    def name(self) -> str:
+        """The place as one text."""
+        return "/".join(self.at)
+
+    @property
+    def state(self) -> str:
+        """``ready`` if every name that it uses stands for something that works."""
+        for slot, spec in self.use.items():
+            slot, name = ("depth" if slot == "depth_order" else slot), str(spec).partition("(")[0]
+            system = load().get(name)
+            if slot in slots() and name not in builtins(slot) and not (system and system.state == "ready"):
+                return "planned"
+        return "ready"
+
+
+@functools.cache
+def taxonomy() -> Mapping[str, Leaf]:
+    """The leaves of Lin et al., "A Survey of Transformers" (arXiv:2106.04554), by name, in the order of the tree."""
+    rows = tomllib.loads((PACKAGE / "taxonomy.toml").read_text(encoding="utf-8"))["leaf"]
+    leaves = [Leaf(at=tuple(row.pop("at")), **row) for row in rows]
+    return {leaf.name: leaf for leaf in leaves}
+
+
 def slots() -> list[str]:
     """Names of all slots of the backbones."""
     return list(_tables()["slot"])

@@ -50,8 +50,14 @@ def list_(
     kind: Annotated[str, typer.Option(help="layer, model, transform, rule or probe.")] = "",
     state: Annotated[str, typer.Option(help="planned, partial or ready.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
+    taxonomy: Annotated[
+        bool, typer.Option("--taxonomy", help="The tree of Transformer variants, with a part for each.")
+    ] = False,
 ) -> None:
     """Show what there is and whether it works."""
+    if taxonomy:
+        _tree(as_json)
+        return
     for given, known, what in ((kind, catalog.KINDS, "kind"), (state, catalog.STATES, "state")):
         if given and given not in known:
             _stop(f"list: no {what} {given!r}.{catalog.nearest(given, known)} There are {', '.join(known)}.")
@@ -76,6 +82,26 @@ def list_(
         typer.echo(f"{s.state:<8} {s.slug:<{wide}}  {s.kind:<9} {s.room:<19} {s.title}")
     counts = {st: sum(s.state == st for s in rows) for st in catalog.STATES}
     typer.echo(f"{len(rows)} systems: " + ", ".join(f"{n} {st}" for st, n in counts.items()), err=True)
+
+
+def _tree(as_json: bool) -> None:
+    """Print the leaves below the branches that they hang on."""
+    leaves = list(catalog.taxonomy().values())
+    if as_json:
+        keys = ("at", "method", "paper", "use", "state")
+        typer.echo(json.dumps([{k: getattr(leaf, k) for k in keys} for leaf in leaves], ensure_ascii=False, indent=1))
+        return
+    above: tuple[str, ...] = ()
+    wide = max(2 * len(leaf.at) + len(leaf.at[-1]) for leaf in leaves)
+    for leaf in leaves:
+        for depth, branch in enumerate(leaf.at[:-1]):
+            if above[: depth + 1] != leaf.at[: depth + 1]:
+                typer.echo("  " * depth + branch)
+        above = leaf.at
+        name = "  " * (len(leaf.at) - 1) + leaf.at[-1]
+        use = ", ".join(f"{slot}={what}" for slot, what in leaf.use.items())
+        typer.echo(f"{name:<{wide}}{leaf.state:<8} {use}  ({leaf.method}{', ' + leaf.paper if leaf.paper else ''})")
+    typer.echo(f"{len(leaves)} leaves: {sum(leaf.state == 'ready' for leaf in leaves)} ready", err=True)
 
 
 def _slug(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,7 @@ class Context:
         mask: [B, S] with True at real tokens, if there is padding.
         share: The stream's say over keys and values: ``(layer, k, v) -> (k, v)``.
         value_layer: The sublayer whose values this one uses.
+        memory: What mixers of earlier sublayers left in this pass for later ones.
     """
 
     layer: int = 0
@@ -67,6 +68,7 @@ class Context:
     mask: Tensor | None = None
     share: Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
     value_layer: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class Attention(nn.Module):
@@ -84,7 +86,7 @@ class Attention(nn.Module):
     Shapes: [B, S, D] to [B, S, D].
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "bias"})
 
     def __init__(
         self,
@@ -138,27 +140,58 @@ class Attention(nn.Module):
                 v = cache.extend("v", context.layer, v)
             else:
                 v = cache.whole("v", context.value_layer, new)
-        return self.out(self.mix(q, k, v, context.mask).transpose(1, 2).flatten(2))
+        bias = None if context.position is None else context.position.bias(new, k.shape[-2])
+        y = (
+            self.mix(q, k, v, context.mask)
+            if bias is None
+            else attend(q, k, v, causal=self.causal, mask=context.mask, bias=bias)
+        )
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What each head reads, [B, H, new, K]; another kind of attention over the same parts changes this alone."""
+        """What each head reads, [B, H, new, K]; another kind of attention over the same parts changes this alone.
+
+        One that cannot take a position's bias to the scores does not offer ``"bias"``.
+        """
         return attend(q, k, v, causal=self.causal, mask=mask)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    allowed: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """``softmax(q k' * scale) v`` with the causal mask placed at the end of the keys, and padding left out."""
+    """``softmax(q k' * scale + bias) v`` with the causal mask placed at the end of the keys, and padding left out.
+
+    Args:
+        q: [B, H, new, K].
+        k: [B, H, total, K].
+        v: [B, H, total, K].
+        causal: Whether a query sees only its own key and earlier ones.
+        mask: [B, total], True at real tokens.
+        scale: Of the scores; ``K^-0.5`` unless told.
+        allowed: Pairs that may meet, broadcast to [B, H, new, total]; all unless told.
+        bias: Added to the scores, broadcast to [B, H, new, total].
+    """
     new, all_ = q.shape[-2], k.shape[-2]
-    allowed = None
-    if causal and new > 1 and (new != all_ or mask is not None):
-        allowed = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
+    if causal and new > 1 and (new != all_ or mask is not None or allowed is not None or bias is not None):
+        past = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
+        allowed = past if allowed is None else past & allowed
     if mask is not None:
         if mask.shape != (q.shape[0], all_) or mask.dtype != torch.bool:
             raise ValueError(
                 f"attention: mask {tuple(mask.shape)} {mask.dtype}; wanted bool {(q.shape[0], all_)}, True at real tokens."
             )
         allowed = mask[:, None, None] if allowed is None else mask[:, None, None] & allowed
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        allowed = bias if allowed is None else torch.where(allowed, bias, -torch.inf)
     return F.scaled_dot_product_attention(
         q,
         k,

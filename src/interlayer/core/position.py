@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 
 class Position(nn.Module):
-    """No position at all, and the protocol: ``embed`` acts on the input, ``rotate`` on queries and keys.
+    """No position at all, and the protocol: ``embed`` acts on the input, ``rotate`` on queries and keys, ``bias`` on scores.
+
+    ``needs`` names what a position asks of the mixer: one with a bias needs ``"bias"``.
 
     Args:
         width: Features D of the input.
         length: Longest sequence.
         head_width: Features of one head.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, width: int = 0, length: int = 0, head_width: int = 0) -> None:
         super().__init__()
@@ -25,6 +31,10 @@ class Position(nn.Module):
     def rotate(self, q_BHSK: Tensor, k_BHSK: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Position turned into queries and keys."""
         return q_BHSK, k_BHSK
+
+    def bias(self, new: int, total: int) -> Tensor | None:
+        """What is added to the scores of the last ``new`` of ``total`` places, broadcast to [B, H, new, total]."""
+        return None
 
 
 class Learned(Position):

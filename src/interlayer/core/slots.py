@@ -76,14 +76,29 @@ def fill(slot: str, what: Any, **context: Any) -> Any:
         make = resolve(slot, name)
     if isinstance(make, type) and make.__module__.startswith("torch.nn"):
         return _torch_part(make, options, context)
-    names = inspect.signature(make).parameters
+    names, open_ = parameters(make)
     if unknown := [o for o in options if o not in names]:
         raise ValueError(
-            f"slots: {what!r} has no option {unknown[0]!r}.{catalog.nearest(unknown[0], names)} It has {list(names)}."
+            f"slots: {what!r} has no option {unknown[0]!r}.{catalog.nearest(unknown[0], names)} It has {names}."
         )
-    if any(p.kind is p.VAR_KEYWORD for p in names.values()) and not isinstance(make, partial | type):
+    if open_ and not isinstance(make, partial | type):
         return make(**{**context, **options})
     return make(**{**{k: v for k, v in context.items() if k in names}, **options})
+
+
+def parameters(make: Callable[..., Any]) -> tuple[list[str], bool]:
+    """Names that a constructor takes, with those that it hands on to its base by ``**options``; and whether it takes any."""
+    if not isinstance(make, type):
+        told = list(inspect.signature(make).parameters.values())
+        return [p.name for p in told if p.kind is not p.VAR_KEYWORD], any(p.kind is p.VAR_KEYWORD for p in told)
+    names: dict[str, None] = {}
+    for cls in make.__mro__:
+        if "__init__" in cls.__dict__:
+            told = list(inspect.signature(cls.__init__).parameters.values())[1:]
+            names |= dict.fromkeys(p.name for p in told if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+            if not any(p.kind is p.VAR_KEYWORD for p in told):
+                return list(names), False
+    return list(names), True
 
 
 def _torch_part(make: type[nn.Module], options: dict[str, Any], context: dict[str, Any]) -> nn.Module:

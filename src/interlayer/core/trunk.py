@@ -82,11 +82,12 @@ class Trunk(nn.Module):
         self.position = fill("position", position, **sizes, head_width=width // heads)
         self.order = fill("depth", depth_order, causal=causal, **sizes)
         self.offers = getattr(self.blocks[0].mixer, "offers", None)
-        if missing := self.stream.needs - (self.offers or frozenset()):
-            raise ValueError(
-                f"Transformer: stream {type(self.stream).__name__} needs a mixer that offers {sorted(missing)}; "
-                f"{type(self.blocks[0].mixer).__name__} does not. Take mixer='attention' or another stream."
-            )
+        for slot, part in (("stream", self.stream), ("position", self.position)):
+            if missing := part.needs - (self.offers or frozenset()):
+                raise ValueError(
+                    f"Transformer: {slot} {type(part).__name__} needs a mixer that offers {sorted(missing)}; "
+                    f"{type(self.blocks[0].mixer).__name__} does not. Take mixer='attention' or another {slot}."
+                )
 
     def forward(self, x: Float[Tensor, "B S D"], *, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         """Run the blocks."""
@@ -102,6 +103,7 @@ class Trunk(nn.Module):
                 f"Transformer: {type(self.blocks[0].mixer).__name__} in {type(self.order).__name__} order cannot use a cache."
             )
         state = stream.start(self.position.embed(x, start))
+        memory: dict[str, Any] = {}
 
         def step(state: State, block: int) -> State:
             layer, here = 2 * block, cast(Block, self.blocks[block])
@@ -112,6 +114,7 @@ class Trunk(nn.Module):
                 mask,
                 lambda at, k, v: stream.share(state, at, k, v),
                 stream.value_layer(layer),
+                memory,
             )
             inputs = stream.read(state, layer)
             mixed = here.mixer(inputs, context) if self.offers is not None else here.mixer(inputs)

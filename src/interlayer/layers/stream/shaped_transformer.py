@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -76,6 +77,8 @@ class ShapedAttention(Attention):
     Raises:
         ValueError: ``temperature`` that is not above 0.
     """
+
+    offers: ClassVar[frozenset[str]] = Attention.offers - {"bias"}
 
     def __init__(
         self,

@@ -1,0 +1,249 @@
+"""Fewer queries, fewer keys, or fewer dimensions: prototypes, compressed memories, inducing points, low rank."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from interlayer.core.mixer import Attention, attend
+from interlayer.layers.mixing.x_formers.sparse import refuse_causal, refuse_mask
+
+
+class Whole(Attention):
+    """What the mixers of this file share: they see the whole sequence, without padding."""
+
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share"})
+
+    def __init__(self, width: int, heads: int, **options: Any) -> None:
+        super().__init__(width, heads, **options)
+        refuse_causal(self)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        refuse_mask(self, mask)
+        return self.reduced(q, *(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)))
+
+    def reduced(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The cheaper attention, over equally many heads."""
+        raise NotImplementedError
+
+
+class Clustered(Whole):
+    """Queries are grouped by k-means; a group reads once, through its mean (Vyas et al., arXiv:2007.04825).
+
+    c S scores a head and ``rounds`` times as many for the grouping.
+
+    Args:
+        width: Features D.
+        heads: Query heads.
+        clusters: Groups c.
+        rounds: Lloyd iterations, which begin at evenly spaced queries.
+        **options: As for ``Attention``.
+    """
+
+    def __init__(self, width: int, heads: int, *, clusters: int = 16, rounds: int = 3, **options: Any) -> None:
+        super().__init__(width, heads, **options)
+        self.clusters, self.rounds = clusters, rounds
+
+    def groups(self, q: Tensor) -> Tensor:
+        """The group [B, H, S] of each query."""
+        count = min(self.clusters, q.shape[-2])
+        with torch.no_grad():
+            at = torch.linspace(0, q.shape[-2] - 1, count, device=q.device).round().long()
+            centre = q[:, :, at]
+            for _ in range(self.rounds):
+                nearest = torch.cdist(q.float(), centre.float()).argmin(-1)
+                centre = self.means(q, nearest, count)
+            return torch.cdist(q.float(), centre.float()).argmin(-1)
+
+    def means(self, q: Tensor, group: Tensor, count: int) -> Tensor:
+        """The mean query [B, H, c, K] of each group; zero for an empty one."""
+        member = F.one_hot(group, count).to(q.dtype)
+        return member.transpose(-1, -2) @ q / member.sum(-2)[..., None].clamp(min=1)
+
+    def reduced(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        group = self.groups(q)
+        y = F.scaled_dot_product_attention(self.means(q, group, min(self.clusters, q.shape[-2])), k, v)
+        return y.gather(2, group[..., None].expand(-1, -1, -1, y.shape[-1]))
+
+
+class Compressed(Attention):
+    """Keys and values of every ``ratio`` tokens become one by a learned, strided convolution (Liu et al., arXiv:1801.10198).
+
+    Causal: a query sees the compressed groups that lie wholly before its own, and its own group token by token.
+    S^2 / ratio + S ratio scores a head.
+
+    Args:
+        width: Features D.
+        heads: Query heads.
+        ratio: Tokens that become one.
+        **options: As for ``Attention``.
+
+    Raises:
+        ValueError: Padding.
+    """
+
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache"})
+
+    def __init__(self, width: int, heads: int, *, ratio: int = 3, **options: Any) -> None:
+        super().__init__(width, heads, **options)
+        self.ratio = ratio
+        self.squeeze_k, self.squeeze_v = (
+            nn.Parameter(torch.full((ratio, self.head_width), 1 / ratio)) for _ in range(2)
+        )
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        refuse_mask(self, mask)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        new, total, r = q.shape[-2], k.shape[-2], self.ratio
+        more = -total % r
+        whole = [F.pad(t, (0, 0, 0, more)).unflatten(-2, (-1, r)) for t in (k, v)]
+        small_k, small_v = ((t * w).sum(-2) for t, w in zip(whole, (self.squeeze_k, self.squeeze_v), strict=True))
+        if not self.causal:
+            # The padding of the last group is zero and counts as such in its sum.
+            return F.scaled_dot_product_attention(q, small_k, small_v)
+        place = torch.arange(total - new, total, device=q.device)
+        group, count = place // r, small_k.shape[-2]
+        near_k, near_v = (t[:, :, group] for t in whole)  # [B, H, new, r, K]
+        scale = q.shape[-1] ** -0.5
+        far = (q @ small_k.transpose(-1, -2) * scale).masked_fill(
+            torch.arange(count, device=q.device) >= group[:, None], -torch.inf
+        )
+        near = (near_k @ q[..., None])[..., 0] * scale
+        near = near.masked_fill(torch.arange(r, device=q.device) > (place % r)[:, None], -torch.inf)
+        weight = torch.cat((far, near), -1).softmax(-1)
+        return weight[..., :count] @ small_v + (weight[..., None, count:] @ near_v)[..., 0, :]
+
+
+class Linformer(Whole):
+    """Keys and values are projected along the sequence, from S to ``rank`` (Wang et al., arXiv:2006.04768); for a fixed length.
+
+    S rank scores a head.
+
+    Args:
+        width: Features D.
+        heads: Query heads.
+        length: Longest sequence; a shorter one uses the first columns.
+        rank: Keys that are left.
+        **options: As for ``Attention``.
+
+    Raises:
+        ValueError: A longer sequence, a causal model, or padding.
+    """
+
+    def __init__(self, width: int, heads: int, *, length: int, rank: int = 32, **options: Any) -> None:
+        super().__init__(width, heads, **options)
+        self.project_k, self.project_v = (nn.Parameter(torch.randn(rank, length) * length**-0.5) for _ in range(2))
+
+    def reduced(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = k.shape[-2]
+        if length > self.project_k.shape[1]:
+            raise ValueError(f"Linformer: {length} tokens, but it was built for length={self.project_k.shape[1]}.")
+        return F.scaled_dot_product_attention(q, self.project_k[:, :length] @ k, self.project_v[:, :length] @ v)
+
+
+class Induced(Whole):
+    """A few learned points read the sequence, and the sequence reads them (Set Transformer's ISAB; Lee et al.).
+
+    ``y = attend(q, k, attend(p, k, v))``-like in two steps: points p attend to all, then all attend to the points' keys p.
+    2 S points scores a head.
+
+    Args:
+        width: Features D.
+        heads: Query heads.
+        points: Inducing points.
+        **options: As for ``Attention``.
+    """
+
+    def __init__(self, width: int, heads: int, *, points: int = 16, **options: Any) -> None:
+        super().__init__(width, heads, **options)
+        self.points = nn.Parameter(torch.randn(heads, points, self.head_width))
+
+    def reduced(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        points = self.points.to(q.dtype).expand(len(q), -1, -1, -1)
+        return F.scaled_dot_product_attention(q, points, F.scaled_dot_product_attention(points, k, v))
+
+
+class Nystrom(Whole):
+    """The softmax matrix from a few landmarks: ``A_ql pinv(A_ll) A_lk v`` (Nystroemformer; Xiong et al., arXiv:2102.03902).
+
+    Landmarks are means of equal segments; the pseudo-inverse is ``rounds`` steps of the paper's third-order iteration.
+    2 S m scores a head for m landmarks.
+
+    Args:
+        width: Features D.
+        heads: Query heads.
+        landmarks: How many, m.
+        rounds: Iterations for the pseudo-inverse.
+        **options: As for ``Attention``.
+    """
+
+    def __init__(self, width: int, heads: int, *, landmarks: int = 16, rounds: int = 6, **options: Any) -> None:
+        super().__init__(width, heads, **options)
+        self.landmarks, self.rounds = landmarks, rounds
+
+    def reduced(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length, m = q.shape[-2], min(self.landmarks, q.shape[-2])
+        segment = torch.arange(length, device=q.device) * m // length
+        mean = F.one_hot(segment, m).to(q.dtype)
+        mean = (mean / mean.sum(0)).T
+        small_q, small_k = mean @ q, mean @ k
+        scale = q.shape[-1] ** -0.5
+        left = (q @ small_k.transpose(-1, -2) * scale).softmax(-1)
+        core = (small_q @ small_k.transpose(-1, -2) * scale).softmax(-1)
+        right = F.scaled_dot_product_attention(small_q, k, v)
+        return left @ (pseudo_inverse(core, self.rounds) @ right)
+
+
+def pseudo_inverse(a: Tensor, rounds: int) -> Tensor:
+    """``Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4`` from ``A' / (|A|_1 |A|_inf)``."""
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    z = a.transpose(-1, -2) / (a.abs().sum(-2).amax(-1) * a.abs().sum(-1).amax(-1))[..., None, None]
+    for _ in range(rounds):
+        az = a @ z
+        z = z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az))) / 4
+    return z
+
+
+class Hierarchical(Attention):
+    """Tokens read their own block; blocks, through their means, read each other (causal: earlier blocks).
+
+    The two are added: word level and, above it, block level, in the spirit of HIBERT (Zhang et al.). S block + (S / block)^2
+    scores a head.
+
+    Args:
+        width: Features D.
+        heads: Query heads.
+        block: Tokens in a block.
+        **options: As for ``Attention``.
+
+    Raises:
+        ValueError: Padding.
+    """
+
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share"})
+
+    def __init__(self, width: int, heads: int, *, block: int = 16, **options: Any) -> None:
+        super().__init__(width, heads, **options)
+        self.block = block
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        refuse_mask(self, mask)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        length, b = q.shape[-2], self.block
+        count = -(-length // b)
+        real = torch.arange(count * b, device=q.device).view(count, b) < length
+        q, k, v = (F.pad(t, (0, 0, 0, count * b - length)).unflatten(-2, (count, b)) for t in (q, k, v))
+        own = torch.ones(b, b, dtype=torch.bool, device=q.device)
+        own = (own.tril() if self.causal else own) & real[:, None]
+        low = F.scaled_dot_product_attention(q, k, v, attn_mask=own | ~own.any(-1, keepdim=True))
+        mean_k, mean_v = (t.sum(-2) / real.sum(1)[:, None] for t in (k, v))
+        # Every token asks for itself; what it asks are blocks, and in a causal model those before its own.
+        before = torch.ones(count, count, dtype=torch.bool, device=q.device)
+        before = before.tril(-1) if self.causal else before
+        some = before.any(-1).repeat_interleave(b)[:, None]
+        allowed = before.repeat_interleave(b, 0)
+        high = attend(q.flatten(2, 3), mean_k, mean_v, causal=False, allowed=allowed | ~some)
+        return (low.flatten(2, 3) + high * some.to(high.dtype))[:, :, :length]
