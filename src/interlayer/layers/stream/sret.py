@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interlayer.core.config import configured
+from interlayer.core.data import DataShape
 from interlayer.core.example import Example
 from interlayer.core.mixer import Attention
-from interlayer.core.parts import FeedForward
+from interlayer.core.parts import FeedForward, Patches
 
 
 class SlicedAttention(nn.Module):
@@ -137,6 +140,61 @@ class SlicedRecursive(nn.Module):
         if count % groups:
             return None  # the attention says what is wrong
         return torch.arange(count, device=x.device).view(-1, groups).T.flatten()
+
+
+@configured
+class SReT(nn.Module):
+    """A vision Transformer of sliced recursive blocks, with learned places and the mean over the tokens.
+
+    Args:
+        channels: Channels C of the image.
+        image: Height and width in pixels, or one number.
+        patch: Side of a patch in pixels.
+        classes: Number of classes K.
+        depth: Number of blocks, each run several times.
+        width: Features D.
+        heads: Attention heads.
+        block: What a block is built by.
+        **options: As for ``SlicedRecursive``.
+
+    Shapes: [B, C, H, W] to [B, K].
+
+    Examples:
+        >>> import torch
+        >>> SReT(1, 8, patch=2, classes=10, depth=2, width=16, heads=2, groups=(4, 2))(torch.zeros(3, 1, 8, 8)).shape
+        torch.Size([3, 10])
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        image: int | tuple[int, int] = 32,
+        *,
+        patch: int = 4,
+        classes: int = 10,
+        depth: int = 4,
+        width: int = 64,
+        heads: int = 4,
+        block: Callable[..., nn.Module] = SlicedRecursive,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.patches = Patches(channels, image, patch, width)
+        self.place = nn.Parameter(torch.randn(self.patches.count, width) * 0.02)
+        self.blocks = nn.Sequential(*(block(width, heads, **options) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    @classmethod
+    def for_task(cls, shape: DataShape, **options: Any) -> Self:
+        """A net for a task of images and classes."""
+        if (shape.kind, shape.outputs) != ("image", "classes"):
+            raise ValueError(f"SReT: takes images and gives classes, not {shape.kind} and {shape.outputs}.")
+        options = {"patch": 2 if shape.height <= 16 else 4, **options}
+        return cls(shape.channels, (shape.height, shape.width), classes=shape.classes, **options)
+
+    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        """Logits of the classes."""
+        return self.head(self.norm(self.blocks(self.patches(image) + self.place)).mean(1))
 
 
 EXAMPLE = Example(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from interlayer.claims import Claim, Scale, fits, highest
 from interlayer.claims.training import judge, task, train
 from interlayer.core.cost import flops, parameters
-from interlayer.core.parts import Patches
-from interlayer.layers.stream.sret import SlicedRecursive
+from interlayer.layers.stream.sret import SlicedRecursive, SReT
 
 
 class Scrambled(SlicedRecursive):
@@ -23,29 +24,18 @@ class Scrambled(SlicedRecursive):
         return x
 
 
-class Net(nn.Module):
-    """A vision Transformer of such blocks, with learned places and the mean over tokens."""
-
-    def __init__(self, name: str, arm: str, scale: Scale, recursions: int) -> None:
-        super().__init__()
-        shape = task(name).shape
-        patch = shape.height // scale.side
-        self.patches = Patches(shape.channels, (shape.height, shape.width), patch, scale.width)
-        self.place = nn.Parameter(torch.randn(self.patches.count, scale.width) * 0.02)
-        make = Scrambled if arm == "scrambled" else SlicedRecursive
-        options = {
-            "unshared": {"recursions": 1, "groups": (1,)},
-            "once": {"recursions": 1, "groups": (1,)},
-            "naive": {"recursions": recursions, "groups": (1,)},
-            "own projections": {"recursions": recursions, "groups": (1,), "projections": "own"},
-        }.get(arm, {"recursions": recursions, "groups": scale.groups})
-        blocks = scale.blocks * (recursions if arm == "unshared" else 1)
-        self.blocks = nn.Sequential(*(make(scale.width, scale.heads, **options) for _ in range(blocks)))
-        self.norm, self.head = nn.LayerNorm(scale.width), nn.Linear(scale.width, shape.classes)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits."""
-        return self.head(self.norm(self.blocks(self.patches(image) + self.place)).mean(1))
+def _net(name: str, arm: str, scale: Scale, recursions: int) -> SReT:
+    shape = task(name).shape
+    block: type[SlicedRecursive] = Scrambled if arm == "scrambled" else SlicedRecursive
+    options: dict[str, Any] = {
+        "unshared": {"recursions": 1, "groups": (1,)},
+        "once": {"recursions": 1, "groups": (1,)},
+        "naive": {"recursions": recursions, "groups": (1,)},
+        "own projections": {"recursions": recursions, "groups": (1,), "projections": "own"},
+    }.get(arm, {"recursions": recursions, "groups": scale.groups})
+    depth = scale.blocks * (recursions if arm == "unshared" else 1)
+    sizes = {"patch": shape.height // scale.side, "depth": depth, "width": scale.width, "heads": scale.heads}
+    return SReT.for_task(shape, block=block, **sizes, **options)
 
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
@@ -53,15 +43,15 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     found = {}
     for name in scale.tasks:
         torch.manual_seed(seed)
-        model = Net(name, arm, scale, scale.recursions)
+        model = _net(name, arm, scale, scale.recursions)
         train(model, name, seed=seed, steps=scale.steps, lr=1e-3, batch=32, warmup=20)
         found[f"accuracy on {name}"] = judge(model, name, most=scale.judged)["accuracy"]
     image = next(iter(task(name).batches(0, 1)))[0]
-    naive = flops(Net(name, "naive", scale, scale.recursions), image)
+    naive = flops(_net(name, "naive", scale, scale.recursions), image)
     found["FLOPs saved"] = 1 - flops(model, image) / naive
     found["parameters"] = parameters(model)
     found["parameters of twice the recursions over these"] = (
-        parameters(Net(name, arm, scale, 2 * scale.recursions)) / found["parameters"]
+        parameters(_net(name, arm, scale, 2 * scale.recursions)) / found["parameters"]
     )
     return found
 
