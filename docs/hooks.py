@@ -6,7 +6,11 @@ from mkdocs.structure.files import File
 
 from interlayer import catalog
 
-PRIMITIVES = ("stream", "slots", "mixer", "taps", "select", "wiring", "weights", "recipe", "cost", "kinds")
+PRIMITIVES = (
+    "stream", "slots", "mixer", "position", "depth", "trunk", "taps", "select", "wiring", "weights", "implicit", "extra",
+    "recipe", "cost", "kinds",
+)  # fmt: skip
+PARTS = ("sparse", "linear", "compressed", "prior", "parts")
 
 
 def _row(s: catalog.System) -> str:
@@ -65,6 +69,25 @@ def _mean(values: list[float | str]) -> str:
     return f"{sum(numbers) / len(numbers):.4g}"
 
 
+def _taxonomy() -> str:
+    lines = [
+        "# Transformer variants",
+        "",
+        "The tree of Lin et al., *A Survey of Transformers* ([arXiv:2106.04554](https://arxiv.org/abs/2106.04554)): a working part",
+        "for each leaf. `interlayer list --taxonomy` prints it. Every part can be named in a slot of any backbone, and",
+        '`XFormer(leaf="...")` is a Transformer with the parts of one leaf.',
+        "",
+        "| leaf | part | stands for | state |",
+        "| --- | --- | --- | --- |",
+    ]
+    for leaf in catalog.taxonomy().values():
+        use = ", ".join(f"`{slot}={what}`" for slot, what in leaf.use.items())
+        paper = f" ([{leaf.paper}](https://arxiv.org/abs/{leaf.paper.removeprefix('arXiv:')}))" if leaf.paper else ""
+        lines.append(f"| {' / '.join(leaf.at)} | {use} | {leaf.method}{paper} | {leaf.state} |")
+    parts = "\n\n".join(f"::: interlayer.layers.mixing.x_formers.{part}" for part in PARTS)
+    return "\n".join([*lines, "", parts])
+
+
 def _core() -> str:
     return "# core\n\nThe primitives. Nothing here knows a paper.\n\n" + "\n\n".join(
         f"::: interlayer.core.{p}" for p in PRIMITIVES
@@ -74,7 +97,12 @@ def _core() -> str:
 def on_files(files, config):
     """Add the pages that follow from the catalogue."""
     rooms = [r for r in catalog.rooms() if any(s.room == r and s.state != "planned" for s in catalog.load().values())]
-    pages = {"catalogue.md": _catalogue(), "rooms/core.md": _core(), **{f"rooms/{r}.md": _room(r) for r in rooms}}
+    pages = {
+        "catalogue.md": _catalogue(),
+        "taxonomy.md": _taxonomy(),
+        "rooms/core.md": _core(),
+        **{f"rooms/{r}.md": _room(r) for r in rooms},
+    }
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     config["nav"].append({"Rooms": [{r: f"rooms/{r}.md"} for r in ("core", *rooms)]})
