@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from interlayer.claims.harness import Scale
 from interlayer.core.extra import extra_loss
 from interlayer.study import tasks
 
@@ -94,3 +95,13 @@ def judge(
     model.train()
     loss = total / count
     return {"loss": loss if math.isfinite(loss) else math.inf, "accuracy": right / count}
+
+
+def language(model: nn.Module, seed: int, scale: Scale, *, lr: float = 2e-3) -> float:
+    """Train a language model on the bytes of the standard library for ``scale.steps``, and give its validation loss.
+
+    Batches of 16 texts of ``scale.length``, warm-up over a tenth of the steps; judged on ``scale.judged`` batches of 64.
+    """
+    warmup, cut = scale.steps // 10, scale.length
+    train(model, "stdlib-bytes", seed=seed, steps=scale.steps, lr=lr, batch=16, warmup=warmup, cut=cut)
+    return judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=cut)["loss"]

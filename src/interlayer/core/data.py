@@ -40,6 +40,11 @@ class DataShape:
         if self.outputs not in OUTPUTS:
             raise ValueError(f"DataShape: outputs {self.outputs!r} is not one of {OUTPUTS}.")
 
+    def require(self, who: str, kind: str, outputs: str) -> None:
+        """Raise ValueError if a model that takes one kind of data only, and gives one, is asked for another."""
+        if (self.kind, self.outputs) != (kind, outputs):
+            raise ValueError(f"{who}: takes {kind} data and gives {outputs}, not {self.kind} and {self.outputs}.")
+
     @property
     def flat(self) -> int:
         """Numbers in one input, for a model that flattens it."""

@@ -61,5 +61,5 @@ def test_clear_errors():
         MLPMixer(1, 8, patch=2, size="nano")(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="needs attention"):
         MLPMixer(1, 8, patch=2, size="nano", stream="value-residual")
-    with pytest.raises(ValueError, match="takes images"):
+    with pytest.raises(ValueError, match="takes image data"):
         MLPMixer.for_task(DataShape("tokens", "tokens", vocab=3, length=4))

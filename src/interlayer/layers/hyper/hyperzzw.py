@@ -299,8 +299,7 @@ class Terminator(nn.Module):
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
         """For images and classes: three blocks, a frequency scale that fits the side."""
-        if (shape.kind, shape.outputs) != ("image", "classes"):
-            raise ValueError(f"Terminator: takes images and gives classes, not {shape.kind} and {shape.outputs}.")
+        shape.require("Terminator", "image", "classes")
         options = {"widths": (12, 24, 24), "hidden": 16, "omega": shape.height / 32, **options}
         return cls(shape.channels, (shape.height, shape.width), classes=shape.classes, **options)
 

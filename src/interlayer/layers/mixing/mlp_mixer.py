@@ -120,8 +120,7 @@ class MLPMixer(nn.Module):
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
         """A Mixer for a task of images and classes; ``nano`` with small patches unless told."""
-        if (shape.kind, shape.outputs) != ("image", "classes"):
-            raise ValueError(f"MLPMixer: takes images and gives classes, not {shape.kind} and {shape.outputs}.")
+        shape.require("MLPMixer", "image", "classes")
         options = {"size": "nano", "patch": 2 if shape.height <= 16 else 4, **options}
         return cls(shape.channels, (shape.height, shape.width), classes=shape.classes, **options)
 

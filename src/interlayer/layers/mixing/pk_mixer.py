@@ -180,8 +180,7 @@ class PKMixer(nn.Module):
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
         """A Mixer for a task of images and classes."""
-        if (shape.kind, shape.outputs) != ("image", "classes"):
-            raise ValueError(f"PKMixer: takes images and gives classes, not {shape.kind} and {shape.outputs}.")
+        shape.require("PKMixer", "image", "classes")
         options = {"patch": 2 if shape.height <= 16 else 4, **options}
         return cls(shape.channels, (shape.height, shape.width), classes=shape.classes, **options)
 

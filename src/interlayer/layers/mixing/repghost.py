@@ -258,8 +258,7 @@ class RepGhostNet(nn.Module):
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
         """A small net for a task of images and classes."""
-        if (shape.kind, shape.outputs) != ("image", "classes"):
-            raise ValueError(f"RepGhostNet: takes images and gives classes, not {shape.kind} and {shape.outputs}.")
+        shape.require("RepGhostNet", "image", "classes")
         return cls(shape.channels, shape.classes, **{"units": SMALL, "stem": 1, "head": 128, **options})
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:

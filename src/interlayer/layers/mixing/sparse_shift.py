@@ -261,8 +261,7 @@ class FENet(nn.Module):
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
         """A net for a task of images and classes."""
-        if (shape.kind, shape.outputs) != ("image", "classes"):
-            raise ValueError(f"FENet: takes images and gives classes, not {shape.kind} and {shape.outputs}.")
+        shape.require("FENet", "image", "classes")
         return cls(shape.channels, shape.classes, **options)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:

@@ -187,8 +187,7 @@ class SReT(nn.Module):
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
         """A net for a task of images and classes."""
-        if (shape.kind, shape.outputs) != ("image", "classes"):
-            raise ValueError(f"SReT: takes images and gives classes, not {shape.kind} and {shape.outputs}.")
+        shape.require("SReT", "image", "classes")
         options = {"patch": 2 if shape.height <= 16 else 4, **options}
         return cls(shape.channels, (shape.height, shape.width), classes=shape.classes, **options)
 

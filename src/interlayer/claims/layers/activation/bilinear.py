@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from interlayer.claims import Claim, Scale, lowest
-from interlayer.claims.training import judge, train
+from interlayer.claims.training import language
 from interlayer.core.cost import parameters
 from interlayer.layers.activation.bilinear import Bilinear, evaluate, residual_stack
 from interlayer.models import Transformer
@@ -34,11 +34,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation loss after equal steps; and how far the tensor form of a stack is from the layers, relative, in float64."""
     torch.manual_seed(seed)
     model = Transformer(depth=scale.depth, width=scale.width, heads=4, **ARMS.get(arm, {"mlp": OneSided}))
-    train(model, "stdlib-bytes", seed=seed, steps=scale.steps, lr=2e-3, batch=16, warmup=scale.steps // 10, cut=64)
-    found = {
-        "loss": judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=64)["loss"],
-        "parameters": float(parameters(model)),
-    }
+    found = {"loss": language(model, seed, scale), "parameters": float(parameters(model))}
     if arm == "bilinear":
         layers = [Bilinear(4, hidden=6).double() for _ in range(2)]
         x = y = torch.randn(4, dtype=torch.float64)
@@ -60,8 +56,8 @@ CLAIM = Claim(
     ),
     control="one-sided",
     scales={
-        "smoke": {"depth": 2, "width": 24, "steps": 2, "judged": 1},
-        "small": {"depth": 4, "width": 72, "steps": 150, "judged": 8},
-        "full": {"depth": 12, "width": 768, "steps": 20000, "judged": 200},
+        "smoke": {"depth": 2, "width": 24, "steps": 2, "length": 64, "judged": 1},
+        "small": {"depth": 4, "width": 72, "steps": 150, "length": 64, "judged": 8},
+        "full": {"depth": 12, "width": 768, "steps": 20000, "length": 64, "judged": 200},
     },
 )

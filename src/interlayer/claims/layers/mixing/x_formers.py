@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from interlayer import catalog
 from interlayer.claims import Claim, Scale, fits, lowest
 from interlayer.claims.training import judge, train
 from interlayer.core import cost
-from interlayer.core.mixer import Attention, Context
+from interlayer.core.mixer import Attention, Context, attend
 from interlayer.core.slots import fill
 from interlayer.layers.mixing.x_formers import XFormer
 from interlayer.layers.mixing.x_formers.prior import ResidualScores
+from interlayer.layers.mixing.x_formers.sparse import SlidingWindow
 
-FULL, BLIND = "softmax attention", "no mixing"
+FULL, BLIND, MASKED = "softmax attention", "no mixing", "window as a mask"
 LEAVES = {
     leaf.name.removeprefix("module/attention/"): leaf for leaf in catalog.taxonomy().values() if "attention" in leaf.at
 }
@@ -29,7 +31,7 @@ SIZES = {"depth": 2, "width": 32, "heads": 4}
 
 
 class NoMixing(torch.nn.Module):
-    """The control: tokens never meet."""
+    """The control of quality: tokens never meet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,10 +41,25 @@ class NoMixing(torch.nn.Module):
         """Nothing is added."""
         return 0 * x * self.dummy
 
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """No product at all."""
+        return 0 * v
+
+
+class Masked(SlidingWindow):
+    """The control of growth: the same window, but all scores are computed and most thrown away."""
+
+    def blocks(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention over everything, masked."""
+        seen = self.pattern(q.shape[-2], k.shape[-2], q.device)
+        return attend(q, k, v, causal=False, mask=mask, allowed=seen)
+
 
 def _use(arm: str) -> dict[str, Any]:
-    if arm == BLIND:
-        return {"mixer": NoMixing}
+    if arm in (BLIND, MASKED):
+        return {"mixer": NoMixing if arm == BLIND else partial(Masked, window=16)}
     return dict(LEAVES[arm].use) if arm in LEAVES else {"mixer": "attention"}
 
 
@@ -78,8 +95,6 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         model = XFormer("other", channels=1, image=(32, 32), patch=4, classes=16, **SIZES, **_use(arm))
         train(model, "photos", seed=seed, steps=scale.steps, lr=3e-3, batch=32, warmup=scale.steps // 10)
         found["error on photos"] = 1 - judge(model, "photos", most=scale.judged)["accuracy"]
-    if arm == BLIND:
-        return {**found, "growth": 2.0, "FLOPs at the longest over softmax": 0.0}
     short, long = (_flops(arm, length) for length in scale.lengths)
     growth = math.log(max(long, 1) / max(short, 1)) / math.log(scale.lengths[1] / scale.lengths[0])
     return {**found, "growth": growth, "FLOPs at the longest over softmax": long / _flops(FULL, scale.lengths[1])}
@@ -94,7 +109,7 @@ CLAIM = Claim(
         *(fits("growth", arm, high=1.1) for arm in LINEAR),
         *(lowest("error on photos", arm, than=(FULL,), margin=-0.02) for arm in (LINEAR[0], LINEAR[3], LINEAR[5])),
     ),
-    control=BLIND,
+    control=(*(MASKED for _ in LINEAR), BLIND, BLIND, BLIND),
     scales={
         "smoke": {"steps": 1, "judged": 1, "lengths": (64, 256)},
         "small": {"steps": 50, "judged": None, "lengths": (512, 8192)},

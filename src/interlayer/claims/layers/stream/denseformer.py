@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from interlayer.claims import Claim, Scale, lowest
-from interlayer.claims.training import judge, train
+from interlayer.claims.training import language
 from interlayer.core.slots import parse_spec
 from interlayer.core.stream import PreNorm, State
 from interlayer.layers.stream.denseformer import DenseFormer
@@ -26,19 +26,9 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     deeper = arm == "deeper"
     stream = {"plain": PreNorm, "deeper": PreNorm, "frozen": Frozen}.get(arm, arm)
     model = Transformer(depth=scale.depth + 2 * deeper, width=scale.width, heads=4, stream=stream)
-    train(
-        model,
-        "stdlib-bytes",
-        seed=seed,
-        steps=scale.steps,
-        lr=2e-3,
-        batch=16,
-        warmup=scale.steps // 10,
-        cut=scale.length,
-    )
-    found = judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=scale.length)
+    loss = language(model, seed, scale)
     kept = 0 if not isinstance(model.trunk.stream, DenseFormer) else len(model.trunk.stream.last_reader)
-    return {"loss": found["loss"], "outputs kept": kept, "dilation": parse_spec(arm)[1].get("dilation", 0)}
+    return {"loss": loss, "outputs kept": kept, "dilation": parse_spec(arm)[1].get("dilation", 0)}
 
 
 CLAIM = Claim(

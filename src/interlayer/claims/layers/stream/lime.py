@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from interlayer.claims import Claim, Scale, highest, lowest
-from interlayer.claims.training import batches, judge, train
+from interlayer.claims.training import batches, language
 from interlayer.core.mixer import Cache
 from interlayer.core.stream import State
 from interlayer.layers.stream.lime import LIMe
@@ -75,17 +75,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation loss after equal steps, entropies by layer, and cache bytes of a token."""
     torch.manual_seed(seed)
     model = Transformer(depth=scale.depth, width=scale.width, heads=4, **ARMS[arm])
-    train(
-        model,
-        "stdlib-bytes",
-        seed=seed,
-        steps=scale.steps,
-        lr=2e-3,
-        batch=16,
-        warmup=scale.steps // 10,
-        cut=scale.length,
-    )
-    loss = judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=scale.length)["loss"]
+    loss = language(model, seed, scale)
     tokens = next(batches("stdlib-bytes", 99, 16, 1))[0][:, : scale.length]
     values, hidden = entropies(model, tokens)
     cache, late = Cache(), slice(scale.depth // 2, None)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from interlayer.claims import Claim, Scale, lowest
-from interlayer.claims.training import judge, train
+from interlayer.claims.training import language
 from interlayer.core import cost
 from interlayer.core.stream import State
 from interlayer.layers.stream.muddformer import MUDDFormer, widening
@@ -38,19 +38,10 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     torch.manual_seed(seed)
     sizes = {"depth": scale.depth, "width": scale.width, "heads": 4}
     model, plain = Transformer(**sizes, **ARMS[arm]), Transformer(**sizes)
-    train(
-        model,
-        "stdlib-bytes",
-        seed=seed,
-        steps=scale.steps,
-        lr=2e-3,
-        batch=16,
-        warmup=scale.steps // 10,
-        cut=scale.length,
-    )
+    loss = language(model, seed, scale)
     tokens = torch.zeros(1, 128, dtype=torch.long)
     return {
-        "loss": judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=scale.length)["loss"],
+        "loss": loss,
         "parameters +%": 100 * (cost.parameters(model) / cost.parameters(plain) - 1),
         "FLOPs +%": 100 * (cost.flops(model, tokens) / cost.flops(plain, tokens) - 1),
     }

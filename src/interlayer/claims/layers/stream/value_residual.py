@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interlayer.claims import Claim, Scale, lowest
-from interlayer.claims.training import batches, judge, train
+from interlayer.claims.training import batches, language
 from interlayer.core.mixer import Attention, Cache, Context
 from interlayer.layers.stream.value_residual import ValueResidual
 from interlayer.models import Transformer
@@ -87,17 +87,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation loss after equal steps, attention entropy in the last third of the layers, cache bytes of a token."""
     torch.manual_seed(seed)
     model = Transformer(depth=scale.depth, width=scale.width, heads=4, **(ARMS | TWINS)[arm])
-    train(
-        model,
-        "stdlib-bytes",
-        seed=seed,
-        steps=scale.steps,
-        lr=2e-3,
-        batch=16,
-        warmup=scale.steps // 10,
-        cut=scale.length,
-    )
-    loss = judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=scale.length)["loss"]
+    loss = language(model, seed, scale)
     tokens = next(batches("stdlib-bytes", 99, 8, 1))[0][:, : scale.length]
     late = entropy(model, tokens)[-max(scale.depth // 3, 1) :]
     cache = Cache()

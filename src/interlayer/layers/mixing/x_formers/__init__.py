@@ -90,8 +90,7 @@ class XFormer(nn.Module):
         """An X-former for a task of text, or of images and classes."""
         if shape.kind == "tokens":
             return cls(**{"vocab": shape.vocab, "classes": shape.classes, "length": shape.length, **options})
-        if (shape.kind, shape.outputs) != ("image", "classes"):
-            raise ValueError(f"XFormer: takes text, or images and classes, not {shape.kind} and {shape.outputs}.")
+        shape.require("XFormer", "image", "classes")
         options = {"patch": 2 if shape.height <= 16 else 4, **options}
         return cls(channels=shape.channels, image=(shape.height, shape.width), classes=shape.classes, **options)
 
