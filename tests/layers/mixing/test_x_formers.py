@@ -1,5 +1,6 @@
 """Every leaf of the tree: builds, learns, keeps the future out, equals its naive twin, and grows as promised."""
 
+import copy
 import math
 
 import pytest
@@ -57,10 +58,11 @@ def test_every_leaf_is_ready_builds_and_learns(leaf):
         optimiser.zero_grad()
         losses[-1].backward()
         optimiser.step()
+    assert all(p.grad is not None for p in model.parameters())
     assert losses[-1] < losses[0] and all(math.isfinite(x.item()) for x in losses)
 
 
-@pytest.mark.parametrize("name", [m for m in MIXERS if m not in ONLY_WHOLE])
+@pytest.mark.parametrize("name", [*(m for m in MIXERS if m not in ONLY_WHOLE), *SPARSE])
 def test_causal_forms_keep_the_future_out(name):
     torch.manual_seed(0)
     model = Transformer(**SIZES, mixer=name).double().eval()
@@ -69,10 +71,11 @@ def test_causal_forms_keep_the_future_out(name):
         changed = TOKENS.clone()
         changed[:, cut:] = (changed[:, cut:] + 5) % 20
         torch.testing.assert_close(model(changed)[:, :cut], whole[:, :cut], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(model(TOKENS[:, :cut]), whole[:, :cut], rtol=1e-9, atol=1e-9)  # nor does length tell
     assert not torch.allclose(model(TOKENS.flip(1))[:, -1], whole[:, -1])
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", [*MIXERS, *SPARSE])
 def test_decoding_with_a_cache_equals_the_whole_pass_or_is_refused(name):
     if name in ONLY_WHOLE:
         with pytest.raises(ValueError, match="no causal form"):
@@ -113,6 +116,8 @@ def test_block_sparse_attention_equals_its_pattern(spec, causal, length):
     q, k, v = (torch.randn(3, 2, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = torch.rand(3, length) < 0.8
     mask[:, 0] = True
+    for new in range(1, length):
+        assert torch.equal(layer.pattern(new, length), layer.pattern(length, length)[-new:])
     for padding in (None, mask):
         seen = layer.pattern(length, length)[None, None]
         seen = seen if padding is None else seen & padding[:, None, None]
@@ -125,6 +130,143 @@ def test_block_sparse_attention_equals_its_pattern(spec, causal, length):
         torch.testing.assert_close(ours[0], theirs[0])
         if "segments" not in spec:  # which stops the gradient of keys and values of the segment before
             torch.testing.assert_close(ours[1], theirs[1])
+
+
+def seen_by(causal, length=11):
+    whole = torch.ones(length, length, dtype=torch.bool)
+    return whole.tril() if causal else whole
+
+
+def softmax_weights(layer, q, k, bias=0.0):
+    return (q @ k.mT / 2 + bias).masked_fill(~seen_by(layer.causal), -torch.inf).softmax(-1)
+
+
+def linear_twin(layer, q, k, v):
+    score = (layer.features(q) @ layer.features(k).mT) * seen_by(layer.causal)
+    return score / score.sum(-1, keepdim=True) @ v
+
+
+def local_twin(layer, q, k, v):
+    far = torch.arange(11.0)[:, None] - torch.arange(11.0)
+    return softmax_weights(layer, q, k, -far.square() / (2 * layer.log_spread.exp()[:, None, None] ** 2)) @ v
+
+
+def top_twin(layer, q, k, v):
+    score = (q @ k.mT / 2).masked_fill(~seen_by(layer.causal), -torch.inf)
+    rank = score.argsort(-1, descending=True).argsort(-1)
+    return score.masked_fill(rank >= 3, -torch.inf).softmax(-1) @ v
+
+
+def compressed_twin(layer, q, k, v):
+    """One group at a time; a causal query has earlier groups whole, and its own token by token."""
+    groups = [range(a, min(a + 3, 11)) for a in range(0, 11, 3)]
+    small = [
+        torch.stack([sum(t[:, :, p] * w[p - g[0]] for p in g) for g in groups], 2)
+        for t, w in ((k, layer.squeeze_k), (v, layer.squeeze_v))
+    ]
+    out = []
+    for t in range(11):
+        g = t // 3 if layer.causal else 4
+        own = slice(3 * g, t + 1) if layer.causal else slice(0, 0)
+        keys, values = (torch.cat((s[:, :, :g], x[:, :, own]), 2) for s, x in zip(small, (k, v), strict=True))
+        out.append(((q[:, :, t : t + 1] @ keys.mT) / 2).softmax(-1) @ values)
+    return torch.cat(out, 2)
+
+
+def hierarchical_twin(layer, q, k, v):
+    block = torch.arange(11) // 3
+    low = (q @ k.mT / 2).masked_fill(~seen_by(layer.causal) | (block[:, None] != block), -torch.inf).softmax(-1) @ v
+    mean_k, mean_v = (torch.stack([t[:, :, block == b].mean(2) for b in range(4)], 2) for t in (k, v))
+    later = torch.arange(4) >= block[:, None] if layer.causal else torch.zeros(11, 4, dtype=torch.bool)
+    return low + (q @ mean_k.mT / 2).masked_fill(later, -torch.inf).softmax(-1).nan_to_num(0) @ mean_v
+
+
+def clustered_twin(layer, q, k, v):
+    group = layer.groups(q)
+    mean = torch.stack(
+        [
+            torch.stack([x[g == g[i]].mean(0) for i in range(11)])
+            for x, g in zip(q.flatten(0, 1), group.flatten(0, 1), strict=True)
+        ]
+    )
+    return softmax_weights(layer, mean.view_as(q), k) @ v
+
+
+def routing_twin(layer, q, k, v):
+    out, count = torch.zeros_like(q), torch.zeros_like(q[..., :1])
+    for b in range(len(q)):
+        for h in range(2):
+            for c in layer.centroids[h]:
+                at_q, at_k = ((F.normalize(t[b, h], dim=-1) @ c).topk(4).indices for t in (q, k))
+                out[b, h, at_q] += (q[b, h, at_q] @ k[b, h, at_k].T / 2).softmax(-1) @ v[b, h, at_k]
+                count[b, h, at_q] += 1
+    return out / count.clamp(min=1)
+
+
+def nystrom_twin(layer, q, k, v):
+    segment = torch.arange(11) * 3 // 11
+    small_q, small_k = (torch.stack([t[:, :, segment == s].mean(2) for s in range(3)], 2) for t in (q, k))
+    left, core, right = ((a @ b.mT / 2).softmax(-1) for a, b in ((q, small_k), (small_q, small_k), (small_q, k)))
+    return left @ torch.linalg.pinv(core) @ right @ v
+
+
+def projected_twin(layer, q, k, v):
+    k, v = (torch.einsum("rs,bhsk->bhrk", p[:, :11], t) for p, t in ((layer.project_k, k), (layer.project_v, v)))
+    return (q @ k.mT / 2).softmax(-1) @ v
+
+
+def induced_twin(layer, q, k, v):
+    return (q @ layer.points.mT / 2).softmax(-1) @ (layer.points @ k.mT / 2).softmax(-1) @ v
+
+
+def synthesizer_twin(layer, q, k, v):
+    return softmax_weights(layer, 0 * q, k, layer.scores[:, :11, :11]) @ v
+
+
+def memory_twin(layer, q, k, v):
+    score = (q @ k.mT / 2).masked_fill(~seen_by(layer.causal), -torch.inf)
+    both = torch.cat((score, q @ layer.keys.mT / 2), -1).softmax(-1)
+    return both[..., :11] @ v + both[..., 11:] @ layer.values
+
+
+def talking_twin(layer, q, k, v):
+    score = torch.einsum("gh,bhij->bgij", layer.before, q @ k.mT / 2).masked_fill(~seen_by(layer.causal), -torch.inf)
+    return torch.einsum("gh,bhij,bgjk->bgik", layer.after, score.softmax(-1), v)
+
+
+TWINS = {
+    "linear-attention": linear_twin,
+    "performer": linear_twin,
+    "local-prior(spread=2.0)": local_twin,
+    "top-k(keep=3)": top_twin,
+    "compressed(ratio=3)": compressed_twin,
+    "hierarchical(block=3)": hierarchical_twin,
+    "clustered(clusters=3)": clustered_twin,
+    "routing(clusters=3)": routing_twin,
+    "nystrom(landmarks=3, rounds=40)": nystrom_twin,
+    "linformer(rank=3)": projected_twin,
+    "induced(points=3)": induced_twin,
+    "synthesizer": synthesizer_twin,
+    "persistent-memory(slots=3)": memory_twin,
+    "talking-heads": talking_twin,
+}
+
+
+@pytest.mark.parametrize(
+    ("spec", "causal"), [(s, c) for s in TWINS for c in (False, True) if not c or s.partition("(")[0] not in ONLY_WHOLE]
+)
+def test_mixers_equal_their_equation_written_out(spec, causal):
+    layer = mixer(spec, causal).double().eval()
+    with torch.no_grad():
+        for p in layer.parameters():  # no identity or constant start
+            p.add_(0.1 * torch.randn_like(p))
+    q, k, v = (torch.randn(2, 2, 11, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    ours, twin = layer.mix(q, k, v), TWINS[spec](layer, q, k, v)
+    torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-6)
+    probe = torch.randn_like(ours)
+    got, wanted = (torch.autograd.grad((y * probe).sum() + 0 * (q + k + v).sum(), (q, k, v)) for y in (ours, twin))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_patterns_by_hand():
@@ -159,6 +301,14 @@ def test_linear_attention_in_chunks_equals_all_scores(length):
         torch.testing.assert_close(x, y)
 
 
+def test_linear_attention_learns_when_compiled():
+    layer, x = mixer("linear-attention", False), torch.randn(2, 9, 8)
+    wanted = torch.autograd.grad(layer(x).square().sum(), layer.qkv.weight)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), layer.qkv.weight)[0], wanted)
+
+
 def test_performer_approaches_softmax_attention_with_more_features():
     errors = []
     for count in (8, 64, 1024):
@@ -169,6 +319,20 @@ def test_performer_approaches_softmax_attention_with_more_features():
     assert errors[0] > 4 * errors[1] > 16 * errors[2]
     w = mixer("performer(count=4)", False, width=16).directions
     assert torch.allclose(F.normalize(w) @ F.normalize(w).T, torch.eye(4), atol=1e-5)
+
+
+def test_performer_keeps_tokens_apart_in_single_precision():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 40, 32) for _ in range(3))
+    layer = mixer("performer", False, width=32, heads=1)
+    long = q.clone()
+    long[:, :, ::2] *= 8  # what a query reads does not depend on how long another one is
+    torch.testing.assert_close(layer.mix(long, k, v)[:, :, 1::2], layer.mix(q, k, v)[:, :, 1::2])
+    assert (layer.mix(long, k, v).abs().amax(-1) > 1e-6).all()
+    layer = mixer("performer", True, width=32, heads=1)
+    k, late = 3.5 * k, 3.5 * k
+    late[:, :, -1] = layer.directions[0] * 32**0.25  # the strongest key there is comes last
+    torch.testing.assert_close(layer.mix(q, late, v)[:, :, :-1], layer.mix(q, k, v)[:, :, :-1])
 
 
 def test_delta_rule_token_by_token():
@@ -288,6 +452,7 @@ def test_adaptive_depth_spends_one_and_halts():
     y = order(State(torch.zeros(1, 1, 2)), step).x
     assert y.flatten().tolist() == [1.5, 1.5] and seen == [0, 1, 2]  # half of 1 and half of 2; the third adds nothing
     assert order.extra_loss().item() == pytest.approx(2.5)  # two blocks, and the remainder
+    assert copy.deepcopy(order).extra_loss().item() == 0.0  # a copy does not take the last pass along
     order.eval()(State(torch.zeros(1, 1, 2)), step)
     assert order.extra_loss().item() == 0.0
 

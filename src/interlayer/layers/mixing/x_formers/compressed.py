@@ -145,7 +145,7 @@ class Linformer(Whole):
 
 
 class Induced(Whole):
-    """A few learned points read the sequence, and the sequence reads them (Set Transformer's ISAB; Lee et al.).
+    """A few learned points read the sequence, and the sequence reads them (Set Transformer's ISAB; Lee et al., arXiv:1810.00825).
 
     ``y = attend(q, k, attend(p, k, v))``-like in two steps: points p attend to all, then all attend to the points' keys p.
     2 S points scores a head.
@@ -210,8 +210,8 @@ def pseudo_inverse(a: Tensor, rounds: int) -> Tensor:
 class Hierarchical(Attention):
     """Tokens read their own block; blocks, through their means, read each other (causal: earlier blocks).
 
-    The two are added: word level and, above it, block level, in the spirit of HIBERT (Zhang et al.). S block + (S / block)^2
-    scores a head.
+    The two are added: word level and, above it, block level, in the spirit of HIBERT (Zhang et al., arXiv:1905.06566).
+    S block + S^2 / block scores a head.
 
     Args:
         width: Features D.

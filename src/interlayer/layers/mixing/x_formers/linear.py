@@ -27,15 +27,16 @@ class Linear(Attention):
 
     offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache"})
 
-    def features(self, x: Tensor) -> Tensor:
-        """phi, of queries or keys."""
-        return F.elu(x) + 1
+    def features(self, x: Tensor, shift: tuple[int, ...] = ()) -> Tensor:
+        """phi, of queries or keys; a factor that is constant along the dimensions ``shift`` cancels in the quotient."""
+        return F.elu(x.contiguous()) + 1  # elu's compiled gradient mistakes the strides of a transposed input
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-        fq, fk = self.features(q), self.features(k)
+        # A factor of a key's own would not cancel, and one taken from later keys would let the future in by underflow.
+        fq, fk = self.features(q, (-1,)), self.features(k, () if self.causal else (-2, -1))
         if mask is not None:
             fk = fk * mask[:, None, :, None]
         v = torch.cat((v, torch.ones_like(v[..., :1])), -1)  # the last column becomes the denominator
@@ -45,7 +46,7 @@ class Linear(Attention):
             y = naive(fq, fk, v)
         else:
             y = causal_product(fq, fk, v)
-        return y[..., :-1] / y[..., -1:].clamp(min=1e-30)
+        return y[..., :-1] / y[..., -1:].clamp(min=torch.finfo(y.dtype).tiny)
 
 
 def naive(fq: Tensor, fk: Tensor, v: Tensor) -> Tensor:
@@ -91,17 +92,18 @@ class Performer(Linear):
         lengths = torch.randn(rows, self.head_width).norm(dim=1, keepdim=True)
         self.register_buffer("directions", torch.cat(parts)[:rows] * lengths)
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, shift: tuple[int, ...] = ()) -> Tensor:
         x = x * self.head_width**-0.25
         power = x @ self.directions.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
-        # A constant for all tokens of a head cancels in the quotient.
-        return torch.exp(power - power.detach().amax((-1, -2), keepdim=True)) / math.sqrt(len(self.directions))
+        if shift:
+            power = power - power.detach().amax(shift, keepdim=True)
+        return power.exp() / math.sqrt(len(self.directions))
 
 
 class Delta(Attention):
     """The delta rule in place of plain sums: a key's old value is taken out before the new one is written.
 
-    Fast weight programmers (Schlag et al., "Linear Transformers Are Secretly Fast Weight Programmers"):
+    Fast weight programmers (Schlag et al., "Linear Transformers Are Secretly Fast Weight Programmers", arXiv:2102.11174):
     ``M_t = M_{t-1} + b_t (v_t - M_{t-1} k_t) k_t'``, ``y_t = M_t q_t`` with keys of length 1 and a learned rate b_t in (0, 1).
     Solved chunk by chunk with one triangular system each: S C K + S K^2 multiply-adds a head, a loop over S / C chunks.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -114,12 +114,12 @@ class NoMLP(nn.Module):
         super().__init__()
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """Zero."""
-        return torch.zeros_like(x)
+        """Zero, with the input in its graph: the norm before it gets a gradient, which distributed training asks for."""
+        return 0 * x
 
 
 class AdaptiveDepth(Sequential):
-    """Every token decides after each block whether to halt; its output is the mean of its states (ACT; Dehghani et al.).
+    """Every token decides after each block whether to halt; its output is the mean of its states (ACT; Dehghani et al., arXiv:1807.03819).
 
     Adaptive computation time as in the Universal Transformer, over distinct blocks: after block n a token halts with
     ``p_n = sigmoid(w x_n + b)``; when the sum of the p reaches ``1 - rest`` (or at the last block) the remainder is spent, and ``y =
@@ -141,6 +141,10 @@ class AdaptiveDepth(Sequential):
         nn.init.constant_(self.halt.bias, -1.0)
         self.rest, self.penalty = rest, penalty
         self.ponder: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not the graph of the last pass."""
+        return {**self.__dict__, "ponder": None}
 
     def extra_loss(self) -> Tensor:
         """The penalty on the depth that the last pass took."""

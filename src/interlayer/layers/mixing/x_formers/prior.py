@@ -28,7 +28,7 @@ def scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
 class Local(Attention):
     """A Gaussian prior: scores fall with the square of the distance, as fast as each head learns.
 
-    ``score_ij - (i - j)^2 / (2 s_h^2)``; Yang et al., "Modeling Localness for Self-Attention Networks", predict centre and width from
+    ``score_ij - (i - j)^2 / (2 s_h^2)``; Yang et al. (arXiv:1810.10182) predict centre and width from
     the query, here every head has a width of its own and is centred on the query.
 
     Args:
@@ -100,9 +100,10 @@ class Synthesizer(Attention):
 
 
 class Average(Attention):
-    """Only the plainest prior: a token reads the mean of all values so far (average attention; Zhang et al.), gated by its query.
+    """Only the plainest prior: a token reads the mean of all values so far, gated by its query.
 
-    Equation: ``y = sigmoid(q) * mean(v)``; queries and keys do not meet. S K multiply-adds a head.
+    Average attention (Zhang et al., arXiv:1805.00631): ``y = sigmoid(q) * mean(v)``; queries and keys do not meet.
+    S K multiply-adds a head.
     """
 
     offers: ClassVar[frozenset[str]] = CACHED
@@ -140,7 +141,7 @@ class TalkingHeads(Attention):
 
 
 class AdaptiveSpan(Attention):
-    """Each head learns how far back it looks: weights fade out over ``ramp`` places beyond its span (Sukhbaatar et al.).
+    """Each head learns how far back it looks: weights fade out over ``ramp`` places beyond its span (Sukhbaatar et al., arXiv:1905.07799).
 
     ``w_ij = m(i - j) e_ij / sum m(i - j) e_ij`` with ``m(d) = clamp((ramp + z_h - d) / ramp, 0, 1)``. A penalty on the spans
     (``extra_loss``) keeps them short. All S^2 scores are computed here; what lies beyond the longest span could be left out.
@@ -170,17 +171,17 @@ class AdaptiveSpan(Attention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         new, total = q.shape[-2], k.shape[-2]
-        place = torch.arange(total, device=q.device, dtype=q.dtype)
+        place = torch.arange(total, device=q.device, dtype=torch.float32)  # bfloat16 counts to 256
         distance = (place[total - new :, None] - place).abs()
         fade = ((self.ramp + self.span.clamp(min=0)[:, None, None] - distance) / self.ramp).clamp(0, 1)
-        weight = scores(q, k, self.causal, mask).softmax(-1) * fade
+        weight = scores(q, k, self.causal, mask).softmax(-1) * fade.to(q.dtype)
         return weight / weight.sum(-1, keepdim=True).clamp(min=1e-8) @ v
 
 
 class RoutedHeads(Attention):
     """What heads read is not put side by side but agreed upon: ``rounds`` of routing from heads to as many output capsules.
 
-    Refined aggregation (Li et al., "Information Aggregation for Multi-Head Attention with Routing-by-Agreement"), the simple routing:
+    Refined aggregation (Li et al., arXiv:1904.03100), the simple routing:
     every head makes a vote for every capsule, and votes that agree with the outcome gain weight.
 
     Args:
@@ -241,7 +242,7 @@ class PersistentMemory(Attention):
 
 
 class Lite(Attention):
-    """Long-short range attention: half of the features attend, half are convolved (Lite Transformer; Wu et al.).
+    """Long-short range attention: half of the features attend, half are convolved (Lite Transformer; Wu et al., arXiv:2004.11886).
 
     Args:
         width: Features D, even.

@@ -175,7 +175,7 @@ class GlobalWindow(SlidingWindow):
     def pattern(self, new: int, total: int, device: torch.device | None = None) -> Tensor:
         seen = super().pattern(new, total, device)
         if not self.causal:
-            seen[max(0, total - new) :][: max(0, self.tokens - (total - new))] = True
+            seen[: max(0, self.tokens - (total - new))] = True
         return seen
 
     def blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -198,7 +198,7 @@ class BigBird(BlockSparse):
         random: Random blocks for each block of queries.
         beside: Whether neighbouring blocks are seen.
         first: Whether the first block is global.
-        seed: Of the random blocks; the same at every length.
+        seed: Of the random blocks; in a causal model they are the same at every length, as decoding needs.
         **options: As for ``BlockSparse``.
     """
 
@@ -224,7 +224,7 @@ class BigBird(BlockSparse):
         if self.first:
             parts.append(torch.zeros_like(own))
         reach = own + 1 if self.causal else torch.full_like(own, count)
-        parts.append(_scrambled(own * 7919 + torch.arange(self.random) * 104729 + self.seed * 1299709 + count) % reach)
+        parts.append(_scrambled(own * 7919 + torch.arange(self.random) * 104729 + self.seed * 1299709) % reach)
         layout = torch.cat(parts, 1).sort(1).values
         again = F.pad(layout[:, 1:] == layout[:, :-1], (1, 0))
         return torch.where(again, -1, layout)
