@@ -26,13 +26,14 @@ class DOH(nn.Module):
     Paper: Gordon et al., "D'OH: Decoder-Only Random Hypernetworks for Implicit Neural Representations", arXiv:2403.19163.
 
     Equation: layer l of the implicit network has the weights ``W_l = s_l B_l z`` with one code z for all layers, learned for
-    this signal alone, and a fixed random ``B_l`` that is never stored but drawn again from ``seed``. Here B_l is Gaussian with
-    variance 1 / latent, z starts standard normal, and ``s_l`` is the deviation with which that layer would usually begin, so
-    that the generated network begins as an ordinary one does (with sines, the last layer as a linear one without them). The
-    paper's own distributions could not be verified.
+    this signal alone, and a fixed random ``B_l`` that is never stored but drawn again from ``seed``. What is stored is the code,
+    the biases, which are learned as they are, and the seed. Here B_l is Gaussian with variance 1 / latent, z starts standard
+    normal, and ``s_l`` is the deviation with which that layer would usually begin, so that the generated network begins as an
+    ordinary one does (with sines, the last layer as a linear one without them, as a code cannot grow for one layer alone).
+    The paper's own distributions could not be verified.
 
-    The footprint is ``latent`` numbers whatever the network is: the rate is chosen without a search over networks. A
-    forward pass costs P latent multiply-adds more than the network of P weights itself, and P latent numbers of memory.
+    The footprint is ``latent`` numbers and the biases whatever the network is: the rate is chosen without a search over
+    networks. With P weights a forward pass costs P latent multiply-adds more than the network itself, and as much memory.
 
     Args:
         inputs: Coordinates D.
@@ -56,8 +57,8 @@ class DOH(nn.Module):
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     stored = image.save(f"{folder}/image.safetensors", bits=8)
         ...     again = DOH.load(f"{folder}/image.safetensors")
-        >>> torch.equal(again(grid(5, 5)), stored(grid(5, 5))), again.bits(8)
-        (True, 800)
+        >>> torch.equal(again(grid(5, 5)), stored(grid(5, 5))), again.bits(8)  # the code and 97 biases
+        (True, 1576)
     """
 
     def __init__(
@@ -80,16 +81,16 @@ class DOH(nn.Module):
             inputs, outputs, width=width, depth=depth, activation=activation, frequencies=frequencies, omega=omega
         )
         generator = torch.Generator().manual_seed(seed)
-        spread = self.layout.spread()
-        if (
-            activation == "sine"
-        ):  # a code cannot grow for the last layer alone, so its values must have their size at once
-            spread[-1] = (1 / (3 * width) ** 0.5, spread[-1][1])
-        each = [s for (o, i), (w, b) in zip(self.layout.shapes, spread, strict=True) for s in [w] * (o * i) + [b] * o]
-        projection = torch.randn(self.layout.count, latent, generator=generator, dtype=torch.float32)
-        projection *= (torch.tensor(each) / latent**0.5).unsqueeze(1)
+        spread, shapes = self.layout.spread(), self.layout.shapes
+        if activation == "sine":
+            spread[-1] = ((3 * width) ** -0.5, spread[-1][1])
+        scale = torch.cat([torch.full((o * i,), w) for (o, i), (w, _) in zip(shapes, spread, strict=True)])
+        projection = torch.randn(len(scale), latent, generator=generator, dtype=torch.float32)
+        projection *= (scale / latent**0.5).unsqueeze(1)
         self.register_buffer("projection", projection, persistent=False)
         self.latent = nn.Parameter(torch.randn(latent))
+        starts = [b * 3**0.5 * (2 * torch.rand(o) - 1) for (o, _), (_, b) in zip(shapes, spread, strict=True)]
+        self.biases = nn.Parameter(torch.cat(starts))
 
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
@@ -99,26 +100,30 @@ class DOH(nn.Module):
         return cls(shape.features, shape.classes, **{"frequencies": 0, **options})
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias of each layer, as generated from the code."""
-        return self.layout.split(self.projection @ self.latent)  # type: ignore[operator]
+        """Weight, as generated from the code, and bias of each layer."""
+        shapes = self.layout.shapes
+        weights = (self.projection @ self.latent).split([o * i for o, i in shapes])  # type: ignore[operator]
+        biases = self.biases.split([o for o, _ in shapes])
+        return [(w.view(shape), b) for w, b, shape in zip(weights, biases, shapes, strict=True)]
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B C"]:
         """Values at coordinates."""
         return self.layout(x, self.layers())
 
     def bits(self, bits: int) -> int:
-        """Size of the code alone at so many bits a number."""
-        return bits * self.latent.numel()
+        """Size of code and biases alone at so many bits a number."""
+        return bits * sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()
     def quantized(self, bits: int) -> Self:
-        """A copy whose code lies on the even grid of 2^bits values between its smallest and its largest."""
+        """A copy whose code lies on the even grid of 2^bits values between its smallest and its largest; so the biases."""
         new = type(self)(**self.config).to(self.latent)  # type: ignore[arg-type]
-        new.latent.copy_(dequantize(*quantize(self.latent.detach().cpu().float(), bits)))
+        for mine, its in zip(self.parameters(), new.parameters(), strict=True):
+            its.copy_(dequantize(*quantize(mine.detach().cpu().float(), bits)))
         return new
 
     def save(self, path: str | Path, bits: int = 8) -> Self:
-        """Write the quantised code, its bits packed without gaps, and what is needed to build the network again.
+        """Write the quantised numbers, their bits packed without gaps, and what is needed to build the network again.
 
         Returns:
             The model that ``load`` will give.
@@ -128,13 +133,17 @@ class DOH(nn.Module):
         """
         if not 1 <= bits <= 16:
             raise ValueError(f"DOH: bits {bits}; wanted 1 to 16.")
-        levels, low, step = quantize(self.latent.detach().cpu().float(), bits)
-        packed = np.packbits((levels.numpy()[:, None] >> np.arange(bits)) & 1)
-        told = {"config": self.config, "bits": bits, "count": levels.numel(), "low": low, "step": step}
-        save_file({"code": torch.from_numpy(packed)}, path, metadata={"doh": json.dumps(told)})
+        packed: dict[str, Tensor] = {}
+        grids: dict[str, list[float]] = {}
+        for name, p in self.named_parameters():
+            levels, *grids[name] = quantize(p.detach().cpu().float(), bits)
+            packed[name] = torch.from_numpy(np.packbits((levels.numpy()[:, None] >> np.arange(bits)) & 1))
+        told = json.dumps({"config": self.config, "bits": bits, "grids": grids})
+        save_file(packed, path, metadata={"doh": told})
         return self.quantized(bits)
 
     @classmethod
+    @torch.no_grad()
     def load(cls, path: str | Path) -> Self:
         """The model of a file that ``save`` wrote.
 
@@ -142,16 +151,15 @@ class DOH(nn.Module):
             ValueError: The file was not written by ``save``.
         """
         with safe_open(path, "pt") as file:
-            told = (file.metadata() or {}).get("doh")
-            if told is None:
+            metadata = file.metadata() or {}
+            if "doh" not in metadata:
                 raise ValueError(f"DOH: {path} has no code of a DOH; it is written by save().")
-            packed = file.get_tensor("code").numpy()
-        told = json.loads(told)
-        bits = np.unpackbits(packed, count=told["count"] * told["bits"]).reshape(-1, told["bits"])
-        levels = torch.from_numpy((bits.astype(np.int64) << np.arange(told["bits"])).sum(1))
-        model = cls(**told["config"])
-        with torch.no_grad():
-            model.latent.copy_(dequantize(levels, told["low"], told["step"]))
+            told = json.loads(metadata["doh"])
+            model, bits = cls(**told["config"]), told["bits"]
+            for name, p in model.named_parameters():
+                rows = np.unpackbits(file.get_tensor(name).numpy(), count=p.numel() * bits).reshape(-1, bits)
+                levels = torch.from_numpy((rows.astype(np.int64) << np.arange(bits)).sum(1))
+                p.copy_(dequantize(levels, *told["grids"][name]))
         return model
 
 

@@ -239,7 +239,7 @@ class Terminator(nn.Module):
     As in the authors' published code, with these differences: kernels of local branches depend on each example alone, not on the
     mean of its batch; statistics over the batch run on for evaluation; the renormalisation's two scales are learned; sequences
     use a circular convolution as global product; dropout and the concatenation of earlier blocks are left out. The authors'
-    frequency scale and head could not be verified.
+    frequency scale could not be verified.
 
     Cost for N places: C N sqrt(N) multiply-adds for each global product of an image, C N log N of a sequence, and 14 C^2 N for
     maps of channels in each block.
@@ -295,6 +295,8 @@ class Terminator(nn.Module):
             for i, o in zip(inputs, widths, strict=True)
         )
         self.head = nn.Linear(widths[-1], classes)
+        nn.init.kaiming_normal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:

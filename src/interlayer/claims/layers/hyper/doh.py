@@ -21,7 +21,7 @@ NETWORK = {"width": 32, "depth": 3}  # what D'OH makes at every rate
 # Learning rates for photographs and for solids: the best of a few for each arm, within noise, chosen beforehand on a photograph
 # (coins) and a solid (two rings) that are not in the claim.
 ARMS = {
-    "doh": (RELU, 0.05, 0.05),
+    "doh": (RELU, 0.02, 0.05),
     "doh-sine": (SINE, 0.02, 0.05),
     "mlp": (RELU, 0.05, 0.02),
     "coin": (SINE, 0.005, 0.005),
@@ -47,6 +47,12 @@ def solid(side: int) -> tuple[Tensor, Tensor]:
     return x, (torch.cdist(x, curve).amin(1, keepdim=True) < 0.22).float()
 
 
+def coded(inputs: int, budget: int, options: dict[str, object]) -> DOH:
+    """The generated network, with a code that fits so many bits: 8 for a number, 64 for each of the two grids."""
+    biases = NETWORK["width"] * NETWORK["depth"] + 1
+    return DOH(inputs, 1, latent=(budget - 128) // BITS - biases, **NETWORK, **options)  # type: ignore[arg-type]
+
+
 def layered(inputs: int, budget: int, options: dict[str, object]) -> Implicit:
     """The widest network that holds its own layers within so many bits: 8 for a weight, 64 for the grid of each tensor."""
     width = 1
@@ -63,7 +69,7 @@ def stored(model: nn.Module, arm: str) -> nn.Module:
     if isinstance(model, DOH):
         if arm == "wrong seed":
             other = DOH(**(model.config | {"seed": 1}))  # type: ignore
-            other.latent.copy_(model.latent)
+            other.load_state_dict(model.state_dict())
             model = other
         return model.quantized(BITS)
     for p in model.parameters():
@@ -84,7 +90,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
             if arm in ("mlp", "coin"):
                 model = layered(inputs, budget, options)
             else:
-                model = DOH(inputs, 1, latent=(budget - 64) // BITS, **NETWORK, **options)  # type: ignore[arg-type]
+                model = coded(inputs, budget, options)
             optimiser = torch.optim.Adam(model.parameters(), lr)
             for step in range(scale.steps):
                 rows = torch.randint(len(x), (scale.points,))
