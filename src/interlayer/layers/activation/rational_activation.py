@@ -62,7 +62,8 @@ class Rational(nn.Module):
 
     Equation: ``R(x) = sum_{j=0..m} a_j x^j / (1 + |sum_{k=1..n} b_k x^k|)``. The denominator is at least 1, so that there
     is no pole. Degrees and start are the defaults of the authors' library, whose version B this is; the start is computed
-    (see ``fit``) where the library has a table. Outside the range of the fit R goes on as ``a_m x / b_n`` at the defaults.
+    (see ``fit``) where the library has a table. Outside the range of the fit R grows like a power of x, at the defaults
+    usually the first (``a_m x / b_n``); float32 overflows where x^m does.
 
     For m > n a residual connection around a unit gives a rational unit of the same degrees: ``residual`` builds it. One unit
     for all layers is the paper's joint (recurrent) rational: ``joint``.
