@@ -99,7 +99,7 @@ class DeepPlain(Rule):
     Args:
         model: A chain of convolutions (``ConvNet(stream=Plain)`` is one); on other nets the errors of parallel paths are
             all brought to one norm.
-        strength: lambda; 0 leaves the regulariser out.
+        strength: lambda; 0 leaves the regulariser out. 1e-4 is what public code gives that names the paper.
         modulate: Whether errors are rescaled.
         tolerance: Factor by which an error may be off.
         orthogonal: Whether to begin with orthogonal filters of norm one.
@@ -128,11 +128,11 @@ class DeepPlain(Rule):
         self,
         model: nn.Module,
         *,
-        strength: float = 1e-2,
+        strength: float = 1e-4,
         modulate: bool = True,
         tolerance: float = 1.0,
         orthogonal: bool = True,
-        lr: float = 0.05,
+        lr: float = 0.1,
         momentum: float = 0.9,
     ) -> None:
         self.convolutions = _convolutions(model)
