@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from interlayer.core.example import Example
 
-CHUNK = 1 << 16  # numbers that a core's second-level cache holds three times: operands meet again while they are near
-
 
 class RMSNorm(nn.Module):
     """Each vector is divided by its root mean square, or by that of its first part, and scaled by a learned gain.
@@ -62,14 +60,12 @@ class RMSNorm(nn.Module):
             )
         wide = torch.promote_types(x.dtype, torch.float32)
         eps = torch.finfo(wide).eps if self.eps is None else self.eps
-        if torch.compiler.is_compiling() or x.dtype != self.weight.dtype or x.dtype != wide:
+        if torch.compiler.is_compiling() or self.first < self.width or x.dtype != self.weight.dtype or x.dtype != wide:
             y = rms_norm_naive(x.to(wide), self.weight.to(wide), self.first, eps)  # a compiler fuses it
         elif x.device.type == "cpu":
-            y, _ = RMS.apply(x, self.weight, self.first, eps)
-        elif self.first == self.width:
-            y = F.rms_norm(x, (self.width,), self.weight, eps)
+            y, _ = RMS.apply(x, self.weight, eps)
         else:
-            y = rms_norm_naive(x, self.weight, self.first, eps)
+            y = F.rms_norm(x, (self.width,), self.weight, eps)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -83,56 +79,49 @@ def rms_norm_naive(x: Tensor, weight: Tensor, first: int, eps: float) -> Tensor:
 
 
 class RMS(torch.autograd.Function):
-    """``rms_norm_naive`` on a CPU in eager mode: few passes, and each over rows that are still in the cache.
+    """``rms_norm_naive`` over all features on a CPU in eager mode, where torch has no fused kernel of its own.
 
-    With ``r = 1 / RMS(x)`` and ``s = sum_i dy_i w_i x_i``: ``dx = r w dy - [j <= k] r^3 s x / k``, ``dw = sum_rows r x dy``.
+    The backward pass borrows that of the layer norm: with r in place of the deviation and 0 in place of the mean it gives
+    ``dw`` exactly, and ``dx`` but for ``r mean(w dy)``, which the layer norm's mean would take away and is added again.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, first: int, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         rows_ND = x.reshape(-1, x.shape[-1])
-        y_ND, r_N1, size = torch.empty_like(rows_ND), x.new_empty(len(rows_ND), 1), max(1, CHUNK // x.shape[-1])
-        for a, y, r in zip(rows_ND.split(size), y_ND.split(size), r_N1.split(size), strict=True):
-            torch.linalg.vector_norm(a[:, :first], dim=1, keepdim=True, out=r)
-            torch.mul(a, r.square_().mul_(1 / first).add_(eps).rsqrt_(), out=y).mul_(weight)
-        return y_ND.view(x.shape), r_N1
+        r_N1 = torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True)
+        r_N1.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+        return torch.mul(rows_ND, r_N1).mul_(weight).view(x.shape), r_N1
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, ctx.first, ctx.eps = inputs
+        x, weight, ctx.eps = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, weight, output[1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, r_N1 = ctx.saved_tensors
-        k, eps = ctx.first, ctx.eps
+        n = x.shape[-1]
         if torch.is_grad_enabled():  # a second derivative is wanted: the same in operations that have one
-            r = torch.rsqrt(x[..., :k].square().mean(-1, keepdim=True) + eps)
-            shrink = r**3 * (dy * weight * x).sum(-1, keepdim=True) / k
-            dx = r * weight * dy - shrink * F.pad(x[..., :k], (0, x.shape[-1] - k))
-            return dx, (r * x * dy).reshape(-1, x.shape[-1]).sum(0), None, None
-        rows_ND, dy_ND = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
-        dx_ND, dweight, size = torch.empty_like(rows_ND), torch.zeros_like(weight), max(1, CHUNK // x.shape[-1])
-        parts = zip(*(t.split(size) for t in (rows_ND, dy_ND, dx_ND, r_N1)), strict=True)
-        for a, d, out, r in parts:
-            torch.mul(a, d, out=out)
-            shrink = torch.mv(out, weight).unsqueeze(1).mul_(r.square()).mul_(-1 / k)
-            dweight.addmv_(out.T, r[:, 0])
-            torch.mul(d, weight, out=out)
-            out[:, :k].addcmul_(a[:, :k], shrink)
-            out.mul_(r)
-        return dx_ND.view(x.shape), dweight, None, None
+            r = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.eps)
+            dx = r * weight * dy - x * (r**3 * (dy * weight * x).sum(-1, keepdim=True) / n)
+            return dx, (r * x * dy).reshape(-1, n).sum(0), None
+        rows_ND, dy_ND = x.reshape(-1, n), dy.reshape(-1, n)
+        dx_ND, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            dy_ND, rows_ND, [n], torch.zeros_like(r_N1), r_N1, weight, None, [True, True, False]
+        )
+        dx_ND.add_(torch.mv(dy_ND, weight).unsqueeze_(1).mul_(r_N1).mul_(1 / n))
+        return dx_ND.view(x.shape), dweight, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, first: int, eps: float) -> Any:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, eps: float) -> Any:
         """Rows are independent; weights that are batched too take the equation."""
         at = in_dims[0]
         x = x.movedim(at, 0) if at is not None else x.expand(info.batch_size, *x.shape)
         if in_dims[1] is None:
-            return RMS.apply(x, weight, first, eps), (0, None)
+            return RMS.apply(x, weight, eps), (0, None)
         weight = weight.movedim(in_dims[1], 0)
-        y = rms_norm_naive(x, weight.reshape(len(weight), *[1] * (x.ndim - 2), -1), first, eps)
+        y = rms_norm_naive(x, weight.reshape(len(weight), *[1] * (x.ndim - 2), -1), x.shape[-1], eps)
         return (y, x.new_empty(0, 1)), (0, None)
 
 
