@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -41,15 +43,35 @@ class HeLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """ReLU."""
-        y = torch.relu(x)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return y
-        near = (x <= 0) & (x > -self.alpha)
-        return y + torch.where(near, x - x.detach(), 0)  # adds exactly 0, and a gradient of 1
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(
+                f"HeLU: input {x.dtype if isinstance(x, Tensor) else type(x).__name__}; wanted a floating tensor."
+            )
+        return Hysteresis.apply(x, self.alpha) if torch.is_grad_enabled() else torch.relu(x)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         return f"alpha={self.alpha}"
+
+
+class Hysteresis(torch.autograd.Function):
+    """Rectify; let the gradient through where ``x > -alpha``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, alpha: float) -> Tensor:
+        return torch.relu(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        x, ctx.alpha = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.where(x > -ctx.alpha, dy, 0), None
 
 
 EXAMPLE = Example(

@@ -98,8 +98,8 @@ class SmeLU(RESCU):
 
     Examples:
         >>> import torch
-        >>> SmeLU(0.5)(torch.tensor([-1.0, -0.5, 0.0, 0.5, 2.0]))
-        tensor([0.0000, 0.0000, 0.1250, 0.5000, 2.0000])
+        >>> SmeLU(0.5)(torch.tensor([-0.5, 0.0, 0.5, 2.0]))
+        tensor([0.0000, 0.1250, 0.5000, 2.0000])
     """
 
     def __init__(
@@ -112,6 +112,14 @@ class SmeLU(RESCU):
         offset: float = 0.0,
     ) -> None:
         super().__init__(alpha=beta if alpha is None else alpha, beta=beta, left=left, right=right, offset=offset)
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The parabola and its lines as one product: ``t (2 z - t) / (2 span)`` with z = x + alpha, t = clamp(z, 0, span)."""
+        span = self.alpha + self.beta
+        z = x + self.alpha
+        t = z.clamp(0, span)
+        y = t * (z - t / 2) * ((self.right - self.left) / span)
+        return y if self.left == self.offset == 0 else y + (self.offset + self.left * z)
 
 
 EXAMPLE = Example(
