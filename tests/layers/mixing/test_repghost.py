@@ -79,12 +79,21 @@ def test_squeeze_and_excitation_gates_channels():
     nn.init.zeros_(gate.up.weight)
     nn.init.zeros_(gate.up.bias)
     torch.testing.assert_close(gate(x), 0.5 * x)
+    # A multiple of 4, and no more than a tenth below what was asked for: 9 would be 8.
+    assert [SqueezeExcite(c, 0.25).down.out_channels for c in (8, 36, 44, 336)] == [4, 12, 12, 84]
 
 
-def test_papers_network_has_the_authors_size():
-    net = RepGhostNet(width=0.5)
+@pytest.mark.parametrize(
+    ("width", "millions", "multiply_adds"),
+    [(0.5, 2.3, 43), (0.58, 2.5, 60), (0.8, 3.3, 96), (1.11, 4.5, 170), (2.0, 9.8, 516)],
+)
+def test_papers_network_has_the_authors_sizes(width, millions, multiply_adds):
+    with torch.device("meta"):
+        net = RepGhostNet(width=width)
+        image = torch.zeros(1, 3, 224, 224)
     assert len(PAPER) == 16
-    assert cost.parameters(net.fused()) == pytest.approx(2.3e6, rel=0.02)  # the authors' table for 0.5x
+    assert cost.parameters(net) / 1e6 == pytest.approx(millions, abs=0.06)  # the authors' table
+    assert round(cost.flops(net, image) / 2e6) == multiply_adds
 
 
 def test_mistakes_are_told():

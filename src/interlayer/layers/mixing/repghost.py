@@ -31,6 +31,12 @@ def _checked(module: nn.Module, x: Tensor, channels: int) -> None:
         raise ValueError(f"{type(module).__name__}: input {tuple(x.shape)}; wanted [batch, {channels}, height, width].")
 
 
+def _divisible(count: float) -> int:
+    """The nearest multiple of 4, or the one above where that is more than a tenth below; at least 4."""
+    near = max(4, int(count + 2) // 4 * 4)
+    return near + 4 if near < 0.9 * count else near
+
+
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     line = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(line, nn.BatchNorm2d(outputs))
@@ -143,12 +149,12 @@ class SqueezeExcite(nn.Module):
 
     Args:
         channels: Channels C.
-        ratio: Inner channels as a share of C.
+        ratio: Inner channels as a share of C, rounded to a multiple of 4.
     """
 
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__()
-        inner = max(4, round(channels * ratio))
+        inner = _divisible(channels * ratio)
         self.down, self.up = nn.Conv2d(channels, inner, 1), nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
@@ -207,10 +213,12 @@ class Bottleneck(nn.Module):
 class RepGhostNet(nn.Module):
     """The paper's network, or a small one for small images, of RepGhost bottlenecks (or of GhostNet's, for comparison).
 
+    Channel counts are those of the authors' code at each of their widths. Its dropout before the last layer is left out.
+
     Args:
         channels: Channels of the image.
         classes: Number of classes K.
-        width: What all channel counts are multiplied by, then rounded to multiples of 4.
+        width: What all channel counts are multiplied by, then rounded to a multiple of 4 as the authors do.
         units: (kernel, middle, outputs, squeeze, stride) of each unit.
         stem: Stride of the first convolution.
         head: Features of the last hidden layer.
@@ -240,18 +248,15 @@ class RepGhostNet(nn.Module):
         super().__init__()
         self.channels = channels
 
-        def scaled(count: int) -> int:
-            return max(4, int(count * width + 2) // 4 * 4)
-
-        inputs = scaled(16)
+        inputs = _divisible(16 * width)
         self.stem = nn.Sequential(*_conv(channels, inputs, 3, stem), nn.ReLU())
         blocks: list[nn.Module] = []
         for kernel, middle, outputs, squeeze, stride in units:
-            sizes = (inputs, scaled(middle), scaled(outputs))
+            sizes = (inputs, _divisible(middle * width), _divisible(outputs * width))
             options = {"squeeze": squeeze, "concatenate": concatenate, "branch": branch}
             blocks.append(Bottleneck(*sizes, kernel=kernel, stride=stride, **options))  # type: ignore[arg-type]
             inputs = sizes[2]
-        last = scaled(units[-1][1] * 2)
+        last = _divisible(units[-1][1] * width * 2)
         self.blocks = nn.Sequential(*blocks, *_conv(inputs, last, 1), nn.ReLU())
         self.hidden, self.head = nn.Linear(last, head), nn.Linear(head, classes)
 
