@@ -10,17 +10,18 @@ from interlayer.claims import Claim, Scale, highest, ordered
 from interlayer.claims.training import judge, task, train
 from interlayer.layers.mixing.pk_mixer import PermutedKronecker, PKMixer, density, effective_width
 
+DEPTH = 2
+
 
 class Mask(nn.Module):
-    """Keeps a fixed random share of a matrix's entries, each row the same number."""
+    """Keeps a fixed random set of a matrix's entries, wherever they lie."""
 
     kept: Tensor
 
-    def __init__(self, like: Tensor, share: float) -> None:
+    def __init__(self, like: Tensor, count: int) -> None:
         super().__init__()
-        few = max(1, round(share * like.shape[1]))
-        chosen = torch.rand_like(like).argsort(1)[:, :few]
-        self.register_buffer("kept", torch.zeros_like(like).scatter(1, chosen, 1.0))
+        chosen = torch.rand_like(like).flatten().argsort()[:count]
+        self.register_buffer("kept", torch.zeros_like(like).flatten().index_fill(0, chosen, 1.0).view_as(like))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight, zero where it is not kept."""
@@ -28,16 +29,16 @@ class Mask(nn.Module):
 
 
 class SparseMLP(PKMixer):
-    """A simple Mixer whose wide matrices have as many entries in random places, each learned on its own."""
+    """A simple Mixer whose wide matrices have ``count`` entries each in random places, every one learned on its own."""
 
-    def __init__(self, *args: int, tokens: int, width: int, **options: object) -> None:
+    def __init__(self, *args: int, tokens: int, width: int, count: int, **options: object) -> None:
         super().__init__(*args, tokens=tokens, width=width, **options)  # type: ignore[arg-type]
-        m, share = effective_width(tokens, width), density(tokens, width)
+        m = effective_width(tokens, width)
         lines = [nn.Linear(m, m) for _ in self.branches]
         for line in lines:
-            nn.init.normal_(line.weight, std=(share * m) ** -0.5)
+            nn.init.normal_(line.weight, std=(count / m) ** -0.5)
             nn.init.zeros_(line.bias)
-            register_parametrization(line, "weight", Mask(line.weight, share))
+            register_parametrization(line, "weight", Mask(line.weight, count))
         self.branches = nn.ModuleList()
         self.lines = nn.Sequential(*(part for line in lines for part in (line, nn.GELU())))
 
@@ -48,41 +49,60 @@ class SparseMLP(PKMixer):
 
 def _sizes(arm: str, budget: int) -> tuple[int, int]:
     """Tokens and channels with S^2 + C^2 near the budget, S a given share of C."""
-    ratio = {"narrow": 1 / 8, "middling": 1 / 3}.get(arm, 1.0)
+    ratio = {"narrow": 1 / 8, "middling": 1 / 3}.get(arm.removeprefix("sparse MLP, "), 1.0)
     channels = round((budget / (1 + ratio**2)) ** 0.5)
     return max(2, round(ratio * channels)), channels
+
+
+def _counts(net: PKMixer) -> tuple[float, float]:
+    """Learned weights and connections in a block, biases aside: a Mixer uses each weight in many places."""
+    masks = [m.kept.sum().item() for m in net.modules() if isinstance(m, Mask)]
+    layers = [m for b in net.branches for m in b.children() if isinstance(m, PermutedKronecker)]
+    weights = sum(masks) + sum(m.weight.numel() for m in layers)
+    connections = sum(masks) + sum(m.copies * m.weight.numel() for m in layers)
+    return weights / DEPTH, connections / DEPTH
 
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation accuracy after equal steps, and the sizes."""
     torch.manual_seed(seed)
     tokens, width = _sizes(arm, scale.budget)
-    kind = SparseMLP if arm == "sparse MLP" else PKMixer
-    net = kind.for_task(
-        task("digits").shape, tokens=tokens, width=width, depth=2, variant="simple", random=arm == "wide, random"
-    )
+    options: dict[str, object] = {"tokens": tokens, "width": width, "depth": DEPTH, "variant": "simple"}
+    shape, m = task("digits").shape, effective_width(tokens, width)
+    if arm == "sparse MLP, as many connections":
+        net: PKMixer = SparseMLP.for_task(shape, **options, count=round(density(tokens, width) * m**2))
+    elif arm.startswith("sparse MLP"):
+        net = SparseMLP.for_task(shape, **options, count=(tokens**2 + width**2) // 2)
+    else:
+        net = PKMixer.for_task(shape, **options, random=arm == "wide, random")
     if arm == "wide, unpermuted":
         for branch in net.branches:
             for layer in branch.children():
                 assert isinstance(layer, PermutedKronecker)
                 layer.order = "channels"  # S = C, so that the shapes fit: groups never meet
     train(net, "digits", seed=seed, steps=scale.steps, lr=2e-3, batch=64, warmup=10)
+    weights, connections = _counts(net)
     return {
         "accuracy": judge(net, "digits", most=scale.judged)["accuracy"],
-        "effective width": float(effective_width(tokens, width)),
-        "density": density(tokens, width),
-        "parameters of a block": float(tokens**2 + width**2),
+        "effective width": float(m),
+        "density": connections / (2 * m**2),
+        "weights of a block": weights,
+        "connections of a block": connections,
     }
 
 
 CLAIM = Claim(
     says="At equal parameters a simple Mixer is the more accurate the wider it effectively is; at the largest width it is no more than "
-    "two points behind an MLP of that width with unstructured sparse weights, and so are random groups behind ordered ones.",
+    "two points behind MLPs of that width with unstructured sparse weights, be they as many as its own or as many as its "
+    "connections, and so are random groups behind ordered ones.",
     measure=measure,
-    arms=("narrow", "middling", "wide", "wide, random", "sparse MLP"),
+    arms=(
+        *("narrow", "middling", "wide", "wide, random"),
+        *("sparse MLP, narrow", "sparse MLP, middling", "sparse MLP, wide", "sparse MLP, as many connections"),
+    ),
     expect=(
         ordered("accuracy", "narrow", "middling", "wide"),
-        highest("accuracy", "wide", than=("sparse MLP",), margin=-0.02),
+        highest("accuracy", "wide", than=("sparse MLP, wide", "sparse MLP, as many connections"), margin=-0.02),
         highest("accuracy", "wide, random", than=("wide",), margin=-0.02),
     ),
     control="wide, unpermuted",
