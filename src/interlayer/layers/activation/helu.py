@@ -71,7 +71,7 @@ class Hysteresis(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return torch.where(x > -ctx.alpha, dy, 0), None
+        return torch.ops.aten.threshold_backward(dy, x, -ctx.alpha), None
 
 
 EXAMPLE = Example(
