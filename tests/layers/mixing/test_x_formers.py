@@ -223,6 +223,13 @@ def synthesizer_twin(layer, q, k, v):
     return softmax_weights(layer, 0 * q, k, layer.scores[:, :11, :11]) @ v
 
 
+def task_twin(layer, q, k, v):
+    gamma, beta = layer.modulate(layer.tasks.weight[0]).chunk(2)
+    blocks = ((1 + gamma) * layer.scores + beta).split(4)  # 16 blocks of 4 in 64 places
+    score = q @ k.mT / 2 + torch.block_diag(*blocks)[:11, :11]
+    return score.masked_fill(~seen_by(layer.causal), -torch.inf).softmax(-1) @ v
+
+
 def memory_twin(layer, q, k, v):
     score = (q @ k.mT / 2).masked_fill(~seen_by(layer.causal), -torch.inf)
     both = torch.cat((score, q @ layer.keys.mT / 2), -1).softmax(-1)
@@ -247,6 +254,7 @@ TWINS = {
     "linformer(rank=3)": projected_twin,
     "induced(points=3)": induced_twin,
     "synthesizer": synthesizer_twin,
+    "task-prior(blocks=16)": task_twin,
     "persistent-memory(slots=3)": memory_twin,
     "talking-heads": talking_twin,
 }
@@ -386,6 +394,22 @@ def test_routing_moves_its_centroids_in_training_only():
     assert torch.equal(layer.centroids, before)
     layer.train()(x)
     assert not torch.equal(layer.centroids, before)
+
+
+def test_a_task_prior_is_another_for_another_task():
+    layer, x = mixer("task-prior(blocks=4, tasks=3)", False, length=10), torch.randn(3, 7, 8)
+    outs = []
+    for task in range(3):
+        layer.task = task
+        outs.append(layer(x))
+    assert not torch.allclose(outs[0], outs[1]) and not torch.allclose(outs[1], outs[2])
+    layer.task = torch.tensor([2, 0, 1])  # one for each item
+    torch.testing.assert_close(layer(x), torch.stack((outs[2][0], outs[0][1], outs[1][2])))
+    assert layer.prior(2, 7).shape == (3, 1, 2, 7)
+    torch.testing.assert_close(layer.prior(2, 7), layer.prior(7, 7)[:, :, 5:])
+    assert (layer.prior(7, 7) != 0)[0, 0].int().tolist()[4] == [0, 0, 0, 1, 1, 1, 0]  # 10 places in blocks of 3
+    with pytest.raises(ValueError, match="TaskPrior: 11 tokens, but it was built for length=10"):
+        layer(torch.zeros(1, 11, 8))
 
 
 def test_priors_by_hand():

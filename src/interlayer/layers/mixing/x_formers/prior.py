@@ -75,6 +75,54 @@ class ResidualScores(Attention):
         return attend(torch.zeros_like(q), k, v, causal=self.causal, mask=mask, bias=score)
 
 
+class TaskPrior(Attention):
+    """A prior for each task: learned scores within blocks of places, scaled and shifted by the task (Pilault et al., arXiv:2009.09139).
+
+    ``score_ij + [i, j in one block] ((1 + gamma_c(z)) A_ic + beta_c(z))`` with j the c-th place of its block and z the task's
+    vector; gamma and beta are one linear map of z, A starts at zero, as in the authors' code. There z is shared by all layers,
+    here each has its own. All S^2 scores are computed.
+
+    Args:
+        width: Features D.
+        heads: Query heads.
+        length: Longest sequence.
+        blocks: Blocks that it is cut into.
+        tasks: Number of tasks.
+        **options: As for ``Attention``.
+
+    Attributes:
+        task: Which task the next batch is for, a number or one for each item [B].
+
+    Raises:
+        ValueError: More tokens than ``length``.
+    """
+
+    offers: ClassVar[frozenset[str]] = CACHED
+
+    def __init__(self, width: int, heads: int, *, length: int, blocks: int = 4, tasks: int = 2, **options: Any) -> None:
+        super().__init__(width, heads, **options)
+        self.length, self.side = length, -(-length // blocks)
+        self.task: int | Tensor = 0
+        self.tasks = nn.Embedding(tasks, width)
+        self.modulate = nn.Linear(width, 2 * self.side)
+        nn.init.zeros_(self.modulate.bias)
+        self.scores = nn.Parameter(torch.zeros(length, self.side))
+
+    def prior(self, new: int, total: int) -> Tensor:
+        """What is added to the scores of the last ``new`` of ``total`` places, [B or 1, 1, new, total]."""
+        if total > self.length:
+            raise ValueError(f"TaskPrior: {total} tokens, but it was built for length={self.length}; build it longer.")
+        place = torch.arange(total, device=self.scores.device)
+        rows, task = place[total - new :], torch.as_tensor(self.task, device=self.scores.device).reshape(-1)
+        gamma, beta = self.modulate(self.tasks(task))[:, None].chunk(2, -1)
+        block = (1 + gamma) * self.scores[rows] + beta
+        same = rows[:, None] // self.side == place // self.side
+        return (block[..., place % self.side] * same)[:, None]
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return attend(q, k, v, causal=self.causal, mask=mask, bias=self.prior(q.shape[-2], k.shape[-2]))
+
+
 class Synthesizer(Attention):
     """Only a prior: the scores are learned numbers for each pair of places (random Synthesizer; Tay et al., arXiv:2005.00743).
 
