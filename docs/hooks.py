@@ -45,12 +45,12 @@ def _room(room: str) -> str:
     for s in catalog.load().values():
         if s.room != room or s.state == "planned":
             continue
-        lines += [f"::: {s.module}.{s.code}", ""]
+        lines += [f"::: {s.module}.{name}\n" for name in (s.code, s.network) if name]
         if result := s.measured():
             lines += [
                 f"**Claim.** {result['says']}",
                 "",
-                f"**Measured:** {result['verdict']}, {result['scale']} scale, {len(result['seeds'])} seeds.",
+                f"**Measured:** {result['verdict']}, {result['scale']} scale, {len(result['seeds'])} seeds. {result['note']}",
                 "",
             ]
             metrics = list(dict.fromkeys(m for arm in result["values"].values() for m in arm))

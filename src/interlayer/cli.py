@@ -135,7 +135,8 @@ def show(slug: Slug) -> None:
         typer.echo(f"  {key:<10} {value}")
     if result := s.measured():
         typer.echo(f"  {'claim':<10} {result['says']}")
-        typer.echo(f"  {'measured':<10} {result['verdict']} ({result['scale']} scale, {len(result['seeds'])} seeds)")
+        seeds, note = len(result["seeds"]), f". {result['note']}" if result["note"] else ""
+        typer.echo(f"  {'measured':<10} {result['verdict']} ({result['scale']} scale, {seeds} seeds){note}")
     else:
         typer.echo(f"  {'claim':<10} not measured yet" + (f": interlayer claim {s.slug}" if s.claim.exists() else ""))
 
