@@ -233,3 +233,8 @@ def test_what_cannot_work_is_told():
         ensemble(model, tokens, members=0)
     with pytest.raises(ValueError, match="SSA: sampling 2"), resampled(model, 2):
         pass
+
+
+def test_a_positions_bias_is_refused():
+    with pytest.raises(ValueError, match="RelativeBias needs a mixer that offers"):
+        Transformer(vocab=5, length=8, depth=1, width=8, heads=2, mixer="ssa-pathways", position="relative-bias")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -66,6 +67,8 @@ class SSA(Attention):
         >>> layer.deal(11, "cpu")[0].shape
         torch.Size([4, 3])
     """
+
+    offers: ClassVar[frozenset[str]] = Attention.offers - {"bias"}
 
     def __init__(
         self,
