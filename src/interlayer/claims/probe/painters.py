@@ -17,6 +17,7 @@ from interlayer.probe.painters import VARIANTS, Painters, cost, execution, simil
 
 DEPTH, LENGTH = 10, 64
 FIRST = "looped-parallel-first"
+MILD = "reverse-two"  # the second: the mildest change there is, which must not be the costliest
 
 
 @lru_cache(maxsize=4)
@@ -56,11 +57,12 @@ def measure(arm: str, seed: int, scale: SimpleNamespace) -> dict[str, float]:
             "alike_middle": alike,
             "alike_ends": table["0"][DEPTH - 1],
         }
-    variant = arm.removesuffix("-first")
+    variant = arm.removesuffix("-first").removesuffix("-two")
     result: dict[str, float] = {}
     for size in scale.middles:
-        start = 0 if arm == FIRST else (DEPTH - size) // 2
-        end, loops = start + size, 1
+        blocks = 2 if arm == MILD else size
+        start = 0 if arm == FIRST else (DEPTH - blocks) // 2
+        end, loops = start + blocks, 1
         if variant == "looped-parallel":
             loops = _loops(model, start, end)
             result[f"loops_{size}"] = loops
@@ -84,7 +86,7 @@ CLAIM = Claim(
         lowest("loss", "random-order", than=("skip", "middle-repeat", "reverse", "parallel")),
         lowest("loss", "looped-parallel", than=("skip", "middle-repeat", "reverse", "parallel")),
     ),
-    control=FIRST,
+    control=(MILD, FIRST, FIRST),
     scales={
         "smoke": {"steps": 2, "middles": (3,), "batches": 1},
         "small": {"steps": 250, "middles": (2, 4, 6), "batches": 4},

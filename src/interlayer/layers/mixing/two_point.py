@@ -31,7 +31,7 @@ class TwoPoint(nn.Module):
 
     Equation: ``y = ReLU6(R^2 + 2 R + C (1 + |R|))`` with ``R = W x + b`` and ``C = W_L l + W_U u`` from local context l (units of
     the same layer, of other streams above all) and universal context u (what all streams share). The transfer function
-    is the one of the authors' related work as this project knows it; the paper's own text could not be checked for it.
+    is the one of later work of the authors (arXiv:2505.06257); the paper's own text could not be checked for it.
 
     Args:
         inputs: Features of the receptive field.

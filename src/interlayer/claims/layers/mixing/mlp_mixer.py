@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, highest
 from interlayer.claims.training import judge, task, train
@@ -19,6 +20,15 @@ SIZES = {
 }
 
 
+class Shuffle(nn.Module):
+    """The second control: every image's pixels in an order of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shuffle."""
+        flat = x.flatten(2)
+        return flat.gather(2, torch.rand_like(flat[:, :1]).argsort(-1).expand_as(flat)).view_as(x)
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation accuracy after equal steps on digits and on photograph patches, and the parameters."""
     found = {}
@@ -30,8 +40,9 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
             for layer in model.layers:
                 if isinstance(layer, TokenMixing):
                     layer.mlp.down.requires_grad_(False).weight.zero_()  # type: ignore[operator]
-        train(model, name, seed=seed, steps=scale.steps, lr=2e-3, batch=64, warmup=10)
-        found[f"accuracy on {name}"] = judge(model, name, most=scale.judged)["accuracy"]
+        whole = nn.Sequential(Shuffle(), model) if arm == "shuffled pixels" else model
+        train(whole, name, seed=seed, steps=scale.steps, lr=2e-3, batch=64, warmup=10)
+        found[f"accuracy on {name}"] = judge(whole, name, most=scale.judged)["accuracy"]
         found[f"parameters for {name}"] = parameters(model)
     return found
 
@@ -46,7 +57,7 @@ CLAIM = Claim(
         highest("accuracy on photos", "mlp-mixer", than=("vit",), margin=-0.02),
         highest("accuracy on photos", "mlp-mixer", than=("mlp",)),
     ),
-    control="no token mixing",
+    control=("no token mixing", "no token mixing", "shuffled pixels"),
     scales={
         "smoke": {"tasks": ("digits",), "steps": 2, "judged": 1},
         "small": {"tasks": ("digits", "photos"), "steps": 150, "judged": 4},
