@@ -190,7 +190,7 @@ class Leaf:
     def state(self) -> str:
         """``ready`` if every name that it uses stands for something that works."""
         for slot, spec in self.use.items():
-            slot, name = ("depth" if slot == "depth_order" else slot), str(spec).partition("(")[0]
+            name = str(spec).partition("(")[0]
             system = load().get(name)
             if slot in slots() and name not in builtins(slot) and not (system and system.state == "ready"):
                 return "planned"

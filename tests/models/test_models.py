@@ -3,8 +3,8 @@ import torch
 
 from interlayer import catalog
 from interlayer.core.data import DataShape
-from interlayer.core.depth import Sequential
 from interlayer.core.mixer import Cache
+from interlayer.core.order import Sequential
 from interlayer.core.stream import Residual
 from interlayer.models import MLP, ConvNet, Encoder, Transformer, VisionTransformer, build
 
@@ -56,7 +56,7 @@ def test_generation_repeats_itself_greedily():
         {"position": "sinusoidal"},
         {"position": "none"},
         {"activation": "silu"},
-        {"depth_order": "looped(times=2)"},
+        {"order": "looped(times=2)"},
         {"norm": "none"},
     ],
 )
@@ -67,7 +67,7 @@ def test_every_slot_takes_its_parts(options):
 
 
 def test_a_looped_stack_runs_twice_and_refuses_a_cache():
-    once, twice = (Transformer(**TINY, depth_order=f"looped(times={n})") for n in (1, 2))
+    once, twice = (Transformer(**TINY, order=f"looped(times={n})") for n in (1, 2))
     twice.load_state_dict(once.state_dict())
     assert not torch.allclose(once(TOKENS), twice(TOKENS))
     with pytest.raises(ValueError, match="Looped order cannot use a cache"):
@@ -92,8 +92,8 @@ def test_the_order_of_blocks_is_told_whether_the_model_is_causal():
         told.append((depth, causal))
         return Sequential(depth)
 
-    Transformer(vocab=5, length=8, depth=2, width=16, heads=4, depth_order=order)
-    VisionTransformer(1, 8, patch=2, depth=3, width=16, heads=2, depth_order=order)
+    Transformer(vocab=5, length=8, depth=2, width=16, heads=4, order=order)
+    VisionTransformer(1, 8, patch=2, depth=3, width=16, heads=2, order=order)
     assert told == [(2, True), (3, False)]
 
 

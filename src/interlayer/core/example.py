@@ -10,8 +10,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interlayer.core.depth import Sequential
 from interlayer.core.mixer import Attention, Context
+from interlayer.core.order import Sequential
 from interlayer.core.parts import FeedForward
 from interlayer.core.position import Position
 from interlayer.core.slots import fill
@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.width = width
         self.stream = fill("stream", stream, depth=2, width=width, branches=2)
-        self.order = fill("depth", order, depth=2)
+        self.order = fill("order", order, depth=2)
         self.position = Position()
         self.sublayers = nn.ModuleList()
         for layer in (0, 2):

@@ -42,7 +42,7 @@ class Trunk(nn.Module):
         mlp: What mixes channels.
         activation: Inside the MLP; the MLP's own default unless told.
         position: What tells places apart.
-        depth_order: The slot ``depth``: in which order the blocks run.
+        order: In which order the blocks run.
         linear: Every linear map.
     """
 
@@ -62,7 +62,7 @@ class Trunk(nn.Module):
         mlp: Any = "mlp",
         activation: Any = None,
         position: Any = "rotary",
-        depth_order: Any = "sequential",
+        order: Any = "sequential",
         linear: Any = "linear",
     ) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Trunk(nn.Module):
             channels = fill("mlp", mlp, **sizes, hidden=hidden, linear=line, layer=layer, **inner)
             self.blocks.append(Block(attention, channels))
         self.position = fill("position", position, **sizes, head_width=width // heads)
-        self.order = fill("depth", depth_order, causal=causal, **sizes)
+        self.order = fill("order", order, causal=causal, **sizes)
         self.offers = getattr(self.blocks[0].mixer, "offers", None)
         for slot, part in (("stream", self.stream), ("position", self.position)):
             if missing := part.needs - (self.offers or frozenset()):

@@ -38,7 +38,7 @@ class Transformer(nn.Module):
         depth: Number of blocks.
         width: Features D.
         heads: Attention heads.
-        **slots: See ``Trunk``: ``stream``, ``norm``, ``mixer``, ``mlp``, ``activation``, ``position``, ``depth_order``,
+        **slots: See ``Trunk``: ``stream``, ``norm``, ``mixer``, ``mlp``, ``activation``, ``position``, ``order``,
             ``linear``, ``kv_heads``, ``hidden``.
 
     Shapes: tokens [B, S] of int64 to logits [B, S, V].

@@ -224,7 +224,7 @@ def _check(model: nn.Module, at: str, order: Order) -> None:
     if owner is not None and type(owner.order) is not depth.Sequential:
         raise ValueError(
             f"painters: the blocks of {at!r} run in {type(owner.order).__name__} order already; wanted the plain one, "
-            "depth_order='sequential'."
+            "order='sequential'."
         )
     kinds = getattr(config, "layer_types", None) or []
     if len(set(kinds)) > 1 and any(isinstance(o, list) and len({kinds[b] for b in o}) > 1 for o in order):

@@ -155,6 +155,6 @@ def test_widening_follows_the_rule_and_keeps_the_parameters():
 def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="needs attention"):
         ConvNet(1, 10, depth=8, width=8, stream="muddformer")
-    looped = Transformer(**SIZES, stream="muddformer", depth_order="looped")
+    looped = Transformer(**SIZES, stream="muddformer", order="looped")
     with pytest.raises(ValueError, match=r"MUDDFormer: block 1 reads the output of block 0.*sequential"):
         looped(torch.zeros(1, 3, dtype=torch.long))

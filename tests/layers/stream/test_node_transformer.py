@@ -101,14 +101,14 @@ def test_one_euler_step_is_the_ordinary_stack_with_a_cache():
     torch.manual_seed(0)
     sizes = {"vocab": 20, "length": 16, "depth": 3, "width": 16, "heads": 2, "stream": "node-transformer"}
     plain = Transformer(**sizes).eval()
-    euler = Transformer(**sizes, depth_order=Integrate).eval()
+    euler = Transformer(**sizes, order=Integrate).eval()
     euler.load_state_dict(plain.state_dict())
     tokens, cache = torch.randint(0, 20, (2, 9)), Cache()
     with torch.no_grad():
         torch.testing.assert_close(euler(tokens), plain(tokens), rtol=1e-4, atol=1e-5)
         steps = [euler(tokens[:, i : i + 1], cache=cache) for i in range(9)]
         torch.testing.assert_close(torch.cat(steps, 1), plain(tokens), rtol=1e-4, atol=1e-5)
-    rk4 = Transformer(**sizes, depth_order=partial(Integrate, solver="rk4"))
+    rk4 = Transformer(**sizes, order=partial(Integrate, solver="rk4"))
     with pytest.raises(ValueError, match="cannot use a cache"):
         rk4(tokens, cache=Cache())
 
@@ -116,11 +116,11 @@ def test_one_euler_step_is_the_ordinary_stack_with_a_cache():
 def test_finer_steps_converge_in_a_vision_transformer():
     torch.manual_seed(0)
     make = partial(VisionTransformer, 1, 8, patch=2, depth=2, width=16, heads=2, stream="node-transformer")
-    fine = make(depth_order=partial(Integrate, solver="rk4", steps=8)).double()
+    fine = make(order=partial(Integrate, solver="rk4", steps=8)).double()
     image = torch.randn(3, 1, 8, 8, dtype=torch.double)
     gaps = []
     for options in ({"steps": 4}, {"solver": "rk4"}, {"solver": "dormand-prince", "tolerance": 1e-7}):
-        model = make(depth_order=partial(Integrate, **options)).double()
+        model = make(order=partial(Integrate, **options)).double()
         model.load_state_dict(fine.state_dict())
         gaps.append(float((model(image) - fine(image)).abs().max().detach()))
     assert gaps[0] > gaps[1] > gaps[2]
@@ -132,8 +132,8 @@ def test_what_cannot_work_is_refused():
     sizes = {"vocab": 20, "length": 16, "depth": 2, "width": 16, "heads": 2}
     adapted = partial(Integrate, solver="dormand-prince", tolerance=1e-3)
     with pytest.raises(ValueError, match="a causal model needs fixed steps"):
-        Transformer(**sizes, depth_order=adapted)
-    shared = Transformer(**sizes, stream="value-residual", depth_order=partial(Integrate, solver="midpoint"))
+        Transformer(**sizes, order=adapted)
+    shared = Transformer(**sizes, stream="value-residual", order=partial(Integrate, solver="midpoint"))
     with pytest.raises(ValueError, match=r"carries \['v'\] beside the state"):
         shared(torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="'rk5' is not one of"):

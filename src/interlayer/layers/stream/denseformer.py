@@ -78,7 +78,7 @@ class DenseFormer(PreNorm):
             if missing := [j for j in self.sources[i] if j not in state.kept]:
                 raise ValueError(
                     f"{type(self).__name__}: block {i} reads the output of block {missing[0]}, which was not kept: every "
-                    "block must run once, in order. Take depth_order='sequential'."
+                    "block must run once, in order. Take order='sequential'."
                 )
             state.x = self.average(state, i)
         if i in self.last_reader:

@@ -80,7 +80,7 @@ class LIMe(PreNorm):
         if missing := [j for j in range(block) if j not in state.kept]:
             raise ValueError(
                 f"LIMe: block {block} runs before block {missing[0]}, whose keys and values it reads. "
-                "Take depth_order='sequential'."
+                "Take order='sequential'."
             )
         # One product for each source: nothing is copied or kept twice, which beats one product over all of them.
         parts_HH = self.router[block - 1].split(self.heads, 1)

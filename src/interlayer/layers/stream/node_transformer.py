@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from interlayer.core.depth import Sequential, Step
 from interlayer.core.example import Backbone, Example
+from interlayer.core.order import Sequential, Step
 from interlayer.core.stream import PreNorm, State
 
 Slope = Callable[[Tensor], Tensor]
@@ -45,7 +45,7 @@ class NODETransformer(PreNorm):
         >>> from functools import partial
         >>> from interlayer.models import VisionTransformer
         >>> solver = partial(Integrate, solver="rk4")
-        >>> model = VisionTransformer(1, 8, patch=2, depth=2, width=32, heads=2, stream="node-transformer", depth_order=solver)
+        >>> model = VisionTransformer(1, 8, patch=2, depth=2, width=32, heads=2, stream="node-transformer", order=solver)
         >>> model(torch.zeros(3, 1, 8, 8)).shape, model.trunk.order.evaluations
         (torch.Size([3, 10]), 8)
     """

@@ -43,7 +43,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation loss on bytes and on photographs of the same blocks under the arm's solver, and its evaluations."""
     stream, options = ARMS[arm]
     sizes: dict[str, Any] = {"depth": scale.depth, "width": scale.width, "heads": 4, "stream": stream}
-    sizes["depth_order"] = partial(Integrate, **options)
+    sizes["order"] = partial(Integrate, **options)
     found = {}
     if arm not in ("adapted", "first order"):  # adapted steps see the whole sequence; the other is judged on images
         torch.manual_seed(seed)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interlayer.core.depth import Sequential, Step
+from interlayer.core.order import Sequential, Step
 from interlayer.core.position import Position
 from interlayer.core.stream import State
 

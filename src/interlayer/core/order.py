@@ -1,4 +1,4 @@
-"""Depth: in which order, and how often, the blocks of a backbone run."""
+"""Order: in which order, and how often, the blocks of a backbone run."""
 
 from __future__ import annotations
 
