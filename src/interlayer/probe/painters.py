@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from interlayer.core import depth, recipe, taps
+from interlayer.core import order as orders
+from interlayer.core import recipe, taps
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Finding, Plan, Row, Transform
@@ -71,8 +72,8 @@ class Parallel(nn.Module):
             return getattr(next(iter(self.members)), name)
 
 
-class Route(depth.Sequential):
-    """The slot ``depth`` of interlayer's own backbones, filled with an ``execution``."""
+class Route(orders.Sequential):
+    """The slot ``order`` of interlayer's own backbones, filled with an ``execution``."""
 
     def __init__(self, count: int, order: Order) -> None:
         super().__init__(count)
@@ -80,7 +81,7 @@ class Route(depth.Sequential):
         run = _flat(order)
         self.caches = len(set(run)) == len(run)  # keys and values are kept by block, so a repeated one has no place
 
-    def forward(self, state: State, step: depth.Step) -> State:
+    def forward(self, state: State, step: orders.Step) -> State:
         for item in self.order:
             ends = []
             for block in item if isinstance(item, list) else [item]:
@@ -216,12 +217,12 @@ class Painters(Transform):
 def _owner(model: nn.Module, at: str) -> Any:
     """The backbone with a slot for the order of its blocks, if ``at`` belongs to one."""
     parent = model.get_submodule(at.rpartition(".")[0])
-    return parent if isinstance(getattr(parent, "order", None), depth.Sequential) else None
+    return parent if isinstance(getattr(parent, "order", None), orders.Sequential) else None
 
 
 def _check(model: nn.Module, at: str, order: Order) -> None:
     owner, config = _owner(model, at), _config(model, at)
-    if owner is not None and type(owner.order) is not depth.Sequential:
+    if owner is not None and type(owner.order) is not orders.Sequential:
         raise ValueError(
             f"painters: the blocks of {at!r} run in {type(owner.order).__name__} order already; wanted the plain one, "
             "order='sequential'."
@@ -268,14 +269,14 @@ def _place(block: nn.Module, place: int) -> nn.Module:
     return block
 
 
-class _Recorder(depth.Sequential):
+class _Recorder(orders.Sequential):
     """The trained order, keeping what each block leaves in the stream."""
 
     def __init__(self, count: int) -> None:
         super().__init__(count)
         self.seen: list[list[Tensor]] = [[] for _ in range(count)]
 
-    def forward(self, state: State, step: depth.Step) -> State:
+    def forward(self, state: State, step: orders.Step) -> State:
         for block in range(self.depth):
             state = step(state, block)
             self.seen[block].append(state.x)
