@@ -146,7 +146,9 @@ def compare(
     study: Annotated[Path | None, typer.Option(help="A study as TOML file; options here change it.")] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="digits, stdlib-bytes, photos, series, package.module:function, file:PATH, hf:NAME."),
+        typer.Option(
+            help="digits, mnist1d, stdlib-bytes, photos, series, package.module:function, file:PATH, hf:NAME."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The base: transformer, vit, mlp, convnet, ..., or package.module:function.")
@@ -157,7 +159,13 @@ def compare(
             help="Comma-separated: plain, slugs, slug(option=value), norm=rmsnorm, joined by +; stream=* for all streams."
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="How many seeds for each arm.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="How many seeds for each arm, or 4..12: until the arm is decided.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of all arms, instead of the best of --rates for each.")
+    ] = None,
+    rates: Annotated[str | None, typer.Option(help="Comma-separated learning rates to try for each arm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps for each run.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Training time for each run, instead of steps.")] = None,
     workers: Annotated[int | None, typer.Option(help="Runs at a time, each in a process of its own.")] = None,
@@ -165,8 +173,9 @@ def compare(
         str | None, typer.Option(help="Database URL for the records; SQLite in the output folder unless told.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for records and report.")] = None,
-    tune: Annotated[str | None, typer.Option(help="Tune this for each arm first: lr.")] = None,
-    trials: Annotated[int | None, typer.Option(help="Tuning trials for each arm.")] = None,
+    allow_equal: Annotated[
+        bool, typer.Option("--allow-equal", help="Allow arms that equal the baseline (an A/A study).")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on with the records there are, or start anew.")
     ] = True,
@@ -180,7 +189,8 @@ def compare(
 
     given = {
         "task": task, "base": model, "arms": arms, "seeds": seeds, "steps": steps, "seconds": seconds,
-        "workers": workers, "storage": storage, "out": str(out) if out else None, "tune": tune, "trials": trials,
+        "workers": workers, "storage": storage, "out": str(out) if out else None, "lr": lr,
+        "rates": rates.split(",") if rates else None, "allow_equal": allow_equal or None,
     }  # fmt: skip
     spec = _told(lambda: StudySpec.from_cli_values(study, {k: v for k, v in given.items() if v is not None}))
     result = _told(lambda: run_study(spec, resume=resume))

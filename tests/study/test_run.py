@@ -31,6 +31,7 @@ def run(out, *, resume=True, **options):
         "arms": ["plain", "width=4"],
         "seeds": 2,
         "steps": 12,
+        "lr": 1e-3,
         "out": out,
     }
     console = Console(file=io.StringIO(), width=200)
@@ -68,7 +69,7 @@ def test_arms_of_a_seed_see_the_same_batches(tmp_path, monkeypatch):
 def test_finished_runs_are_kept_and_seeds_and_arms_can_be_added(tmp_path):
     first, _ = run(tmp_path)
     again, said = run(tmp_path)
-    assert losses(again) == losses(first) and "4 of 4 runs are in the records" in said
+    assert losses(again) == losses(first) and "4 runs are in the records" in said
     assert len(trials(tmp_path)) == 4
     more, _ = run(tmp_path, seeds=3, arms=["plain", "width=4", "width=8"])
     assert len(trials(tmp_path)) == 9 and more.finished
@@ -85,6 +86,7 @@ def test_killed_study_goes_on_where_it_was(tmp_path, workers):
         "arms": ["plain", "pause=0.021"],
         "seeds": 2,
         "steps": 40,
+        "lr": 1e-3,
         "out": str(tmp_path),
         "workers": workers,
     }
@@ -147,17 +149,63 @@ def test_an_arm_that_fails_stops_nobody(tmp_path):
     assert {a: counts.count(a) for a in arms} == {**dict.fromkeys(arms, 1), "toy_models:breaks": 2}
 
 
-def test_tuning_gives_every_arm_the_same_trials(tmp_path):
-    result, _ = run(tmp_path, tune="lr", trials=3, arms=["plain", "width=4"], lr=0.003, steps=6)
-    tried = {arm: sorted(r.lr for r in result.tuning if r.arm == arm) for arm in ("plain", "width=4")}
-    assert tried["plain"] == tried["width=4"] == result.spec.grid()
-    assert {r.seed for r in result.tuning} == {0} and {r.seed for r in result.runs} == {1, 2}
-    for arm in tried:
-        best = max((r for r in result.tuning if r.arm == arm), key=lambda r: r.record.metrics["accuracy"])
+def test_every_arm_tries_the_same_rates_and_is_judged_at_its_best(tmp_path):
+    rates = [1e-3, 3e-2]
+    result, _ = run(tmp_path, lr=None, rates=rates, arms=["plain", "width=4", "width=8+lr=0.02"], steps=6)
+    tried = {
+        arm: sorted(r.lr for r in result.search if r.arm == arm) for arm in ("plain", "width=4", "width=8+lr=0.02")
+    }
+    assert tried == {"plain": rates, "width=4": rates, "width=8+lr=0.02": []}
+    assert {r.seed for r in result.search} == {1000} and {r.seed for r in result.runs} == {0, 1}
+    for arm in ("plain", "width=4"):
+        best = max((r for r in result.search if r.arm == arm), key=lambda r: r.record.metrics["accuracy"])
         assert {r.lr for r in result.of(arm)} == {best.lr}
-    tuning = [t for t in trials(tmp_path) if t.user_attrs["phase"] == "tune"]
-    assert len(tuning) == 6 and all(t.params == {"lr": t.user_attrs["lr"]} for t in tuning)
-    assert "Tuning" in (tmp_path / "report.html").read_text()
+    assert {r.lr for r in result.of("width=8+lr=0.02")} == {0.02}
+    search = [t for t in trials(tmp_path) if t.user_attrs["phase"] == "search"]
+    assert len(search) == 4 and all(t.params == {"lr": t.user_attrs["lr"]} for t in search)
+    assert "Learning rates" in (tmp_path / "report.html").read_text()
+
+
+def test_an_arm_runs_until_it_is_decided_and_the_baseline_as_long_as_anyone(tmp_path):
+    arms = ["plain", "toy_models:net(width=1)", "toy_models:inert"]
+    options = {"base": "toy_models:own", "arms": arms, "seeds": "4..6", "steps": 40, "lr": 0.01}
+    result, said = run(tmp_path, **options)
+    assert [len(result.of(arm)) for arm in arms] == [6, 4, 6]
+    worse, same = (result.difference(arm) for arm in arms[1:])
+    assert worse.n == 4 and worse.high < 0 and same.n == 6 and not same.decided
+    assert re.search(r"width=1\) .* worse +4 ", said) and re.search(r"inert .* no +6 ", said)
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>toy_models:net(width=1) is worse than plain</h1>" in page
+    assert "Not decided with 6 seeds: toy_models:inert." in page
+    count = len(trials(tmp_path))
+    again, _ = run(tmp_path, **options)
+    assert len(trials(tmp_path)) == count == 16 and losses(again) == losses(result)
+    assert StudySpec(seeds="4..6").identity != StudySpec(seeds="4..8").identity  # a later end is another study
+
+
+def test_a_diverged_run_counts_as_a_predictor_that_ignores_its_inputs(tmp_path):
+    result, said = run(tmp_path, arms=["plain", "lr=1e30"])
+    assert result.finished and [r.state for r in result.of("lr=1e30")] == ["diverged"] * 2
+    assert list(result.values("lr=1e30", "loss").values()) == pytest.approx([2.303] * 2, abs=0.05)
+    assert result.difference("lr=1e30").n == 2 and "counts as a predictor that ignores its inputs" in said
+    alone, _ = run(tmp_path / "all", arms=["lr=1e30", "lr=1e31"])
+    assert not alone.finished  # nothing but divergence
+
+
+def test_an_arm_that_equals_the_baseline_is_refused_unless_allowed(tmp_path):
+    result, said = run(tmp_path, arms=["plain", "width=16", "width=16+weight_decay=0.0"])
+    assert {r.state for r in result.of("width=16")} == {"failed"} and "equals the baseline 'plain'" in said
+    assert {r.state for r in result.of("width=16+weight_decay=0.0")} == {"done"}
+    allowed, _ = run(tmp_path / "aa", arms=["plain", "width=16"], allow_equal=True)
+    assert allowed.values("width=16") == allowed.values("plain")  # to the last bit
+
+
+def test_parameters_without_effect_change_nothing_at_all(tmp_path):
+    arms = ["plain", *(f"toy_models:inert(at={at!r})" for at in ("first", "middle", "last"))]
+    result, _ = run(tmp_path, base="toy_models:own", arms=arms)
+    curves = [[r.record.train for r in result.of(arm.name)] for arm in result.spec.arms]
+    assert all(curve == curves[0] for curve in curves[1:])
+    assert result.shared["toy_models:inert(at='first')"] == pytest.approx(1234 / (1234 + 12), abs=0.01)
 
 
 def test_time_budget_ends_runs(tmp_path):

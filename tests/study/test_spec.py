@@ -65,16 +65,18 @@ def test_command_line_goes_over_the_file_and_the_default(tmp_path):
 
 
 def test_identity_ignores_arms_and_seeds_only():
-    spec = StudySpec(task="digits", arms=["plain"], steps=5)
+    spec = StudySpec(task="digits", arms=["plain"], steps=5, seeds=3)
     assert spec.model_copy(update={"seeds": 9}).identity == spec.identity
     assert spec.model_copy(update={"steps": 6}).identity != spec.identity
 
 
-def test_grid_is_even_on_a_logarithmic_scale_and_seeds_follow_tuning():
-    spec = StudySpec(lr=0.01, tune="lr", trials=3, seeds=2)
-    assert spec.grid() == pytest.approx([0.001, 0.01, 0.1])
-    assert spec.eval_seeds() == [1, 2]
-    assert StudySpec(seeds=2).eval_seeds() == [0, 1]
+def test_seeds_are_a_number_or_a_range_with_looks():
+    assert StudySpec(seeds=3).looks == (3,) and StudySpec(seeds="3").looks == (3,)
+    assert StudySpec().seeds == "4..12" and StudySpec().looks == (4, 6, 8, 12)
+    assert StudySpec(seeds="5..10").looks == (5, 6, 8, 10)
+    for wrong in ("12..4", "2..8", "few", 0, 1.5, True):
+        with pytest.raises(StudyError, match=r"'seeds'.*such as 4\.\.12"):
+            StudySpec.parse({"seeds": wrong})
 
 
 def test_arms_are_read_by_the_kind_of_their_terms():

@@ -82,3 +82,41 @@ class Shrinking(nn.Module):
 
 def shrinking(shape, *, weight):
     return Shrinking(net(shape), weight)
+
+
+class Inert(nn.Module):
+    """The net with parameters that get a gradient of zero, built before, between or after its own."""
+
+    def __init__(self, shape, at):
+        super().__init__()
+        extra = {name: lambda name=name: setattr(self, name, nn.Linear(3, 3)) for name in ("first", "middle", "last")}
+        make = {at: extra[at]}
+        make.get("first", lambda: None)()
+        self.one = nn.Linear(shape.flat, 16)
+        make.get("middle", lambda: None)()
+        self.two = nn.Linear(16, shape.classes)
+        make.get("last", lambda: None)()
+        self.extra = getattr(self, at)
+
+    def forward(self, x):
+        y = self.two(torch.tanh(nn.functional.dropout(self.one(x.flatten(1)), 0.1, self.training)))
+        return y + 0 * self.extra(torch.ones(3, device=x.device)).sum()
+
+
+def inert(shape, *, at="last"):
+    return Inert(shape, at)
+
+
+class Own(nn.Module):
+    """The same net without the extra parameters."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.one, self.two = nn.Linear(shape.flat, 16), nn.Linear(16, shape.classes)
+
+    def forward(self, x):
+        return self.two(torch.tanh(nn.functional.dropout(self.one(x.flatten(1)), 0.1, self.training)))
+
+
+def own(shape):
+    return Own(shape)

@@ -1,4 +1,4 @@
-"""Charts of a study as inline SVG: learning curves, differences to the baseline, quality against cost, tuning."""
+"""Charts of a study as inline SVG: learning curves, differences to the baseline, quality against cost, learning rates."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
-
-from interlayer.study.stats import Interval, interval
 
 if TYPE_CHECKING:
     from interlayer.study.engine import Result
@@ -277,6 +275,7 @@ def forest(result: Result, found: Sequence[Row], number: dict[str, int]) -> str:
         if r.difference is not None
     }
     dots = {n: d for n, d in dots.items() if d}
+    by = {r.arm: r.difference for r in found if r.difference is not None}
     if not dots:
         return ""
     every = [x for d in dots.values() for x in d.values()]
@@ -312,7 +311,7 @@ def forest(result: Result, found: Sequence[Row], number: dict[str, int]) -> str:
     parts.append(f'<text x="{(left + right) / 2}" y="{height - 6}" text-anchor="middle">{escape(label)}</text>')
     for i, (name, values) in enumerate(dots.items()):
         y, colour = 20 + row * (i + 0.5), var(number[name])
-        difference: Interval = interval(list(values.values()))
+        difference = by[name]
         told = f"{name}: {difference.text(sign=True)}"
         parts.append(
             f'<text class="name" x="{left - 16}" y="{y + 4}" text-anchor="end" style="fill:{colour}">{escape(shorten(name, 20))}</text>'
@@ -340,8 +339,8 @@ def forest(result: Result, found: Sequence[Row], number: dict[str, int]) -> str:
         parts.append(f'<text x="{right + 22}" y="{y + 4}">{escape(difference.text(sign=True))}</text>')
     drawing = f'<svg viewBox="0 0 1000 {height}" role="img" aria-label="paired differences">{"".join(parts)}</svg>'
     caption = "Filled: mean. Open: each seed."
-    if result.spec.seeds > 1:
-        caption += " Line: 95% t interval; an arrow means that it goes on beyond the edge."
+    if result.spec.looks[-1] > 1:
+        caption += " Line: the interval; an arrow means that it goes on beyond the edge."
     return f'<figure class="one"><h3>Difference to {escape(result.spec.baseline)} at the end</h3><figcaption>{caption}</figcaption>{drawing}</figure>'
 
 
@@ -411,31 +410,33 @@ def _beside(places: Sequence[tuple[float, float]], widths: Sequence[float], axes
     return [found[i] for i in range(len(places))]
 
 
-def tuning(result: Result, number: dict[str, int]) -> str:
-    """What each learning rate of the tuning gave; empty without tuning."""
-    if not result.tuning:
+def rates(result: Result, number: dict[str, int]) -> str:
+    """What each learning rate of the search gave; empty without a search."""
+    if not result.search:
         return ""
-    metric, grid = result.about["metric"], result.spec.grid()
-    by = {(r.arm, r.lr): r for r in result.tuning}
-    head = "".join(f"<th>{lr:.2g}</th>" for lr in grid)
+    metric, tried = result.about["metric"], sorted(result.spec.rates)
+    by = {(r.arm, r.lr): r for r in result.search}
+    head = "".join(f"<th>{lr:.2g}</th>" for lr in tried)
     body, edge = [], []
     for arm in result.spec.arms:
-        tried = {lr: by[arm.name, lr] for lr in grid if (arm.name, lr) in by}
-        values = {lr: r.record.metrics[metric] for lr, r in tried.items() if r.state == "done"}
+        found = {lr: by[arm.name, lr] for lr in tried if (arm.name, lr) in by}
+        if not found:
+            continue
+        values = {lr: r.record.metrics[metric] for lr, r in found.items() if r.state == "done"}
         best = (max if result.about["higher"] else min)(values, key=lambda lr: values[lr]) if values else None
-        if best in (grid[0], grid[-1]) and len(grid) > 1:
+        if best in (tried[0], tried[-1]) and len(tried) > 1:
             edge.append(arm.name)
         cells = "".join(
-            f"<td>{'<b>' if lr == best else ''}{f'{values[lr]:.4f}' if lr in values else escape(tried[lr].state) if lr in tried else '–'}{'</b>' if lr == best else ''}</td>"
-            for lr in grid
+            f"<td>{'<b>' if lr == best else ''}{f'{values[lr]:.4f}' if lr in values else escape(found[lr].state) if lr in found else '–'}{'</b>' if lr == best else ''}</td>"
+            for lr in tried
         )
         body.append(
             f'<tr><td><i class="key" style="background:{var(number[arm.name])}"></i>{escape(arm.name)}</td>{cells}</tr>'
         )
-    note = f"Every arm had the same {len(grid)} learning rates, with seed 0. The seeds above are others."
+    note = f"Every arm tried the same {len(tried)} learning rates on one paired seed that is not judged, and took its best (bold)."
     if edge:
-        note += f" For {', '.join(edge)} the best lies at the end of the range: a wider one may be better."
+        note += f" For {', '.join(edge)} the best lies at an end of the range: wider --rates may be better."
     return (
-        f'<h2>Tuning</h2><p class="soft">{escape(note)} Shown: validation {escape(metric)}.</p><div class="scroll"><table><thead><tr>'
+        f'<h2>Learning rates</h2><p class="soft">{escape(note)} Shown: validation {escape(metric)}.</p><div class="scroll"><table><thead><tr>'
         f"<th>learning rate</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )

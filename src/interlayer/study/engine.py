@@ -28,7 +28,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from interlayer import __version__
 from interlayer.study import tasks
-from interlayer.study.spec import StudySpec
+from interlayer.study.spec import SEARCH_SEED, StudySpec
+from interlayer.study.stats import LEVEL, Interval, interval, paired, sequential
 from interlayer.study.train import Record
 
 HEARTBEAT, GRACE = 5, 30  # seconds
@@ -59,35 +60,53 @@ class Result:
 
     Attributes:
         spec: What was run.
-        runs: One for each arm and seed, in the order of the study.
-        tuning: One for each tuning trial.
-        about: The task as data: name, metric, higher, unit, item, about.
+        runs: One for each arm and seed that was wanted, in the order of the study.
+        search: One for each arm and learning rate that was tried.
+        about: The task as data: name, metric, higher, unit, item, about, trivial (scores of a predictor that ignores its
+            inputs; a diverged run counts as one).
+        shared: By arm, the share of its random initial numbers that are the baseline's.
         base: The backbone.
         out: Folder of the report and the CSV files.
     """
 
     spec: StudySpec
     runs: list[Run]
-    tuning: list[Run]
+    search: list[Run]
     about: dict[str, Any]
     base: str
     out: Path
+    shared: dict[str, float] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
-        """Whether every run ended with a result (an arm that diverged has one, one that raised has not)."""
-        return all(run.state in ("done", "diverged") for run in self.runs)
+        """Whether every run finished, and not all diverged. A diverged run counts as finished; one that raised does not."""
+        states = {run.state for run in self.runs}
+        return "done" in states and states <= {"done", "diverged"}
 
     def of(self, arm: str) -> list[Run]:
         """The runs of an arm."""
         return [run for run in self.runs if run.arm == arm]
 
     def values(self, arm: str, metric: str = "") -> dict[int, float]:
-        """Last value of a metric by seed, over the arm's finished runs."""
+        """Last value of a metric by seed, over the arm's finished runs; a diverged run has the trivial predictor's."""
         metric = metric or self.about["metric"]
-        return {
-            r.seed: r.record.metrics[metric] for r in self.of(arm) if r.state == "done" and metric in r.record.metrics
-        }
+        trivial = self.about.get("trivial", {})
+        scores = {r.seed: r.record.metrics if r.state == "done" else trivial for r in self.of(arm)
+                  if r.state in ("done", "diverged")}  # fmt: skip
+        return {seed: found[metric] for seed, found in scores.items() if metric in found}
+
+    def difference(self, arm: str, metric: str = "") -> Interval | None:
+        """The arm's paired difference to the baseline with its interval; None for the baseline itself.
+
+        Where arms stop as soon as they are decided, the interval holds for all looks and all arms of the study together.
+        Otherwise it is a plain 95% t interval.
+        """
+        if arm == self.spec.baseline:
+            return None
+        apart = paired(self.values(arm, metric), self.values(self.spec.baseline, metric))
+        if not self.spec.until_decided:
+            return interval(apart)
+        return sequential(apart, self.spec.looks, LEVEL / (len(self.spec.arms) - 1))
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -143,15 +162,23 @@ class Engine:
         for key, value in values.items():
             self.study.set_user_attr(key, value)
 
+    def write(self, key: str, value: Any) -> None:
+        """Write down one more fact on the study."""
+        self.study.set_user_attr(key, value)
+
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """All trials in some states (in all, without any)."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
-    def queue(self, wanted: list[tuple[str, int, float | None]], tuned: bool = False) -> None:
-        """Queue each (arm, seed, learning rate) that is not done, running or queued; one that raised is tried again."""
+    def queue(self, phase: str, wanted: list[tuple[str, int, float | None]]) -> None:
+        """Queue each (arm, seed, learning rate) that is not done, running or queued; one that raised is tried again.
+
+        Args:
+            phase: ``search`` for runs that choose the learning rate, ``run`` for those that are judged.
+            wanted: The runs.
+        """
         there = {_key(t) for t in self.trials() if t.state != TrialState.FAIL or t.user_attrs.get("kind") == "diverged"}
         for arm, seed, lr in wanted:
-            phase = "tune" if lr is not None and not tuned else "run"
             if (phase, arm, seed, None if phase == "run" else lr) not in there:
                 params = {} if lr is None else {"lr": lr}
                 self.study.enqueue_trial(params, user_attrs={"phase": phase, "arm": arm, "seed": seed, "lr": lr})
@@ -183,9 +210,9 @@ class Engine:
             if earlier:  # two machines queued the same run at the same moment
                 self.close(trial, "duplicate", f"the same as trial {earlier[0].number}")
                 continue
-            if trial.user_attrs["phase"] == "tune":  # as a parameter, so that Optuna's own tools see it
-                grid = self.spec.grid()
-                optuna.trial.Trial(self.study, trial._trial_id).suggest_float("lr", grid[0], grid[-1], log=True)
+            if trial.user_attrs["phase"] == "search":  # as a parameter, so that Optuna's own tools see it
+                rates = self.spec.rates
+                optuna.trial.Trial(self.study, trial._trial_id).suggest_float("lr", min(rates), max(rates), log=True)
             return trial
         return None
 
@@ -238,11 +265,10 @@ class Engine:
                 found[_key(t)] = t
         return found
 
-    def kept(self, spec: StudySpec) -> int:
-        """How many of the wanted runs have their result already."""
-        last = self._last()
-        keys = [("run", a.name, s, None) for a in spec.arms for s in spec.eval_seeds()]
-        return sum(k in last and _state(last[k]) in ("done", "diverged") for k in keys)
+    def kept(self) -> int:
+        """How many runs of the study's arms have their result already."""
+        names = {arm.name for arm in self.spec.arms}
+        return sum(k[1] in names and _state(t) in ("done", "diverged") for k, t in self._last().items())
 
     def open(self, names: set[str]) -> list[FrozenTrial]:
         """Trials of these arms that are queued or running."""
@@ -250,31 +276,35 @@ class Engine:
         return [t for t in found if t.user_attrs.get("arm") in names]
 
     def best(self, arm: str) -> float | None:
-        """The arm's best learning rate; None if no tuning trial ended well."""
+        """The arm's best learning rate of those tried; None if every one diverged or failed."""
         done = [
             t
             for t in self.trials(TrialState.COMPLETE)
-            if t.user_attrs.get("phase") == "tune" and t.user_attrs["arm"] == arm
+            if t.user_attrs.get("phase") == "search" and t.user_attrs["arm"] == arm
         ]
         sign = -1 if self.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
         return min(done, key=lambda t: sign * float(t.value or 0)).user_attrs["lr"] if done else None
 
     def result(self) -> Result:
-        """The outcome so far."""
+        """The outcome so far: every run that there is, and those of the first look that are missing."""
         attrs, last = self.study.user_attrs, self._last()
         runs = []
         for arm in self.spec.arms:
-            for seed in self.spec.eval_seeds():
+            for seed in range(self.spec.looks[-1]):
                 trial = last.get(("run", arm.name, seed, None))
-                runs.append(_run(trial) if trial else Run(arm.name, seed, "missing"))
+                if trial is not None and (_state(trial) != "missing" or seed < self.spec.looks[0]):
+                    runs.append(_run(trial))
+                elif seed < self.spec.looks[0]:
+                    runs.append(Run(arm.name, seed, "missing"))
         names = {arm.name for arm in self.spec.arms}
-        tuning = [_run(t) for k, t in last.items() if k[0] == "tune" and k[1] in names] if self.spec.tune else []
-        return Result(self.spec, runs, tuning, attrs["about"], attrs["base"], self.spec.folder)
+        search = [_run(t) for k, t in last.items() if k[0] == "search" and k[1] in names and k[2] == SEARCH_SEED]
+        about = {**attrs["about"], "trivial": attrs.get("trivial", {})}
+        return Result(self.spec, runs, search, about, attrs["base"], self.spec.folder, attrs.get("shared", {}))
 
 
 def _key(trial: FrozenTrial) -> tuple[Any, ...]:
     a = trial.user_attrs
-    return (a.get("phase"), a.get("arm"), a.get("seed"), a.get("lr") if a.get("phase") == "tune" else None)
+    return (a.get("phase"), a.get("arm"), a.get("seed"), a.get("lr") if a.get("phase") == "search" else None)
 
 
 def _state(trial: FrozenTrial) -> str:

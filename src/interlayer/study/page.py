@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from interlayer.study.charts import colours, costs, forest, learning, tuning, var, variables
+from interlayer.study.charts import colours, costs, forest, learning, rates, var, variables
 
 if TYPE_CHECKING:
     from interlayer.study.engine import Result
@@ -56,35 +55,43 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:5px 22px;font-size:14.
 
 
 def headline(result: Result, found: Sequence[Row]) -> tuple[str, str]:
-    """The outcome in a sentence, and how sure it is."""
-    metric, higher = result.about["metric"], result.about["higher"]
-    budget = (
-        f"{result.spec.budget['steps']:,} steps"
-        if "steps" in result.spec.budget
-        else f"{result.spec.seconds:g} s of training"
-    )
+    """What was decided, and what was not."""
+    about, spec = result.about, result.spec
+    metric, base = about["metric"], spec.baseline
+    budget = f"{spec.budget['steps']:,} steps" if "steps" in spec.budget else f"{spec.seconds:g} s of training"
     judged = [r for r in found if metric in r.metrics]
     if not judged:
         return "No arm finished", "Every run failed, diverged or is still missing; the reasons are below."
-    best = (max if higher else min)(judged, key=lambda r: r.metrics[metric].mean)
-    word = "highest" if higher else "lowest"
-    title = f"{best.arm} has the {word} validation {metric} after {budget}: {best.metrics[metric].mean:.4g}"
-    if best.difference is None:
-        rest = [r.difference for r in judged if r.difference is not None]
-        return title, "None of the other arms is better than the baseline on average." if rest else ""
-    difference = best.difference
-    if math.isnan(difference.half):
-        return (
-            title,
-            f"That is {abs(difference.mean):.4f} {'above' if difference.mean > 0 else 'below'} {result.spec.baseline}, with one seed: it may be chance.",
-        )
-    sure = difference.low > 0 or difference.high < 0
-    text = f"That is {abs(difference.mean):.4f} {'above' if difference.mean > 0 else 'below'} {result.spec.baseline}. The 95% interval of the paired difference "
-    return title, text + (
-        "does not reach zero."
-        if sure
-        else f"includes zero, so with {difference.n} seeds it may be chance; more seeds would tell."
+    verdicts: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+    for r in found:
+        if r.difference is not None and r.difference.n:
+            sure = r.difference.decided
+            kind = ("better" if (r.difference.mean > 0) == about["higher"] else "worse") if sure else "open"
+            verdicts[kind].append(r.arm)
+    if not any(verdicts.values()):
+        best = (max if about["higher"] else min)(judged, key=lambda r: r.metrics[metric].mean)
+        return f"{best.arm}: validation {metric} {best.metrics[metric].mean:.4g} after {budget}", ""
+    parts = [
+        f"{_list(verdicts[k])} {'is' if len(verdicts[k]) == 1 else 'are'} {k} than {base}"
+        for k in ("better", "worse")
+        if verdicts[k]
+    ]
+    title = "; ".join(parts) if parts else f"Nothing is decided: no arm can be told from {base}"
+    text = (
+        f"Validation {metric} after {budget}, each arm at its own best learning rate. "
+        if not spec.lr
+        else f"Validation {metric} after {budget}. "
     )
+    if verdicts["open"]:
+        seeds = max(r.runs for r in found)
+        text += f"Not decided with {seeds} seed{'s' if seeds > 1 else ''}: {_list(verdicts['open'])}. "
+        if not spec.until_decided and spec.looks[-1] < 4:
+            text += "More seeds would tell; --seeds 4..12 runs each arm until it is decided."
+    return title, text
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _table(result: Result, found: Sequence[Row], lines: Sequence[dict[str, str]], number: dict[str, int]) -> str:
@@ -120,6 +127,15 @@ def _failures(result: Result) -> str:
     return f"<h2>What failed</h2>{''.join(parts)}"
 
 
+def _shares(result: Result) -> str:
+    """How much of each arm's initial noise is the baseline's."""
+    others = {arm: share for arm, share in result.shared.items() if arm != result.spec.baseline}
+    if not others:
+        return "nothing to pair"
+    parts = ", ".join(f"{arm} {share:.0%}" for arm, share in others.items())
+    return f"share of the random initial numbers that are {result.spec.baseline}'s: {parts}"
+
+
 def _what(result: Result) -> str:
     spec, about = result.spec, result.about
     places = list({r.where["cpu"] + r.where["torch"]: r.where for r in result.runs if r.where}.values())
@@ -132,8 +148,10 @@ def _what(result: Result) -> str:
     items = {
         "Task": f"{about['name']}: {about['about']}",
         "Base": result.base,
-        "Training": f"{budget}; AdamW, learning rate {'tuned for each arm' if spec.tune else f'{spec.lr:g}'}, {warm}, weight decay {spec.weight_decay:g}, gradients clipped at {spec.clip:g}",
-        "Seeds": ", ".join(map(str, spec.eval_seeds())),
+        "Training": f"{budget}; AdamW, learning rate {f'{spec.lr:g}' if spec.lr else 'searched for each arm'}, {warm}, weight decay {spec.weight_decay:g}, gradients clipped at {spec.clip:g}",
+        "Seeds": f"0 to {spec.looks[-1] - 1}"
+        + (f", looked at after {', '.join(map(str, spec.looks))}" if spec.until_decided else ""),
+        "Paired": _shares(result),
         "Workers": f"{spec.workers}, with {spec.threads} thread{'s' if spec.threads > 1 else ''} each",
     }
     for i, w in enumerate(places):
@@ -165,12 +183,12 @@ def page(result: Result, found: Sequence[Row], lines: Sequence[dict[str, str]], 
     number = colours(result)
     title, sure = headline(result, found)
     about = result.about
-    kind = f"{about['name']} · {result.base} · {len(result.spec.arms)} arms · {result.spec.seeds} seed{'s' if result.spec.seeds > 1 else ''}"
+    kind = f"{about['name']} · {result.base} · {len(result.spec.arms)} arms · {result.spec.seeds} seeds"
     body = (
         f'<header><p class="kind">{escape(kind)}</p><h1>{escape(title)}</h1><p>{escape(sure)}</p></header>'
         f'{_table(result, found, lines, number)}<p class="soft" style="margin-top:10px">{escape(note)}</p>'
         f"{_failures(result)}<h2>Quality</h2>{forest(result, found, number)}{learning(result, number)}"
-        f"{costs(result, found, number)}{tuning(result, number)}{_what(result)}"
+        f"{costs(result, found, number)}{rates(result, number)}{_what(result)}"
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'

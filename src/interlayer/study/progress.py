@@ -23,7 +23,7 @@ class Progress:
 
     def __init__(self, console: Console, spec: StudySpec, unit: str) -> None:
         self.console, self.unit, self.live = console, unit, console.is_terminal
-        self.total = float(spec.seeds + (spec.trials if spec.tune else 0))
+        self.total = float(spec.looks[-1] + (0 if spec.lr else len(spec.rates)))
         self.shares: dict[str, dict[str, float]] = {arm.name: {} for arm in spec.arms}
         columns = ("[bold]{task.description}", BarColumn(24), "{task.fields[text]}")
         self.bars = Bars(

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from interlayer.study.engine import Result
 from interlayer.study.page import page
-from interlayer.study.stats import Interval, interval, paired
+from interlayer.study.stats import LEVEL, Interval, critical, interval
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Row:
     difference: Interval | None
     cost: dict[str, float]
     lr: float | None
+    runs: int
 
 
 def rows(result: Result) -> list[Row]:
     """The table's lines, one for each arm in the order of the study."""
-    metric, baseline = result.about["metric"], result.spec.baseline
     found = []
     for arm in result.spec.arms:
         runs = result.of(arm.name)
@@ -46,14 +46,20 @@ def rows(result: Result) -> list[Row]:
                 arm.name,
                 state,
                 {m: interval(list(result.values(arm.name, m).values())) for m in names},
-                None
-                if arm.name == baseline
-                else paired(result.values(arm.name, metric), result.values(baseline, metric)),
+                result.difference(arm.name),
                 {k: sum(v) / len(v) for k, v in means.items()},
                 done[0].lr if done else None,
+                len(done) + bad.count("diverged"),
             )
         )
     return found
+
+
+def better(row: Row, result: Result) -> bool | None:
+    """Whether an arm is better than the baseline (True) or worse (False); None while it is not decided."""
+    if row.difference is None or not row.difference.decided:
+        return None
+    return (row.difference.mean > 0) == result.about["higher"]
 
 
 def human(value: float, unit: str = "") -> str:
@@ -80,8 +86,9 @@ def cells(row: Row, result: Result) -> dict[str, str]:
     against = result.spec.baseline
     mark = "" if about["metric"] == "loss" else f"{about['metric']} "
     found[f"{mark}against {against}"] = "baseline" if row.difference is None else row.difference.text(sign=True)
-    if result.spec.tune:
-        found["tuned lr"] = f"{row.lr:.2g}" if row.lr else "–"
+    found["decided"] = {True: "better", False: "worse", None: "no"}[better(row, result)] if row.difference else "–"
+    found["seeds"] = str(row.runs)
+    found["learning rate"] = f"{row.lr:.2g}" if row.lr else "–"
     cost = row.cost
     found["parameters"] = human(cost["parameters"]) if "parameters" in cost else "–"
     found[f"FLOPs per {about['item']}"] = human(cost["flops"]) if "flops" in cost else "–"
@@ -116,13 +123,35 @@ def write(result: Result, console: Console) -> None:
 
 
 def note(result: Result) -> str:
-    """What the intervals are."""
-    if result.spec.seeds < 2:
-        return "One seed: no intervals, and a difference may be chance. Use more seeds to tell."
-    return (
-        f"± is the half width of the 95% t interval over {result.spec.seeds} seeds. Differences are paired by seed: "
-        "all arms of a seed see the same batches in the same order."
+    """What the intervals are, and what the pairing is."""
+    spec = result.spec
+    if spec.looks[-1] < 2:
+        return "One seed: no intervals, and a difference may be chance. Use more seeds, such as --seeds 4..12."
+    text = "± of a score is the half width of its 95% t interval over the seeds. "
+    if spec.until_decided:
+        arms = len(spec.arms) - 1
+        factors = ", ".join(f"{c:.2f}" for c in critical(spec.looks, LEVEL / max(arms, 1)))
+        text += (
+            f"Each arm ran until its difference to {spec.baseline} left out zero, at {', '.join(map(str, spec.looks))} seeds; "
+            f"± of a difference is c s / √n with c = {factors}, valid for all looks"
+            + (f" and {arms} arms" if arms > 1 else "")
+            + " together (5% false positives in all). "
+        )
+    else:
+        text += "± of a difference is a plain 95% t interval, for each arm alone. "
+    text += (
+        "Differences are paired: arms of a seed start from the same noise in all weights of equal name and shape, and see "
+        "the same batches and the same dropout."
     )
+    if any(run.state == "diverged" for run in result.runs):
+        trivial = result.about["trivial"]
+        score = ", ".join(f"{k} {v:.4g}" for k, v in trivial.items())
+        text += (
+            f" A diverged run counts as a predictor that ignores its inputs ({score})."
+            if trivial
+            else " Diverged runs are left out."
+        )
+    return text
 
 
 def csv_files(result: Result) -> None:
@@ -133,7 +162,7 @@ def csv_files(result: Result) -> None:
         sheet = csv.writer(file)
         sheet.writerow(["arm", "seed", "state", "lr", "steps", "seconds", *metrics, *costs, "error"])
         for r in result.runs:
-            shown: list[Any] = [r.arm, r.seed, r.state, r.lr or result.spec.lr, r.record.steps, r.record.seconds]
+            shown: list[Any] = [r.arm, r.seed, r.state, r.lr or "", r.record.steps, r.record.seconds]
             shown += [r.record.metrics.get(m, "") for m in metrics] + [r.record.cost.get(c, "") for c in costs]
             sheet.writerow([*shown, r.error.splitlines()[0] if r.error else ""])
     with (result.out / "curves.csv").open("w", newline="", encoding="utf-8") as file:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -20,12 +20,14 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
+from interlayer.core.equal import difference
+from interlayer.core.pairing import Paired, shared
 from interlayer.study import tasks
 from interlayer.study.arms import Arm, parse
 from interlayer.study.engine import HEARTBEAT, Engine, Result, open_storage, where
 from interlayer.study.progress import Progress
-from interlayer.study.spec import StudyError, StudySpec
-from interlayer.study.train import Diverged, Record, check, device_of, train
+from interlayer.study.spec import SEARCH_SEED, StudyError, StudySpec
+from interlayer.study.train import Diverged, Record, check, device_of, takes_lr, train
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -54,33 +56,84 @@ def compare(spec: StudySpec, *, console: Console | None = None, resume: bool = T
     engine = Engine(spec, task.higher, resume=resume)
     engine.note(task, base)
     (spec.folder / "study.toml").write_text(spec.model_copy(update={"storage": None}).to_toml(), encoding="utf-8")
-    arms = {a.name: _checked(partial(_read_and_check, a.name, a.use, base, task, spec)) for a in spec.arms}
-    good = {name: found for name, found in arms.items() if isinstance(found, Arm)}
+    built = {a.name: _checked(partial(_read_and_check, a.name, a.use, base, task, spec)) for a in spec.arms}
+    checked, share = _against_baseline(built, spec)
+    engine.write("shared", share)
+    arms = {name: found for name, found in checked.items() if isinstance(found, Arm)}
     with Progress(console, spec, task.unit if task.metric == "loss" else task.metric) as progress:
-        for name, found in arms.items():
-            if isinstance(found, dict):
-                for seed in spec.eval_seeds():
-                    engine.refuse(name, seed, found)
-                progress.tell({"what": "failed", "arm": name, "seed": None, "error": found["error"]})
-        kept = engine.kept(spec)
-        if kept:
-            progress.line(
-                f"{kept} of {len(spec.arms) * spec.seeds} runs are in the records already and are not run again."
-            )
-        if spec.tune:
-            engine.queue([(name, 0, lr) for lr in spec.grid() for name in good])
-            _work(engine, good, task, base, progress)
-        best = {name: engine.best(name) for name in good} if spec.tune else {}
-        for name in [n for n, lr in best.items() if lr is None]:
-            found = {"error": "every tuning trial diverged or failed", "traceback": "", "kind": "diverged"}
-            for seed in spec.eval_seeds():
+
+        def refuse(name: str, found: dict[str, str]) -> None:
+            for seed in range(spec.looks[0]):
                 engine.refuse(name, seed, found)
-            del good[name]
-        engine.queue([(name, seed, best.get(name)) for seed in spec.eval_seeds() for name in good], tuned=True)
-        _work(engine, good, task, base, progress)
+            progress.tell({"what": "failed", "arm": name, "seed": None, "error": found["error"]})
+
+        for name, found in checked.items():
+            if isinstance(found, dict):
+                refuse(name, found)
+        if kept := engine.kept():
+            progress.line(f"{kept} runs are in the records already and are not run again.")
+        fixed = {name: arm.training.get("lr") or spec.lr for name, arm in arms.items()}
+        searched = [name for name, lr in fixed.items() if lr is None and takes_lr(arms[name])]
+        engine.queue("search", [(name, SEARCH_SEED, lr) for lr in spec.rates for name in searched])
+        _work(engine, arms, task, base, progress)
+        rates = {name: engine.best(name) if name in searched else fixed[name] for name in arms}
+        for name in [n for n in searched if rates[n] is None]:
+            refuse(name, {"error": "every learning rate diverged or failed", "traceback": "", "kind": "diverged"})
+            del arms[name]
+        for look in spec.looks:
+            going = list(arms) if look == spec.looks[0] else _undecided(engine.result(), arms)
+            engine.queue("run", [(name, seed, rates[name]) for seed in range(look) for name in going])
+            _work(engine, arms, task, base, progress)
+            _score_diverged(engine, task, progress)
     result = engine.result()
     write(result, console)
     return result
+
+
+def _against_baseline(
+    checked: dict[str, tuple[Arm, Paired[Any]] | dict[str, str]], spec: StudySpec
+) -> tuple[dict[str, Arm | dict[str, str]], dict[str, float]]:
+    """Refuse arms that equal the baseline; and by arm, the share of its initial noise that is the baseline's."""
+    arms: dict[str, Arm | dict[str, str]] = {
+        n: found if isinstance(found, dict) else found[0] for n, found in checked.items()
+    }
+    built = {n: found[1] for n, found in checked.items() if not isinstance(found, dict)}
+    if spec.baseline not in built:
+        return arms, {}
+    plain, base = arms[spec.baseline], built[spec.baseline]
+    for name in [n for n in built if n != spec.baseline and not spec.allow_equal]:
+        arm = arms[name]
+        assert isinstance(arm, Arm) and isinstance(plain, Arm)
+        trained = (arm.training, arm.rule, arm.transform) == (plain.training, plain.rule, plain.transform)
+        if trained and not difference(built[name].model, base.model):
+            text = (
+                f"arm {name!r} equals the baseline {spec.baseline!r}: the same modules, options, parameters and training. "
+                "Change what it is made of, or allow equal arms (--allow-equal) to see how far chance alone goes."
+            )
+            arms[name] = {"error": text, "traceback": "", "kind": "refused"}
+    return arms, {name: shared(found, base) for name, found in built.items()}
+
+
+def _undecided(result: Result, arms: Mapping[str, Arm]) -> list[str]:
+    """The arms that need more seeds, and the baseline with them. An arm whose every run raised gets no more."""
+    found = []
+    for name in arms:
+        apart = result.difference(name)
+        if apart is not None and not apart.decided and any(r.state != "failed" for r in result.of(name)):
+            found.append(name)
+    return [result.spec.baseline, *found] if found and result.spec.baseline in arms else []
+
+
+def _score_diverged(engine: Engine, task: tasks.Task, progress: Progress) -> None:
+    """Note what a trivial predictor scores, if a run diverged: that is its score too."""
+    if "trivial" in engine.study.user_attrs or all(r.state != "diverged" for r in engine.result().runs):
+        return
+    try:
+        engine.write("trivial", task.trivial())
+    except Exception as error:
+        progress.line(
+            f"task {task.name!r} gives no score of a trivial predictor ({_sentence(error)}): diverged runs are left out."
+        )
 
 
 def report(source: str | Path, *, console: Console | None = None, out: str | Path | None = None) -> Result:
@@ -118,13 +171,12 @@ def report(source: str | Path, *, console: Console | None = None, out: str | Pat
     return result
 
 
-def _read_and_check(name: str, use: str, base: str, task: tasks.Task, spec: StudySpec) -> Arm:
+def _read_and_check(name: str, use: str, base: str, task: tasks.Task, spec: StudySpec) -> tuple[Arm, Paired[Any]]:
     arm = parse(name, use, base)
-    check(arm, task, spec)
-    return arm
+    return arm, check(arm, task, spec)
 
 
-def _checked(make: Callable[[], Arm]) -> Arm | dict[str, str]:
+def _checked(make: Callable[[], tuple[Arm, Paired[Any]]]) -> tuple[Arm, Paired[Any]] | dict[str, str]:
     try:
         return make()
     except Exception as error:
@@ -140,7 +192,7 @@ def serve(engine: Engine, arms: dict[str, Arm], task: tasks.Task, tell: Tell) ->
     while (trial := engine.claim(set(arms))) is not None:
         attrs = trial.user_attrs
         arm, seed, lr = arms[attrs["arm"]], attrs["seed"], attrs["lr"]
-        label = {"arm": arm.name, "seed": seed, "lr": lr if attrs["phase"] == "tune" else None}
+        label = {"arm": arm.name, "seed": seed, "lr": lr if attrs["phase"] == "search" else None}
 
         def told(event: dict[str, Any], label: dict[str, Any] = label, trial: FrozenTrial = trial) -> None:
             if event["what"] == "eval":

@@ -23,8 +23,12 @@ from pydantic import (
 )
 
 from interlayer import catalog
+from interlayer.study.stats import looks
 
 __all__ = ["ArmSpec", "StudyError", "StudySpec", "split_top"]
+
+
+SEARCH_SEED = 1000  # of the search for learning rates; judged seeds start at 0
 
 
 class StudyError(ValueError):
@@ -53,7 +57,7 @@ class StudySpec(BaseModel):
 
     task: str = Field(
         default="stdlib-bytes",
-        description="what is learned: digits, stdlib-bytes, photos, series, package.module:function, file:PATH or hf:NAME",
+        description="what is learned: digits, mnist1d, stdlib-bytes, photos, series, package.module:function, file:PATH or hf:NAME",
     )
     base: str | None = Field(
         default=None,
@@ -65,13 +69,21 @@ class StudySpec(BaseModel):
         min_length=1,
         description='the list of what is compared: "plain", a system\'s slug, "norm=rmsnorm", joined by "+"; "stream=*" is all streams',
     )
-    seeds: PositiveInt = Field(default=2, description="how many seeds each arm is trained with")
+    seeds: int | str = Field(
+        default="4..12",
+        description="how many seeds each arm is trained with: 3, or 4..12 to stop each arm as soon as it is decided",
+    )
     steps: PositiveInt | None = Field(default=None, description="training steps of each run")
     seconds: PositiveFloat | None = Field(
         default=None, description="training time of each run in seconds, in place of steps"
     )
     batch_size: PositiveInt = Field(default=16, description="samples in one training step")
-    lr: PositiveFloat = Field(default=1e-3, description="peak learning rate of AdamW")
+    lr: PositiveFloat | None = Field(
+        default=None, description="peak learning rate of all arms; without it each arm takes its own best of `rates`"
+    )
+    rates: tuple[PositiveFloat, ...] = Field(
+        default=(3e-4, 1e-3, 3e-3, 1e-2), min_length=1, description="learning rates that are tried for every arm"
+    )
     schedule: Literal["cosine", "constant"] = Field(
         default="cosine", description="course of the learning rate after the warm-up"
     )
@@ -81,8 +93,7 @@ class StudySpec(BaseModel):
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay of matrices")
     clip: PositiveFloat = Field(default=1.0, description="largest norm of the gradient")
     evaluations: PositiveInt = Field(default=8, description="how often a run is evaluated, the last time at its end")
-    tune: Literal["lr"] | None = Field(default=None, description="what is tuned for every arm before the seeds are run")
-    trials: PositiveInt = Field(default=8, description="tuning trials of every arm")
+    allow_equal: bool = Field(default=False, description="whether arms may equal the baseline, as in an A/A study")
     workers: PositiveInt = Field(default=1, description="runs at a time, each in a process of its own")
     threads: PositiveInt = Field(default=1, description="threads of each worker")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the models are trained")
@@ -100,6 +111,18 @@ class StudySpec(BaseModel):
             arms = [arm for v in value for arm in (_all_of(v) if isinstance(v, str) else [v])]
             return tuple({"name": v, "use": v} if isinstance(v, str) else v for v in arms)
         return value
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seeds(cls, value: Any) -> int | str:
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        ends = re.fullmatch(r"(\d+)\.\.(\d+)", value) if isinstance(value, str) else None
+        if ends is None or not 3 <= int(ends[1]) < int(ends[2]):
+            raise ValueError("a number greater than 0, or a rising range from 3 or more, such as 4..12")
+        return f"{int(ends[1])}..{int(ends[2])}"
 
     @model_validator(mode="after")
     def _whole(self) -> StudySpec:
@@ -132,32 +155,34 @@ class StudySpec(BaseModel):
 
     @property
     def identity(self) -> str:
-        """Name of the study in its storage. Arms and seeds can be added to a study; everything else makes it another."""
-        free = {"arms", "seeds", "workers", "storage", "out"}
+        """Name of the study in its storage. Everything but its arms and a plain number of seeds makes it another study."""
+        free = {"arms", "workers", "storage", "out", "allow_equal"} | (set() if self.until_decided else {"seeds"})
         same = json.dumps(self.model_dump(mode="json", exclude=free), sort_keys=True)
         return f"{_plain(self.task)}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
 
-    def eval_seeds(self) -> list[int]:
-        """Seeds of the runs that are compared. Tuning takes seed 0, so that no arm is judged where it was tuned."""
-        first = 1 if self.tune else 0
-        return list(range(first, first + self.seeds))
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The numbers of seeds at which an arm that is decided stops; one number if all seeds are run."""
+        if isinstance(self.seeds, int):
+            return (self.seeds,)
+        least, most = self.seeds.split("..")
+        return looks(int(least), int(most))
 
-    def grid(self) -> list[float]:
-        """Learning rates that tuning tries for every arm: evenly on a logarithmic scale from ``lr / 10`` to ``lr * 10``."""
-        if self.trials == 1:
-            return [self.lr]
-        return [float(f"{self.lr * 10 ** (2 * i / (self.trials - 1) - 1):.4g}") for i in range(self.trials)]
+    @property
+    def until_decided(self) -> bool:
+        """Whether arms stop as soon as they are decided."""
+        return isinstance(self.seeds, str)
 
     @classmethod
     def default(cls) -> StudySpec:
         """The study that ``interlayer compare`` runs without options."""
         return cls(
             task="stdlib-bytes",
-            base="transformer(depth=6, width=128, heads=4)",
+            base="transformer(depth=4, width=64, heads=4)",
             arms=["plain", "rezero", "denseformer", "value-residual", "hopfield"],
-            seeds=2,
-            steps=160,
+            steps=120,
             batch_size=8,
+            evaluations=4,
             workers=2,
         )
 

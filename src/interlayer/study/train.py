@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from interlayer import catalog
 from interlayer.core import cost
 from interlayer.core.extra import extra_loss
 from interlayer.core.kinds import Rule
+from interlayer.core.pairing import Paired, Streams, clip_gradients, paired
 from interlayer.study.arms import Arm
 from interlayer.study.spec import StudyError, StudySpec
 from interlayer.study.tasks import Task
@@ -63,10 +65,20 @@ def device_of(spec: StudySpec) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check(arm: Arm, task: Task, spec: StudySpec) -> None:
-    """Build the arm on the CPU and take it through two samples, so that what cannot work is told before training."""
-    torch.manual_seed(0)
-    model = arm.build(task.shape)
+def build(arm: Arm, task: Task, seed: int) -> Paired[nn.Module]:
+    """The arm's model on the CPU, with the noise of the seed that all arms share."""
+
+    def materialise(model: nn.Module) -> None:
+        if any(is_lazy(p) for p in model.parameters()):
+            model(next(task.batches(0, 2, "train"))[0])
+
+    return paired(lambda: arm.build(task.shape), seed, materialise=materialise)
+
+
+def check(arm: Arm, task: Task, spec: StudySpec) -> Paired[nn.Module]:
+    """Build the arm on the CPU and take it through two samples, so that what cannot work is reported before training."""
+    built = build(arm, task, 0)
+    model = copy.deepcopy(built.model)
     inputs, targets = next(task.batches(0, 2, "train"))
     if isinstance(inputs, Tensor) and not torch.isfinite(inputs).all():
         raise StudyError(
@@ -74,7 +86,7 @@ def check(arm: Arm, task: Task, spec: StudySpec) -> None:
         )
     if arm.rule:
         _rule(arm, model, task, arm.training.get("lr")).step((inputs, targets))
-        return
+        return built
     loss = task.loss(model(inputs), targets)
     if loss.dim():
         raise StudyError(f"arm {arm.name!r}: the task's loss has shape {tuple(loss.shape)}; wanted one number.")
@@ -82,6 +94,7 @@ def check(arm: Arm, task: Task, spec: StudySpec) -> None:
         raise StudyError(f"arm {arm.name!r}: the model has no parameter to train.")
     if arm.transform:
         _transform(arm, model, [(inputs, targets)], plan_only=True)
+    return built
 
 
 def train(
@@ -96,14 +109,15 @@ def train(
 ) -> Record:
     """Train and judge one arm with one seed.
 
-    All arms of a seed see the same batches in the same order, and the same seed gives the same numbers.
+    All arms of a seed start from the same noise, see the same batches in the same order and draw the same random numbers in
+    the modules that they share; the same seed gives the same numbers.
 
     Args:
         arm: What is trained.
         task: What it learns.
         spec: Budget and settings.
         seed: Of the initial weights, the batches and every random choice while training.
-        lr: Peak learning rate in place of the arm's or study's.
+        lr: Peak learning rate; a rule without one of its own takes none.
         tell: Called with each step and evaluation.
         record: Filled on the way, so that a run which fails leaves its curve.
 
@@ -112,11 +126,11 @@ def train(
     """
     record = record if record is not None else Record()
     device = device_of(spec)
+    model = build(arm, task, seed).model.to(device)
     torch.manual_seed(seed)
-    model = arm.build(task.shape).to(device)
     loop = _Loop(arm, model, task, spec, device, lr)
     batches = task.batches(seed, spec.batch_size, "train")
-    torch.manual_seed(seed)
+    noise = Streams(model, seed)
     marks = [(i + 1) / spec.evaluations for i in range(spec.evaluations)]
     times: list[float] = []
     recent: list[float] = []
@@ -127,7 +141,8 @@ def train(
         if share < marks[0] - 1e-9:
             inputs, targets = (t.to(device) for t in next(batches))
             begin = time.perf_counter()
-            loss = loop.step(inputs, targets, share)
+            with noise.step(record.steps):
+                loss = loop.step(inputs, targets, share)
             times.append(time.perf_counter() - begin)
             record.steps += 1
             record.seconds += times[-1]
@@ -164,10 +179,11 @@ class _Loop:
     def __init__(
         self, arm: Arm, model: nn.Module, task: Task, spec: StudySpec, device: torch.device, lr: float | None
     ) -> None:
-        own = {**spec.model_dump(include={"lr", "weight_decay", "warmup", "schedule"}), **arm.training}
-        self.model, self.task, self.spec, self.device, self.lr = model, task, spec, device, lr or own["lr"]
+        own = {**spec.model_dump(include={"weight_decay", "warmup", "schedule"}), **arm.training}
+        self.model, self.task, self.spec, self.device = model, task, spec, device
+        self.lr = lr or own.get("lr") or spec.rates[0]
         self.warmup, self.schedule = own["warmup"], own["schedule"]
-        self.rule = _rule(arm, model, task, lr or arm.training.get("lr")) if arm.rule else None
+        self.rule = _rule(arm, model, task, lr) if arm.rule else None
         weights = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in weights if p.dim() > 1], "weight_decay": own["weight_decay"]},
@@ -198,7 +214,7 @@ class _Loop:
         loss = self.task.loss(self.model(inputs), targets)
         value, more = float(loss.detach()), extra_loss(self.model)
         (loss if more is None else loss + more).backward()
-        nn.utils.clip_grad_norm_(self.weights, self.spec.clip)
+        clip_gradients(self.weights, self.spec.clip)
         if math.isfinite(value):
             self.optimizer.step()
         return value
@@ -206,13 +222,8 @@ class _Loop:
     def evaluate(self) -> dict[str, float]:
         """The task's judgement, without a trace in the model or in the random numbers."""
         self.model.eval()
-        state = torch.get_rng_state()
-        with torch.no_grad():
-            found = self.task.evaluate(
-                self.rule.predict if self.rule else self.model, self.spec.batch_size, self.device
-            )
-        torch.set_rng_state(state)
-        return found
+        with torch.random.fork_rng(), torch.no_grad():
+            return self.task.evaluate(self.rule.predict if self.rule else self.model, self.spec.batch_size, self.device)
 
     def cost(self, inputs: Tensor, targets: Tensor) -> dict[str, float]:
         """Count on one more step, of which nothing is kept (the run is over)."""
@@ -243,12 +254,17 @@ def _tensors(data: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def takes_lr(arm: Arm) -> bool:
+    """Whether an arm is trained with a learning rate: all are, but for rules that have none."""
+    return arm.rule is None or "lr" in inspect.signature(catalog.get(arm.rule[0]).resolve()).parameters
+
+
 def _rule(arm: Arm, model: nn.Module, task: Task, lr: float | None) -> Rule:
     assert arm.rule is not None
     slug, options = arm.rule
     make = catalog.get(slug).resolve()
     names = inspect.signature(make).parameters
-    if lr is not None and "lr" not in names:
+    if arm.training.get("lr") is not None and "lr" not in names:
         raise StudyError(f"arm {arm.name!r}: the rule {slug!r} takes no learning rate `lr`.")
     told = {"lr": lr, "classes": task.shape.classes or None}
     options = {**{k: v for k, v in told.items() if v is not None and k in names}, **options}
