@@ -86,7 +86,7 @@ class Attention(nn.Module):
     Shapes: [B, S, D] to [B, S, D].
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "bias"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "bias", "rotate"})
 
     def __init__(
         self,

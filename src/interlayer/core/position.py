@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class Position(nn.Module):
     """No position at all, and the protocol: ``embed`` acts on the input, ``rotate`` on queries and keys, ``bias`` on scores.
 
-    ``needs`` names what a position asks of the mixer: one with a bias needs ``"bias"``.
+    ``needs`` names what a position asks of the mixer: one with a bias needs ``"bias"``,
+    one that turns queries and keys ``"rotate"``.
 
     Args:
         width: Features D of the input.
@@ -67,6 +68,7 @@ class Sinusoidal(Position):
 class Rotary(Position):
     """Queries and keys turned by angles that grow with the place (Su et al., arXiv:2104.09864); halves, not pairs, turn together."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"rotate"})
     cos: Tensor
     sin: Tensor
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -13,6 +15,45 @@ import torch
 from torch import Tensor, nn
 
 from interlayer import catalog
+
+SIZES = ("kv_heads", "hidden")  # sizes that only some fillings use
+WHO = {
+    "norm": "a stream that normalises, such as stream='pre-norm'",
+    "activation": "an MLP with an activation, such as mlp='mlp'",
+    "linear": "parts made of linear maps, such as mixer='attention'",
+    "kv_heads": "mixer='attention'",
+    "hidden": "mlp='mlp'",
+}
+_used: ContextVar[set[str] | None] = ContextVar("used", default=None)
+
+
+@contextmanager
+def watching(model: str, given: Mapping[str, Any]) -> Iterator[None]:
+    """Check that every slot and size that a model was given is used by some part that is built inside.
+
+    Args:
+        model: Name of the model, for the message.
+        given: The arguments that the caller named.
+
+    Raises:
+        ValueError: One of them has no effect: nothing was built from it.
+    """
+    used: set[str] = set()
+    outer = _used.get()
+    token = _used.set(used)
+    try:
+        yield
+    finally:
+        _used.reset(token)
+        if outer is not None:
+            outer |= used
+    for name, what in given.items() if used else ():  # a model that fills no slot has none: its names are its own
+        if what is not None and name not in used and (name in SIZES or name in catalog.slots()):
+            others = ", ".join(f"{k}={v!r}" for k, v in given.items() if k in catalog.slots() and k != name)
+            raise ValueError(
+                f"{model}: {name}={what!r} has no effect: no part {f'with {others} ' if others else ''}is built from it. "
+                f"Take {WHO.get(name, 'a part that uses it')}, or leave {name} out."
+            )
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -75,15 +116,24 @@ def fill(slot: str, what: Any, **context: Any) -> Any:
         name, options = parse_spec(what)
         make = resolve(slot, name)
     if isinstance(make, type) and make.__module__.startswith("torch.nn"):
+        _note(slot, ())
         return _torch_part(make, options, context)
     names, open_ = parameters(make)
     if unknown := [o for o in options if o not in names]:
         raise ValueError(
             f"slots: {what!r} has no option {unknown[0]!r}.{catalog.nearest(unknown[0], names)} It has {names}."
         )
+    _note(slot, names)
     if open_ and not isinstance(make, partial | type):
         return make(**{**context, **options})
     return make(**{**{k: v for k, v in context.items() if k in names}, **options})
+
+
+def _note(slot: str, names: Sequence[str]) -> None:
+    """A slot is filled by a part that takes these arguments."""
+    used = _used.get()
+    if used is not None:
+        used |= {slot, *(name for name in SIZES if name in names)}
 
 
 def parameters(make: Callable[..., Any]) -> tuple[list[str], bool]:
@@ -113,6 +163,34 @@ def _torch_part(make: type[nn.Module], options: dict[str, Any], context: dict[st
 def factory(slot: str, what: Any) -> Callable[..., Any]:
     """``fill`` with the slot and its filling fixed, for a part that is built later, once for each place."""
     return partial(fill, slot, what)
+
+
+def normed_axis(spec: Any) -> str:
+    """What the norm of a name takes its statistics over: ``features`` of the last axis or ``channels`` of images.
+
+    Empty for no norm, and for a class or factory, which only its author knows.
+    """
+    name = parse_spec(spec)[0] if isinstance(spec, str) else "none"
+    return {"none": "", "batchnorm": "channels"}.get(name, "features")
+
+
+def norms(model: str, spec: Any, axis: str) -> Callable[..., nn.Module]:
+    """The factory of a model's norms.
+
+    Args:
+        model: Name of the model, for the message.
+        spec: What fills the slot.
+        axis: ``features`` or ``channels``: what the model's norms are for.
+
+    Raises:
+        ValueError: A norm over the other axis.
+    """
+    if normed_axis(spec) not in ("", axis):
+        raise ValueError(
+            f"{model}: norm={spec!r} normalises {normed_axis(spec)}; this model needs a norm over {axis}, such as "
+            f"{'batchnorm' if axis == 'channels' else 'layernorm'!r}."
+        )
+    return factory("norm", spec)
 
 
 class Swap:
@@ -156,7 +234,7 @@ class Swap:
             return f"{type(old).__name__} is no activation" if weights or axis else ""
         if not axis:
             return f"{type(old).__name__} is no norm over one axis"
-        wanted = "channels" if parse_spec(self.spec)[0] == "batchnorm" else "features"
+        wanted = normed_axis(self.spec) or axis
         return "" if axis == wanted else f"{type(old).__name__} normalises {axis}, {self.spec} {wanted}"
 
     def __call__(self, old: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from interlayer.catalog import nearest
 from interlayer.core.mixer import Cache, Context
-from interlayer.core.slots import factory, fill
+from interlayer.core.slots import factory, fill, norms
 from interlayer.core.stream import State
 
 
@@ -41,7 +41,7 @@ class Trunk(nn.Module):
         mixer: What mixes tokens.
         mlp: What mixes channels.
         activation: Inside the MLP; the MLP's own default unless told.
-        position: What tells places apart.
+        position: The position encoding. Defaults to rotary, where the mixer rotates its queries and keys.
         order: In which order the blocks run.
         linear: Every linear map.
     """
@@ -61,7 +61,7 @@ class Trunk(nn.Module):
         mixer: Any = "attention",
         mlp: Any = "mlp",
         activation: Any = None,
-        position: Any = "rotary",
+        position: Any = None,
         order: Any = "sequential",
         linear: Any = "linear",
     ) -> None:
@@ -70,19 +70,21 @@ class Trunk(nn.Module):
         sizes = {"depth": depth, "width": width, "heads": heads, "length": length, "branches": 2}
         line = factory("linear", linear)
         inner = {"activation": factory("activation", activation)} if activation else {}
-        self.stream = fill("stream", stream, norm=factory("norm", norm), kv_heads=kv_heads, **sizes)
+        make_norm = norms("Transformer", norm, "features")
+        self.stream = fill("stream", stream, norm=make_norm, kv_heads=kv_heads, **sizes)
         self.blocks = nn.ModuleList()
         for layer in range(0, 2 * depth, 2):
             attention = fill(
                 "mixer", mixer, **sizes, kv_heads=kv_heads, causal=causal, linear=line, layer=layer,
-                values=self.stream.value_layer(layer) == layer, norm=factory("norm", norm),
+                values=self.stream.value_layer(layer) == layer, norm=make_norm,
             )  # fmt: skip
             channels = fill("mlp", mlp, **sizes, hidden=hidden, linear=line, layer=layer, **inner)
             self.blocks.append(Block(attention, channels))
-        self.position = fill("position", position, **sizes, head_width=width // heads)
+        self.position = fill("position", "rotary" if position is None else position, **sizes, head_width=width // heads)
         self.order = fill("order", order, causal=causal, **sizes)
         self.offers = getattr(self.blocks[0].mixer, "offers", None)
-        for slot, part in (("stream", self.stream), ("position", self.position)):
+        asked = [("stream", self.stream), *([] if position is None else [("position", self.position)])]
+        for slot, part in asked:
             if missing := part.needs - (self.offers or frozenset()):
                 raise ValueError(
                     f"Transformer: {slot} {type(part).__name__} needs a mixer that offers {sorted(missing)}; "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from interlayer.core.config import configured
 from interlayer.core.parts import same_padding_shortcut
-from interlayer.core.slots import factory, fill
+from interlayer.core.slots import factory, fill, norms
 
 
 @configured
@@ -56,7 +56,7 @@ class ConvNet(nn.Module):
         ins = [width, *outs[:-1]]
         self.strides = [1 if i == o else 2 for i, o in zip(ins, outs, strict=True)]
         self.embed = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        make_norm, act = factory("norm", norm), factory("activation", activation)
+        make_norm, act = norms("ConvNet", norm, "channels"), factory("activation", activation)
         self.stream = fill(
             "stream", stream, depth=len(outs), width=ins, outputs=outs, branches=1, norm=make_norm, activation=act
         )

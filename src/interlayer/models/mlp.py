@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core.config import configured
-from interlayer.core.slots import factory, fill
+from interlayer.core.slots import factory, fill, norms
 
 
 @configured
@@ -49,7 +49,7 @@ class MLP(nn.Module):
         self.features = features
         line = factory("linear", linear)
         self.embed = line(inputs=features, outputs=width)
-        self.stream = fill("stream", stream, depth=depth, width=width, branches=1, norm=factory("norm", norm))
+        self.stream = fill("stream", stream, depth=depth, width=width, branches=1, norm=norms("MLP", norm, "features"))
         if self.stream.needs:
             raise ValueError(f"MLP: stream {type(self.stream).__name__} needs attention; an MLP has none.")
         self.blocks = nn.ModuleList(

@@ -154,7 +154,7 @@ class Hopfield(Association):
         torch.Size([4, 5, 16])
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"cache"})
+    offers: ClassVar[frozenset[str]] = frozenset({"cache", "rotate"})
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from interlayer.layers.mixing.x_formers.sparse import refuse_causal, refuse_mask
 class Whole(Attention):
     """What the mixers of this file share: they see the whole sequence, without padding."""
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "rotate"})
 
     def __init__(self, width: int, heads: int, **options: Any) -> None:
         super().__init__(width, heads, **options)
@@ -85,7 +85,7 @@ class Compressed(Attention):
         ValueError: Padding.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "rotate"})
 
     def __init__(self, width: int, heads: int, *, ratio: int = 3, **options: Any) -> None:
         super().__init__(width, heads, **options)
@@ -223,7 +223,7 @@ class Hierarchical(Attention):
         ValueError: Padding.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "rotate"})
 
     def __init__(self, width: int, heads: int, *, block: int = 16, **options: Any) -> None:
         super().__init__(width, heads, **options)

@@ -25,7 +25,7 @@ class Linear(Attention):
         **options: As for ``Attention``.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "rotate"})
 
     def features(self, x: Tensor, shift: tuple[int, ...] = ()) -> Tensor:
         """phi, of queries or keys; a factor that is constant along the dimensions ``shift`` cancels in the quotient."""
@@ -116,7 +116,7 @@ class Delta(Attention):
         ValueError: A model that is not causal, padding, or fewer key-value heads.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "rotate"})
 
     def __init__(self, width: int, heads: int, **options: Any) -> None:
         super().__init__(width, heads, **options)

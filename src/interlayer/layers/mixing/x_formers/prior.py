@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core.mixer import Attention, Context, attend
+from interlayer.core.parts import Linear, plain_linear
 from interlayer.core.stream import QKV
 
-CACHED = frozenset({"qkv", "share", "cache"})
+CACHED = frozenset({"qkv", "share", "cache", "rotate"})
 
 
 def scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
@@ -135,7 +136,7 @@ class Synthesizer(Attention):
         **options: As for ``Attention``.
     """
 
-    offers: ClassVar[frozenset[str]] = CACHED
+    offers: ClassVar[frozenset[str]] = CACHED - {"rotate"}
 
     def __init__(self, width: int, heads: int, *, length: int, **options: Any) -> None:
         super().__init__(width, heads, **options)
@@ -297,7 +298,8 @@ class Lite(Attention):
         heads: Heads of the attending half.
         kernel: Places that the convolution sees.
         causal: Whether a token sees only earlier ones.
-        **options: As for ``Attention``.
+        values: Whether the attending half projects values of its own.
+        linear: Called with ``inputs=, outputs=``.
 
     Raises:
         ValueError: Padding.
@@ -305,9 +307,17 @@ class Lite(Attention):
 
     offers: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, width: int, heads: int, *, kernel: int = 5, causal: bool = False, **options: Any) -> None:
-        options = {k: v for k, v in options.items() if k != "kv_heads"}
-        super().__init__(width // 2, max(1, heads // 2), causal=causal, **options)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kernel: int = 5,
+        causal: bool = False,
+        values: bool = True,
+        linear: Linear = plain_linear,
+    ) -> None:
+        super().__init__(width // 2, max(1, heads // 2), causal=causal, values=values, linear=linear)
         self.kernel, self.attending = kernel, width // 2
         rest = width - self.attending
         self.enter, self.conv, self.leave = (

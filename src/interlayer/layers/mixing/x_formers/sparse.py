@@ -26,7 +26,7 @@ class BlockSparse(Attention):
         **options: As for ``Attention``.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "rotate"})
 
     def __init__(self, width: int, heads: int, *, block: int = 64, **options: Any) -> None:
         super().__init__(width, heads, **options)
@@ -294,7 +294,7 @@ class TopK(Attention):
         **options: As for ``Attention``.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "rotate"})
 
     def __init__(self, width: int, heads: int, *, keep: int = 8, **options: Any) -> None:
         super().__init__(width, heads, **options)
@@ -332,7 +332,7 @@ class Routing(Attention):
         ValueError: A causal model, or padding.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "rotate"})
     centroids: Tensor
 
     def __init__(self, width: int, heads: int, *, clusters: int = 8, decay: float = 0.999, **options: Any) -> None:
