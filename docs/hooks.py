@@ -7,7 +7,7 @@ from mkdocs.structure.files import File
 from interlayer import catalog
 
 PRIMITIVES = (
-    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "wiring", "weights", "implicit", "extra",
+    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "wiring", "weights", "implicit", "extra", "pairing", "equal",
     "recipe", "cost", "kinds",
 )  # fmt: skip
 PARTS = ("sparse", "linear", "compressed", "prior", "parts")
@@ -52,6 +52,11 @@ def _room(room: str) -> str:
                 "",
                 f"**Measured:** {result['verdict']}, {result['scale']} scale, {len(result['seeds'])} seeds. {result['note']}",
                 "",
+                "| statement | sort | verdict | gain against, with interval |",
+                "| --- | --- | --- | --- |",
+                *map(_statement, result["statements"] + result["checks"]),
+                "",
+                *([f"Pilots: {result['pilots']}", ""] if result["pilots"] else []),
             ]
             metrics = list(dict.fromkeys(m for arm in result["values"].values() for m in arm))
             lines += ["| arm | " + " | ".join(metrics) + " |", "| --- |" + " --- |" * len(metrics)]
@@ -62,6 +67,14 @@ def _room(room: str) -> str:
                 )
             lines.append("")
     return "\n".join(lines)
+
+
+def _statement(judged: dict) -> str:
+    gains = []
+    for c in judged["comparisons"]:
+        ends = "" if c["low"] == "nan" else f" [{float(c['low']):.3g}, {float(c['high']):.3g}]"
+        gains.append(f"{c['than']}: {float(c['gain']):.3g}{ends}, {c['n']} seeds")
+    return f"| {judged['says']} | {judged['sort']} | {judged['verdict']} | {'; '.join(gains)} |"
 
 
 def _mean(values: list[float | str]) -> str:

@@ -135,8 +135,12 @@ def show(slug: Slug) -> None:
         typer.echo(f"  {key:<10} {value}")
     if result := s.measured():
         typer.echo(f"  {'claim':<10} {result['says']}")
-        seeds, note = len(result["seeds"]), f". {result['note']}" if result["note"] else ""
-        typer.echo(f"  {'measured':<10} {result['verdict']} ({result['scale']} scale, {seeds} seeds){note}")
+        note = f". {result['note']}" if result["note"] else ""
+        typer.echo(
+            f"  {'measured':<10} {result['verdict']} ({result['scale']} scale, {len(result['seeds'])} seeds){note}"
+        )
+        for statement in result["statements"]:
+            typer.echo(f"  {'':<10} {statement['sort']}, {statement['verdict']}: {statement['says']}")
     else:
         typer.echo(f"  {'claim':<10} not measured yet" + (f": interlayer claim {s.slug}" if s.claim.exists() else ""))
 
@@ -204,10 +208,12 @@ def claim(
         list[str] | None, typer.Argument(help="Systems; all that have a claim unless told.", autocompletion=_slug)
     ] = None,
     scale: Annotated[Scale, typer.Option(help="smoke: seconds; small: minutes; full: a GPU.")] = Scale.small,
-    seeds: Annotated[int | None, typer.Option(help="How many seeds.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="How many seeds, instead of 4 to 12, until each statement is decided.")
+    ] = None,
     store: Annotated[bool, typer.Option(help="Write the result to the catalogue's results.")] = False,
 ) -> None:
-    """Check a paper's claim by experiment, with a control that must fail."""
+    """Check a paper's claim by experiment, each statement with a control that must fail."""
     from interlayer.claims import load, run
 
     chosen = [_get(s) for s in slugs] if slugs else [s for s in catalog.load().values() if s.claim.exists()]
@@ -221,8 +227,8 @@ def claim(
             result.save(system.result)
 
 
-def _tell(done: int, count: int, arm: str, seed: int) -> None:
-    typer.echo(f"\r\033[K{done + 1}/{count} {arm}, seed {seed}", nl=False, err=True)
+def _tell(done: int, arm: str, seed: int) -> None:
+    typer.echo(f"\r\033[Krun {done + 1}: {arm}, seed {seed}", nl=False, err=True)
 
 
 @app.command("apply")

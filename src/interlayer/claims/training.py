@@ -6,19 +6,28 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from interlayer.claims.harness import Scale
 from interlayer.core.extra import extra_loss
+from interlayer.core.pairing import Streams, clip_gradients, paired
 from interlayer.study import tasks
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @cache
 def task(name: str) -> tasks.Task:
     """A built-in task, loaded once."""
     return tasks.load(name)
+
+
+def built(build: Callable[[], M], seed: int) -> M:
+    """A model with the initial noise that all arms of the seed share."""
+    return paired(build, seed).model
 
 
 def batches(name: str, seed: int, size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -57,20 +66,22 @@ def train(
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     losses: list[float] = []
+    noise = Streams(model, seed)
     model.train()
     for step, (x, y) in enumerate(batches(name, seed, batch, steps)):
         if cut:
             x, y = x[:, :cut], y[:, :cut]
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / (warmup + 1))
-        loss = task(name).loss(model(x), y)
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            break
-        optimiser.zero_grad(set_to_none=True)
-        more = extra_loss(model)
-        (loss if more is None else loss + more).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with noise.step(step):
+            loss = task(name).loss(model(x), y)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                break
+            optimiser.zero_grad(set_to_none=True)
+            more = extra_loss(model)
+            (loss if more is None else loss + more).backward()
+        clip_gradients(model.parameters(), 1.0)
         optimiser.step()
         if watch and watch(step, losses[-1]):
             break

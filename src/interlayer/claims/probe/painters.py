@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from interlayer.claims import Claim, highest, lowest
+from interlayer.claims import Claim, effect, highest, lowest
 from interlayer.claims.training import batches, judge, task, train
 from interlayer.models import Transformer
 from interlayer.probe.painters import VARIANTS, Painters, cost, execution, similarity
@@ -81,16 +81,22 @@ CLAIM = Claim(
     "centre block costs the most loss, and random order and looped parallel the least",
     measure=measure,
     arms=("trained", *VARIANTS),
-    expect=(
-        highest("loss", "middle-repeat", than=("skip", "reverse", "random-order", "parallel", "looped-parallel")),
-        lowest("loss", "random-order", than=("skip", "middle-repeat", "reverse", "parallel")),
-        lowest("loss", "looped-parallel", than=("skip", "middle-repeat", "reverse", "parallel")),
+    statements=(
+        effect(
+            "",
+            highest("loss", "middle-repeat", than=("skip", "reverse", "random-order", "parallel", "looped-parallel")),
+            control=MILD,
+        ),
+        effect(
+            "", lowest("loss", "random-order", than=("skip", "middle-repeat", "reverse", "parallel")), control=FIRST
+        ),
+        effect(
+            "", lowest("loss", "looped-parallel", than=("skip", "middle-repeat", "reverse", "parallel")), control=FIRST
+        ),
     ),
-    control=(MILD, FIRST, FIRST),
     scales={
         "smoke": {"steps": 2, "middles": (3,), "batches": 1},
         "small": {"steps": 250, "middles": (2, 4, 6), "batches": 4},
         "full": {"steps": 20000, "middles": (2, 4, 6), "batches": 64},
     },
-    seeds=3,
 )

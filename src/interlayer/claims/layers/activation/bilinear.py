@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import language
 from interlayer.core.cost import parameters
 from interlayer.layers.activation.bilinear import Bilinear, evaluate, residual_stack
@@ -50,11 +50,10 @@ CLAIM = Claim(
     "more than 0.01 nats above SwiGLU's.",
     measure=measure,
     arms=tuple(ARMS),
-    expect=(
-        lowest("loss", "bilinear", than=("relu", "gelu")),
-        lowest("loss", "bilinear", than=("swiglu",), margin=-0.01),
+    statements=(
+        effect("", lowest("loss", "bilinear", than=("relu", "gelu")), control="one-sided"),
+        effect("", lowest("loss", "bilinear", than=("swiglu",), margin=-0.01), control="one-sided"),
     ),
-    control="one-sided",
     scales={
         "smoke": {"depth": 2, "width": 24, "steps": 2, "length": 64, "judged": 1},
         "small": {"depth": 4, "width": 72, "steps": 150, "length": 64, "judged": 8},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, highest, lowest
+from interlayer.claims import Claim, Scale, effect, highest, lowest
 from interlayer.claims.training import batches, judge, task, train
 from interlayer.core.parts import FeedForward
 from interlayer.models import MLP, Transformer
@@ -53,15 +53,14 @@ CLAIM = Claim(
     "text, and on both is no worse than GELU by more than a point or 0.01 nats.",
     measure=measure,
     arms=ARMS,
-    expect=(
-        lowest("dead units on digits", "helu", than=("relu",)),
-        lowest("dead units on text", "helu", than=("relu",)),
-        highest("accuracy on digits", "helu", than=("relu",)),
-        lowest("loss on text", "helu", than=("relu",)),
-        highest("accuracy on digits", "helu", than=("gelu",), margin=-0.01),
-        lowest("loss on text", "helu", than=("gelu",), margin=-0.01),
+    statements=(
+        effect("", lowest("dead units on digits", "helu", than=("relu",)), control=WITHOUT),
+        effect("", lowest("dead units on text", "helu", than=("relu",)), control=WITHOUT),
+        effect("", highest("accuracy on digits", "helu", than=("relu",)), control=WITHOUT),
+        effect("", lowest("loss on text", "helu", than=("relu",)), control=WITHOUT),
+        effect("", highest("accuracy on digits", "helu", than=("gelu",), margin=-0.01), control=WITHOUT),
+        effect("", lowest("loss on text", "helu", than=("gelu",), margin=-0.01), control=WITHOUT),
     ),
-    control=WITHOUT,
     scales={
         "smoke": {"depth": 3, "steps": 2, "text": 1, "judged": 1},
         "small": {"depth": 8, "steps": 200, "text": 120, "judged": 8},

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from interlayer.claims import Claim, Scale, highest
+from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.layers.activation.rational_activation import Rational, fit, joint, rational_naive
 from interlayer.models import MLP
 from interlayer.study.rl import DQN, sizes
@@ -62,10 +62,11 @@ CLAIM = Claim(
     "equal training than the same networks with ReLU or SiLU, on CartPole and on Acrobot.",
     measure=measure,
     arms=("relu", "silu", "rational", "recurrent-rational"),
-    expect=tuple(
-        highest(name, arm, than=("relu", "silu")) for arm in ("rational", "recurrent-rational") for name in ENVIRONMENTS
+    statements=tuple(
+        effect("", highest(name, arm, than=("relu", "silu")), control="frozen")
+        for arm in ("rational", "recurrent-rational")
+        for name in ENVIRONMENTS
     ),
-    control="frozen",
     scales={
         "smoke": {"steps": (400, 510), "copies": 1, "warm": 480},
         "small": {"steps": (20_000, 20_000), "copies": 8, "warm": 1000},

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, highest
+from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.core.extras import need
 from interlayer.core.implicit import Implicit, Layout, dequantize, grid, quantize
 from interlayer.layers.hyper.doh import DOH
@@ -122,13 +122,12 @@ CLAIM = Claim(
     "encoding and, both with sines, COIN's.",
     measure=measure,
     arms=tuple(ARMS),
-    expect=tuple(
-        highest(f"{name} at {size} bytes", arm, than=(other,))
+    statements=tuple(
+        effect("", highest(f"{name} at {size} bytes", arm, than=(other,)), control="wrong seed")
         for arm, other in (("doh", "mlp"), ("doh-sine", "coin"))
         for name in ("PSNR", "overlap")
         for size in SIZES
     ),
-    control="wrong seed",
     scales={
         "smoke": {"side": 12, "solid": 6, "sizes": SIZES, "steps": 2, "points": 64},
         "small": {"side": 48, "solid": 24, "sizes": SIZES, "steps": 800, "points": 1500},

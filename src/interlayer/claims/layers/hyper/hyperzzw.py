@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, highest, lowest
+from interlayer.claims import Claim, Scale, effect, highest, lowest
 from interlayer.claims.training import batches, task
 from interlayer.core.cost import parameters
 from interlayer.core.extra import extra_loss
@@ -106,12 +106,11 @@ CLAIM = Claim(
     "to zero.",
     measure=measure,
     arms=("residual", "terminator"),
-    expect=(
-        highest("accuracy in 2-D", "terminator", margin=-0.01),
-        highest("accuracy in 1-D", "terminator", margin=-0.01),
-        lowest("mean in 2-D", "terminator"),
-        lowest("mean in 1-D", "terminator"),
+    statements=(
+        effect("", highest("accuracy in 2-D", "terminator", than=("residual",), margin=-0.01), control="no kernels"),
+        effect("", highest("accuracy in 1-D", "terminator", than=("residual",), margin=-0.01), control="no kernels"),
+        effect("", lowest("mean in 2-D", "terminator", than=("residual",)), control="no standardisation"),
+        effect("", lowest("mean in 1-D", "terminator", than=("residual",)), control="no standardisation"),
     ),
-    control=("no kernels", "no kernels", "no standardisation", "no standardisation"),
     scales={"smoke": {"steps": 1}, "small": {"steps": 150}, "full": {"steps": 10_000}},
 )

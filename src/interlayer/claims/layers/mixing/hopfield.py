@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, fits, highest
+from interlayer.claims import Claim, Scale, effect, fits, highest
 from interlayer.claims.training import task
 from interlayer.layers.mixing.hopfield import HopfieldPooling, update
 
@@ -110,12 +110,11 @@ CLAIM = Claim(
     "Hopfield layer, bags with one 9 among other digits are told apart better than with attention, max or mean pooling.",
     measure=measure,
     arms=("classical", "mean", "max", "attention", "hopfield"),
-    expect=(
-        fits("doublings for each dimension", "hopfield", low=0.41),
-        highest("doublings for each dimension", "hopfield", than=("classical",)),
-        highest("accuracy of bags", "hopfield", than=("mean", "max", "attention")),
+    statements=(
+        effect("", fits("doublings for each dimension", "hopfield", low=0.41), control="cold start"),
+        effect("", highest("doublings for each dimension", "hopfield", than=("classical",)), control="cold start"),
+        effect("", highest("accuracy of bags", "hopfield", than=("mean", "max", "attention")), control="cold start"),
     ),
-    control="cold start",
     scales={
         "smoke": {"widths": (3, 4), "most": 64, "steps": 2, "bag": 5},
         "small": {"widths": (3, 4, 5), "most": 2**18, "steps": 400, "bag": 10},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, highest
+from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.claims.training import judge, task, train
 from interlayer.core.cost import parameters
 from interlayer.layers.mixing.mlp_mixer import MLPMixer, TokenMixing
@@ -52,12 +52,11 @@ CLAIM = Claim(
     "plain MLP, on digits and on patches of photographs.",
     measure=measure,
     arms=tuple(SIZES),
-    expect=(
-        highest("accuracy on digits", "mlp-mixer", than=("vit",), margin=-0.02),
-        highest("accuracy on photos", "mlp-mixer", than=("vit",), margin=-0.02),
-        highest("accuracy on photos", "mlp-mixer", than=("mlp",)),
+    statements=(
+        effect("", highest("accuracy on digits", "mlp-mixer", than=("vit",), margin=-0.02), control="no token mixing"),
+        effect("", highest("accuracy on photos", "mlp-mixer", than=("vit",), margin=-0.02), control="no token mixing"),
+        effect("", highest("accuracy on photos", "mlp-mixer", than=("mlp",)), control="shuffled pixels"),
     ),
-    control=("no token mixing", "no token mixing", "shuffled pixels"),
     scales={
         "smoke": {"tasks": ("digits",), "steps": 2, "judged": 1},
         "small": {"tasks": ("digits", "photos"), "steps": 150, "judged": 4},

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interlayer.claims import Claim, Scale, fits
+from interlayer.claims import Claim, Scale, effect, fits
 from interlayer.layers.mixing.parametric_spans import Span, attention, convolution, dense, graph, pooling
 
 Case = tuple[Span, Tensor, Tensor, Tensor]  # span, inputs, weights as the span takes them, torch's own output
@@ -89,7 +89,6 @@ CLAIM = Claim(
     "span construction: values and derivatives equal torch's to 1e-12.",
     measure=measure,
     arms=tuple(CASES),
-    expect=tuple(fits("error", arm, high=1e-12) for arm in CASES),
-    control="source map moved by one",
+    statements=tuple(effect("", fits("error", arm, high=1e-12), control="source map moved by one") for arm in CASES),
     scales={"smoke": {"sites": 8}, "small": {"sites": 24}, "full": {"sites": 96}},
 )

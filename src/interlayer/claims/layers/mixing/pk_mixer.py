@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from interlayer.claims import Claim, Scale, highest, ordered
+from interlayer.claims import Claim, Scale, effect, highest, ordered
 from interlayer.claims.training import judge, task, train
 from interlayer.layers.mixing.pk_mixer import PermutedKronecker, PKMixer, density, effective_width
 
@@ -100,12 +100,15 @@ CLAIM = Claim(
         *("narrow", "middling", "wide", "wide, random"),
         *("sparse MLP, narrow", "sparse MLP, middling", "sparse MLP, wide", "sparse MLP, as many connections"),
     ),
-    expect=(
-        ordered("accuracy", "narrow", "middling", "wide"),
-        highest("accuracy", "wide", than=("sparse MLP, wide", "sparse MLP, as many connections"), margin=-0.02),
-        highest("accuracy", "wide, random", than=("wide",), margin=-0.02),
+    statements=(
+        effect("", ordered("accuracy", "narrow", "middling", "wide"), control="wide, unpermuted"),
+        effect(
+            "",
+            highest("accuracy", "wide", than=("sparse MLP, wide", "sparse MLP, as many connections"), margin=-0.02),
+            control="wide, unpermuted",
+        ),
+        effect("", highest("accuracy", "wide, random", than=("wide",), margin=-0.02), control="wide, unpermuted"),
     ),
-    control="wide, unpermuted",
     scales={
         "smoke": {"budget": 128, "steps": 2, "judged": 1},
         "small": {"budget": 800, "steps": 200, "judged": None},

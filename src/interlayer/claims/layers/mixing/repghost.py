@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from interlayer.claims import Claim, Scale, fits, highest
+from interlayer.claims import Claim, Scale, effect, fits, highest
 from interlayer.claims.training import judge, task, train
 from interlayer.core import cost
 from interlayer.layers.mixing.repghost import RepGhost, RepGhostNet
@@ -52,12 +52,13 @@ CLAIM = Claim(
     "without the batch-norm branch, and the fused network is the same function to 1e-4.",
     measure=measure,
     arms=("repghost", "concatenation", "no branch"),
-    expect=(
-        highest("accuracy", "repghost", than=("concatenation",), margin=-0.02),
-        highest("accuracy", "repghost", than=("no branch",)),
-        fits("error of fusing", "repghost", high=1e-4),
+    statements=(
+        effect(
+            "", highest("accuracy", "repghost", than=("concatenation",), margin=-0.02), control="no cheap operation"
+        ),
+        effect("", highest("accuracy", "repghost", than=("no branch",)), control="no cheap operation"),
+        effect("", fits("error of fusing", "repghost", high=1e-4), control="fused without branch"),
     ),
-    control=("no cheap operation", "no cheap operation", "fused without branch"),
     scales={
         "smoke": {"width": 0.5, "steps": 2, "judged": 1},
         "small": {"width": 1.0, "steps": 120, "judged": None},

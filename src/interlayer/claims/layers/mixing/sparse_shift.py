@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from interlayer.claims import Claim, Scale, fits, highest
+from interlayer.claims import Claim, Scale, effect, fits, highest
 from interlayer.claims.training import judge, task, train
 from interlayer.core import cost
 from interlayer.layers.mixing.sparse_shift import FENet, SparseShift
@@ -76,11 +76,14 @@ CLAIM = Claim(
     "than two points less accurate than with depthwise convolutions or with every channel shifted.",
     measure=measure,
     arms=("sparse shift", "depthwise 3x3", "grouped shift"),
-    expect=(
-        highest("accuracy", "sparse shift", than=("depthwise 3x3", "grouped shift"), margin=-0.02),
-        fits("unshifted channels", "sparse shift", low=0.5),
+    statements=(
+        effect(
+            "",
+            highest("accuracy", "sparse shift", than=("depthwise 3x3", "grouped shift"), margin=-0.02),
+            control="no shift",
+        ),
+        effect("", fits("unshifted channels", "sparse shift", low=0.5), control="no penalty"),
     ),
-    control=("no shift", "no penalty"),
     scales={
         "smoke": {"width": 8, "steps": 2, "judged": 1},
         "small": {"width": 16, "steps": 150, "judged": None},

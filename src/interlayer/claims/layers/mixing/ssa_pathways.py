@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from interlayer.claims import Claim, Scale, fits, lowest
+from interlayer.claims import Claim, Scale, effect, fits, lowest
 from interlayer.claims.training import judge, task, train
 from interlayer.core import cost
 from interlayer.layers.mixing.ssa_pathways import SSA, anneal, ensemble, layers, resampled
@@ -120,13 +120,16 @@ CLAIM = Claim(
     "re-sampled pathways.",
     measure=measure,
     arms=("dense", "local 1/2", "local 1/4", "local 1/8", "unbiased 1/4", "local 1/4, not annealed"),
-    expect=(
-        lowest("peak MB, scores kept", "local 1/8", than=("local 1/4", "local 1/2", "dense")),
-        lowest("loss", "local 1/4", than=("dense",)),
-        lowest("loss", "local 1/4", than=("local 1/4, not annealed",)),
-        fits("ensemble gain", "local 1/4", low=0.0),
+    statements=(
+        effect(
+            "",
+            lowest("peak MB, scores kept", "local 1/8", than=("local 1/4", "local 1/2", "dense")),
+            control="masked 1/8",
+        ),
+        effect("", lowest("loss", "local 1/4", than=("dense",)), control="frozen 1/4"),
+        effect("", lowest("loss", "local 1/4", than=("local 1/4, not annealed",)), control="dense first, 1/4"),
+        effect("", fits("ensemble gain", "local 1/4", low=0.0), control="ensemble of dense"),
     ),
-    control=("masked 1/8", "frozen 1/4", "dense first, 1/4", "ensemble of dense"),
     scales={
         "smoke": {"depth": 1, "width": 16, "long": 64, "steps": 2, "batch": 4, "judged": 1, "members": 2},
         "small": {"depth": 2, "width": 64, "long": 1024, "steps": 250, "batch": 64, "judged": 4, "members": 8},

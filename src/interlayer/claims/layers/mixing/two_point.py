@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import task
 from interlayer.layers.mixing.two_point import MCC, TwoPoint, modulate
 
@@ -117,12 +117,17 @@ CLAIM = Claim(
     "point neurons, with fewer active units, and lose less when a quarter of the last layer's units is removed.",
     measure=measure,
     arms=("two-point neurons", "point neurons", "sight alone"),
-    expect=(
-        lowest("reconstruction error", "two-point neurons"),
-        lowest("active units", "two-point neurons", than=("point neurons",)),
-        lowest("error added by removal", "two-point neurons", than=("point neurons",)),
+    statements=(
+        effect(
+            "",
+            lowest("reconstruction error", "two-point neurons", than=("point neurons", "sight alone")),
+            control="strangers",
+        ),
+        effect("", lowest("active units", "two-point neurons", than=("point neurons",)), control="no context"),
+        effect(
+            "", lowest("error added by removal", "two-point neurons", than=("point neurons",)), control="no context"
+        ),
     ),
-    control=("strangers", "no context", "no context"),
     scales={
         "smoke": {"units": 16, "steps": 3, "noise": 1.0, "lost": 0.25},
         "small": {"units": 64, "steps": 1500, "noise": 1.0, "lost": 0.25},

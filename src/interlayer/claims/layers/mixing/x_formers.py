@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer import catalog
-from interlayer.claims import Claim, Scale, fits, lowest
+from interlayer.claims import Claim, Scale, effect, fits, lowest
 from interlayer.claims.training import batches, task
 from interlayer.core import cost
 from interlayer.core.extra import extra_loss
@@ -139,11 +139,13 @@ CLAIM = Claim(
     "bytes of 128 linear attention, a window and Nystroem landmarks lose at most a tenth of a nat to softmax attention.",
     measure=measure,
     arms=(FULL, *LEAVES),
-    expect=(
-        *(fits("growth", arm, high=1.1) for arm in LINEAR),
-        *(lowest(f"loss at {LONG}", arm, than=(FULL,), margin=-0.1) for arm in (LINEAR[0], LINEAR[3], LINEAR[5])),
+    statements=(
+        *(effect("", fits("growth", arm, high=1.1), control=WRITTEN) for arm in LINEAR),
+        *(
+            effect("", lowest(f"loss at {LONG}", arm, than=(FULL,), margin=-0.1), control=BLIND)
+            for arm in (LINEAR[0], LINEAR[3], LINEAR[5])
+        ),
     ),
-    control=(*(WRITTEN for _ in LINEAR), BLIND, BLIND, BLIND),
     scales={
         "smoke": {"steps": 1, "judged": 1, "lengths": (64, 256)},
         "small": {"steps": 240, "judged": 4, "lengths": (512, 8192)},

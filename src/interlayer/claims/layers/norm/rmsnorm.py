@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import judge, train
 from interlayer.core.parts import Same
 from interlayer.layers.norm.rmsnorm import RMSNorm
@@ -90,12 +90,15 @@ CLAIM = Claim(
     ),
     measure=measure,
     arms=("none", "layernorm", "rmsnorm", "partial"),
-    expect=(
-        *(lowest(model, "rmsnorm", than=("layernorm",), margin=-MARGIN) for model in ("recurrent", "transformer")),
-        *(lowest(model, "rmsnorm", than=("none",)) for model in ("recurrent", "transformer")),
-        *(lowest(model, "partial", than=("rmsnorm",), margin=-MARGIN) for model in ("recurrent", "transformer")),
+    statements=tuple(
+        effect("", lowest(model, arm, than=(than,), margin=margin), control="undivided")
+        for arm, than, margin in (
+            ("rmsnorm", "layernorm", -MARGIN),
+            ("rmsnorm", "none", 0.0),
+            ("partial", "rmsnorm", -MARGIN),
+        )
+        for model in ("recurrent", "transformer")
     ),
-    control="undivided",
     scales={
         "smoke": {"depth": 1, "width": 32, "length": 16, "steps": 2, "judged": 1},
         "small": {"depth": 3, "width": 64, "length": 64, "steps": 150, "judged": 6},

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import batches, judge, task
 from interlayer.layers.stream.deep_plain import DeepPlain, Plain
 from interlayer.models import ConvNet
@@ -53,8 +53,10 @@ CLAIM = Claim(
     "orthonormality regulariser and modulated errors than without.",
     measure=measure,
     arms=("plain", "modulated", "both"),
-    expect=(lowest("loss at 44", "both", than=("plain",)), lowest("loss at 110", "both", than=("plain",))),
-    control="good start",
+    statements=(
+        effect("", lowest("loss at 44", "both", than=("plain",)), control="good start"),
+        effect("", lowest("loss at 110", "both", than=("plain",)), control="good start"),
+    ),
     scales={
         "smoke": {"depths": {8: 2}, "width": 4},
         "small": {"depths": {44: 150, 110: 240}, "width": 8},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import language
 from interlayer.core.slots import parse_spec
 from interlayer.core.stream import PreNorm, State
@@ -35,11 +35,10 @@ CLAIM = Claim(
     says="At equal steps the depth-weighted average lowers the Transformer's validation loss, with dilation 1 and 4.",
     measure=measure,
     arms=("plain", "deeper", "denseformer", "denseformer(dilation=2)", "denseformer(dilation=4)"),
-    expect=(
-        lowest("loss", "denseformer", than=("plain",)),
-        lowest("loss", "denseformer(dilation=4)", than=("plain",)),
+    statements=(
+        effect("", lowest("loss", "denseformer", than=("plain",)), control="frozen"),
+        effect("", lowest("loss", "denseformer(dilation=4)", than=("plain",)), control="frozen"),
     ),
-    control="frozen",
     scales={
         "smoke": {"depth": 4, "width": 32, "length": 16, "steps": 2, "judged": 1},
         "small": {"depth": 8, "width": 64, "length": 64, "steps": 150, "judged": 8},

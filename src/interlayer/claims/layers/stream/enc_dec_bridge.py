@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.core.extras import need
 from interlayer.layers.stream.enc_dec_bridge import EncDecBridge
 
@@ -112,11 +112,10 @@ CLAIM = Claim(
         "anew: granularity",
         "anew: model of ones",
     ),
-    expect=(
-        lowest("loss", "fine-tune", than=("fine-tune: granularity",)),
-        lowest("loss", "anew: granularity", than=("anew",)),
+    statements=(
+        effect("", lowest("loss", "fine-tune", than=("fine-tune: granularity",)), control="fine-tune: ones"),
+        effect("", lowest("loss", "anew: granularity", than=("anew",)), control="anew: ones"),
     ),
-    control=("fine-tune: ones", "anew: ones"),
     scales={
         "smoke": {"depth": 2, "width": 16, "batch": 4, "before": 1, "steps": 1, "anew": 1, "judged": 4},
         "small": {"depth": 3, "width": 48, "batch": 32, "before": 240, "steps": 60, "anew": 240, "judged": 200},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import judge, task, train
 from interlayer.layers.stream.identity_mappings import ORDERS, SHORTCUTS
 from interlayer.models import ConvNet
@@ -35,15 +35,20 @@ CLAIM = Claim(
     "and than every shortcut that is not the identity.",
     measure=measure,
     arms=tuple(a for a in ARMS if a not in ("no shortcut", "half path")),
-    expect=(
-        lowest(
-            "loss at 164", "pre", than=("original", "constant", "exclusive-gate", "shortcut-gate", "conv", "dropout")
+    statements=(
+        effect(
+            "",
+            lowest(
+                "loss at 164",
+                "pre",
+                than=("original", "constant", "exclusive-gate", "shortcut-gate", "conv", "dropout"),
+            ),
+            control="half path",
         ),
     ),
-    control="half path",
     scales={
         "smoke": {"depths": (8,), "width": 4, "steps": 1},
         "small": {"depths": (20, 164), "width": 4, "steps": 25},
-        "full": {"depths": (20, 56, 110, 164, 1001), "width": 16, "steps": 2000},
+        "full": {"depths": (20, 56, 110, 164, 1004), "width": 16, "steps": 2000},
     },
 )

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import batches, judge
 from interlayer.core.cost import parameters, peak_bytes
 from interlayer.layers.stream.layer_tying import LayerTying
@@ -69,12 +69,11 @@ CLAIM = Claim(
     "equal steps, trains fewer parameters all along, and a step takes less memory at its fullest.",
     measure=measure,
     arms=("untied", "q-learning", "one layer"),
-    expect=(
-        lowest("perplexity", "q-learning", than=("untied",)),
-        lowest("trained share", "q-learning", than=("untied",)),
-        lowest("peak bytes", "q-learning", than=("untied",)),
+    statements=(
+        effect("", lowest("perplexity", "q-learning", than=("untied",)), control="random"),
+        effect("", lowest("trained share", "q-learning", than=("untied",)), control="inert"),
+        effect("", lowest("peak bytes", "q-learning", than=("untied",)), control="inert"),
     ),
-    control=("random", "inert", "inert"),
     scales={
         "smoke": {"depth": 3, "width": 16, "length": 8, "batch": 2, "steps": 8, "peaks": 1, "decay": 0.5, "judged": 1},
         "small": {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interlayer.claims import Claim, Scale, highest, lowest
+from interlayer.claims import Claim, Scale, effect, highest, lowest
 from interlayer.claims.training import batches, language
 from interlayer.core.mixer import Cache
 from interlayer.core.stream import State
@@ -96,12 +96,11 @@ CLAIM = Claim(
     "queries, and the values that the later half of the layers attends to fill more directions.",
     measure=measure,
     arms=("plain", "lime", "plain, grouped", "lime, grouped"),
-    expect=(
-        lowest("loss", "lime", than=("plain",)),
-        lowest("loss", "lime, grouped", than=("plain, grouped",)),
-        highest("late value entropy", "lime", than=("plain",)),
+    statements=(
+        effect("", lowest("loss", "lime", than=("plain",)), control="stranger"),
+        effect("", lowest("loss", "lime, grouped", than=("plain, grouped",)), control="stranger, grouped"),
+        effect("", highest("late value entropy", "lime", than=("plain",)), control="stranger"),
     ),
-    control=("stranger", "stranger, grouped", "stranger"),
     scales={
         "smoke": {"depth": 3, "width": 32, "length": 16, "steps": 2, "judged": 1},
         "small": {"depth": 6, "width": 64, "length": 64, "steps": 120, "judged": 8},

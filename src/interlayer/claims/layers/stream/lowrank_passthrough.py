@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, highest
+from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.claims.training import judge, train
 from interlayer.core import cost
 from interlayer.layers.stream.lowrank_passthrough import LowRankPassthrough
@@ -81,12 +81,17 @@ CLAIM = Claim(
     "weights in them, on permuted sequential digits and on copying, and on digits within 0.05 of a full one of its size.",
     measure=measure,
     arms=tuple(a for a in ARMS if a != "no passthrough"),
-    expect=(
-        highest("digits accuracy", "low-rank-diagonal", than=("full, few weights",)),
-        highest("copy accuracy", "low-rank-diagonal", than=("full, few weights",)),
-        highest("digits accuracy", "low-rank-diagonal", than=("full",), margin=-0.05),
+    statements=(
+        effect(
+            "", highest("digits accuracy", "low-rank-diagonal", than=("full, few weights",)), control="no passthrough"
+        ),
+        effect(
+            "", highest("copy accuracy", "low-rank-diagonal", than=("full, few weights",)), control="no passthrough"
+        ),
+        effect(
+            "", highest("digits accuracy", "low-rank-diagonal", than=("full",), margin=-0.05), control="no passthrough"
+        ),
     ),
-    control="no passthrough",
     scales={
         "smoke": {"steps": 1, "copy_steps": 1, "symbols": 2, "wait": 2},
         "small": {"steps": 300, "copy_steps": 800, "symbols": 4, "wait": 8},

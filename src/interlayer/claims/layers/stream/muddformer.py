@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import language
 from interlayer.core import cost
 from interlayer.core.stream import State
@@ -52,8 +52,7 @@ CLAIM = Claim(
     "DenseFormer.",
     measure=measure,
     arms=tuple(a for a in ARMS if a != "frozen"),
-    expect=(lowest("loss", "muddformer", than=("plain", "denseformer")),),
-    control="frozen",
+    statements=(effect("", lowest("loss", "muddformer", than=("plain", "denseformer")), control="frozen"),),
     scales={
         "smoke": {"depth": 3, "width": 32, "length": 16, "steps": 2, "judged": 1},
         "small": {"depth": 6, "width": 64, "length": 64, "steps": 150, "judged": 8},

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import judge, task, train
 from interlayer.core.stream import State
 from interlayer.layers.stream.node_transformer import SOLVERS, Integrate, NODETransformer, Tableau
@@ -70,12 +70,11 @@ CLAIM = Claim(
     "ones on bytes and on digits, and RK4 a lower one than four Euler steps on digits.",
     measure=measure,
     arms=tuple(a for a in ARMS if a not in ("shifted", "first order")),
-    expect=(
-        lowest("language loss", "parallel", than=("sequential",)),
-        lowest("image loss", "parallel", than=("sequential",)),
-        lowest("image loss", "rk4", than=("parallel",)),
+    statements=(
+        effect("", lowest("language loss", "parallel", than=("sequential",)), control="shifted"),
+        effect("", lowest("image loss", "parallel", than=("sequential",)), control="shifted"),
+        effect("", lowest("image loss", "rk4", than=("parallel",)), control="first order"),
     ),
-    control=("shifted", "shifted", "first order"),
     scales={
         "smoke": {"depth": 1, "width": 32, "length": 16, "steps": 1, "image_steps": 1, "judged": 1},
         "small": {"depth": 2, "width": 64, "length": 64, "steps": 60, "image_steps": 200, "judged": 8},

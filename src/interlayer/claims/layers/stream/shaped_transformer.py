@@ -10,7 +10,7 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, fits, lowest
+from interlayer.claims import Claim, Scale, effect, fits, lowest
 from interlayer.core.mixer import Attention, attend
 from interlayer.core.trunk import Trunk, build_trunk
 from interlayer.layers.stream.shaped_transformer import (
@@ -103,12 +103,11 @@ CLAIM = Claim(
     "below the unshaped model's, whose tokens have a correlation higher by more than 0.1 at the same depth.",
     measure=measure,
     arms=("shaped", "unshaped"),
-    expect=(
-        fits("distance from the SDE", "shaped", high=0.074),
-        lowest("distance from the SDE", "shaped", than=("unshaped",), margin=0.1),
-        lowest("mean correlation", "shaped", than=("unshaped",), margin=0.1),
+    statements=(
+        effect("", fits("distance from the SDE", "shaped", high=0.074), control="hot"),
+        effect("", lowest("distance from the SDE", "shaped", than=("unshaped",), margin=0.1), control="uncentred"),
+        effect("", lowest("mean correlation", "shaped", than=("unshaped",), margin=0.1), control="uncentred"),
     ),
-    control=("hot", "uncentred", "uncentred"),
     scales={
         "smoke": {"depth": 4, "width": 8, "networks": 2, "paths": 50},
         "small": {"depth": 48, "width": 96, "networks": 500, "paths": 20000},

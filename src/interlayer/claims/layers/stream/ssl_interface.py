@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, lowest
+from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.core.cost import parameters
 from interlayer.layers.stream.ssl_interface import SSLInterface, hidden_states
 from interlayer.models import Transformer
@@ -164,10 +164,14 @@ CLAIM = Claim(
         "middle layer",
         "last layer",
     ),
-    expect=tuple(
-        lowest(f"{name}: loss", "hconv", than=("weighted-sum", "weighted-sum, larger head")) for name in TASKS
+    statements=tuple(
+        effect(
+            "",
+            lowest(f"{name}: loss", "hconv", than=("weighted-sum", "weighted-sum, larger head")),
+            control="shuffled hconv",
+        )
+        for name in TASKS
     ),
-    control="shuffled hconv",
     scales={
         "smoke": {"files": 3, "depth": 4, "width": 16, "length": 16, "steps": 2, "windows": 16, "probe_steps": 2},
         "small": {"files": 40, "depth": 9, "width": 64, "length": 64, "steps": 200, "windows": 256, "probe_steps": 100},

@@ -7,7 +7,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from interlayer.claims import Claim, Scale, highest
+from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.claims.training import batches, judge, task
 from interlayer.learn.local.scalable_ff import ScalableFF
 from interlayer.models.classic import MobileNetV3Small, ResNet18
@@ -71,12 +71,11 @@ CLAIM = Claim(
     "accuracy on digits at equal steps, better than layer-wise training, and keeps fewer bytes for the backward pass.",
     measure=measure,
     arms=("backprop", "blocks", "layers"),
-    expect=(
-        highest("resnet18: accuracy", "blocks", than=("backprop",), margin=-0.03),
-        highest("resnet18: accuracy", "blocks", than=("layers",)),
-        highest("resnet18: bytes saved", "backprop", than=("blocks",)),
+    statements=(
+        effect("", highest("resnet18: accuracy", "blocks", than=("backprop",), margin=-0.03), control="wrong labels"),
+        effect("", highest("resnet18: accuracy", "blocks", than=("layers",)), control="wrong labels"),
+        effect("", highest("resnet18: bytes saved", "backprop", than=("blocks",)), control="wrong labels"),
     ),
-    control="wrong labels",
     scales={
         "smoke": {"nets": ("resnet18",), "steps": 2},
         "small": {"nets": ("resnet18", "mobilenetv3"), "steps": 100},

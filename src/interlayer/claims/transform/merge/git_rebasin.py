@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, fits, lowest
+from interlayer.claims import Claim, effect, fits, lowest
 from interlayer.claims.training import judge, task
 from interlayer.core.wiring import trace
 from interlayer.transform.merge.git_rebasin import GitRebasin, barrier, interpolate
@@ -91,13 +91,12 @@ CLAIM = Claim(
     "networks that each saw a biased part of the classes has less loss than either.",
     measure=measure,
     arms=("unmatched", *METHODS),
-    expect=(
-        lowest("barrier", "weights", than=("unmatched",)),
-        fits("barrier left", "weights", high=0.1),
-        fits("fall with width", "weights", low=0.0),
-        fits("gain over each part", "weights", low=0.0),
+    statements=(
+        effect("", lowest("barrier", "weights", than=("unmatched",)), control="random"),
+        effect("", fits("barrier left", "weights", high=0.1), control="random"),
+        effect("", fits("fall with width", "weights", low=0.0), control="random"),
+        effect("", fits("gain over each part", "weights", low=0.0), control="random"),
     ),
-    control="random",
     scales={
         "smoke": {"widths": (16, 32), "steps": 60, "early": (), "matching": 3},
         "small": {"widths": (32, 64, 256, 512), "steps": 600, "early": (20, 100), "matching": 30},
