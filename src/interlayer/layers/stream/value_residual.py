@@ -20,7 +20,7 @@ class ValueResidual(PreNorm):
     Equation: ``V'_n = lambda_{n,1} V_1 + lambda_{n,2} V_n`` before attention, for every layer n > 1.
 
     ``identity`` has both weights 1/2, as in the authors' code; ``constant`` has ``weight`` on V_1 and 1 on V_n;
-    ``learnable`` starts at 1/2 and trains both; ``sparse`` mixes like ``constant`` only in the last third of the layers;
+    ``learnable`` trains both; ``sparse`` mixes like ``constant`` only in the last third of the layers;
     ``shared`` is SVFormer: no layer but the first projects or caches values. The constants of the paper's constant and
     sparse variants were not in the public code: 2 and the last third are this project's reading.
 
@@ -30,12 +30,14 @@ class ValueResidual(PreNorm):
         branches: Sublayers in a block; the first one is the attention.
         norm: Called with ``width=``.
         mode: One of ``identity``, ``constant``, ``learnable``, ``sparse``, ``shared``.
-        weight: lambda_{n,1} of ``constant`` and ``sparse``.
+        weight: lambda_{n,1} of ``constant`` and ``sparse``. Defaults to 2.
+        weights: Initial lambda_{n,1} and lambda_{n,2} of ``learnable``; (0, 1) begins as a plain Transformer. Defaults to
+            1/2 and 1/2, as in the authors' code.
 
     Shapes: values [B, H, S, K], equal in all layers; needs a mixer that offers ``share``.
 
     Raises:
-        ValueError: Unknown ``mode``.
+        ValueError: Unknown ``mode``, or an option that the mode does not use.
 
     Examples:
         >>> import torch
@@ -58,14 +60,21 @@ class ValueResidual(PreNorm):
         branches: int = 2,
         norm: Norm | None = None,
         mode: str = "identity",
-        weight: float = 2.0,
+        weight: float | None = None,
+        weights: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(depth, width, branches=branches, norm=norm)
         if mode not in MODES:
             raise ValueError(f"ValueResidual: mode {mode!r} is not one of {MODES}.")
-        self.mode, self.weight = mode, weight
+        for name, value, modes in (("weight", weight, ("constant", "sparse")), ("weights", weights, ("learnable",))):
+            if value is not None and mode not in modes:
+                raise ValueError(
+                    f"ValueResidual: {name}={value!r} has no effect in mode {mode!r}; it belongs to {' and '.join(modes)}. "
+                    "Leave it out, or change the mode."
+                )
+        self.mode, self.weight = mode, 2.0 if weight is None else weight
         if mode == "learnable":
-            self.mix = nn.Parameter(torch.full((depth, 2), 0.5))
+            self.mix = nn.Parameter(torch.tensor(weights or (0.5, 0.5)).float().repeat(depth, 1))
 
     def value_layer(self, layer: int) -> int:
         return 0 if self.mode == "shared" else layer

@@ -1,0 +1,241 @@
+"""Paired noise: at the start by name, in training by step and module, and clipping that inert parameters don't touch."""
+
+import math
+import zlib
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from interlayer.core.pairing import Streams, clip_gradients, paired, shared
+from interlayer.models import Transformer
+
+SIZES = {"vocab": 17, "length": 12, "depth": 3, "width": 16, "heads": 2}
+TOKENS = (torch.arange(24).view(2, 12) * 5) % 17
+
+
+class Net(nn.Module):
+    """Linear, dropout, linear; with parameters that change nothing, built at one of three places."""
+
+    def __init__(self, extra="", *, scale=1.0, orthogonal=False, noisy=False):
+        super().__init__()
+        if extra == "first":
+            self.extra = nn.Linear(3, 3)
+        self.noisy = nn.Dropout(0.5) if noisy else nn.Identity()
+        self.one = nn.Linear(6, 8)
+        if extra == "middle":
+            self.extra = nn.Linear(3, 3)
+        self.drop = nn.Dropout(0.3)
+        self.two = nn.Linear(8, 4)
+        if extra == "last":
+            self.extra = nn.Linear(3, 3)
+        if orthogonal:
+            nn.init.orthogonal_(self.two.weight)
+        with torch.no_grad():
+            self.one.weight.mul_(scale)
+
+    def forward(self, x):
+        y = self.two(self.drop(torch.tanh(self.one(x) + 0 * self.noisy(torch.ones(8)))))
+        return y + 0 * self.extra(torch.ones(3)).sum() if hasattr(self, "extra") else y
+
+
+def curve(build, steps=6):
+    """Losses of a short training run with clipping and dropout."""
+    model = paired(build, 3).model
+    noise, optimiser = Streams(model, 3), torch.optim.AdamW(model.parameters(), lr=0.05)
+    chance, losses = torch.Generator().manual_seed(0), []
+    for step in range(steps):
+        x = torch.randn(5, 6, generator=chance)
+        with noise.step(step):
+            loss = model(x).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+        clip_gradients(model.parameters(), 0.05)
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("at", ["first", "middle", "last"])
+def test_parameters_without_effect_give_the_plain_curve_to_the_last_bit(at):
+    assert curve(lambda: Net(at)) == curve(Net)
+
+
+def test_an_arm_with_its_own_dropout_leaves_the_other_masks_alone():
+    assert curve(lambda: Net(noisy=True)) == curve(Net)
+
+
+def test_seeds_differ_and_repeat_and_the_global_generator_stays():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, two, other = paired(Net, 0), paired(Net, 0), paired(Net, 1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert shared(one, two) == 1.0 and shared(one, other) == 0.0
+    assert torch.equal(one.model.one.weight, two.model.one.weight)
+    assert not torch.equal(one.model.one.weight, other.model.one.weight)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        paired(lambda: (_ for _ in ()).throw(RuntimeError("on purpose")), 0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_a_model_does_to_its_noise_stays_its_own():
+    plain = paired(Net, 0).model
+    doubled = paired(lambda: Net(scale=2.0), 0).model
+    assert torch.equal(doubled.one.weight, 2 * plain.one.weight) and torch.equal(doubled.two.weight, plain.two.weight)
+    turned = paired(lambda: Net(orthogonal=True), 0).model
+    assert torch.allclose(turned.two.weight @ turned.two.weight.T, torch.eye(4), atol=1e-6)
+    assert torch.equal(turned.one.weight, plain.one.weight)
+    gates = paired(lambda: Transformer(**SIZES, stream="rezero"), 0).model.trunk.stream.gate
+    assert torch.equal(gates, torch.zeros(3))
+
+
+@pytest.mark.parametrize("arm", ["denseformer", "muddformer", "lime", "value-residual(mode='learnable', weights=(0, 1))"])
+def test_streams_that_begin_as_plain_have_its_loss_at_step_0(arm):
+    plain, other = (paired(lambda s=s: Transformer(**SIZES, stream=s), 0) for s in ("pre-norm", arm))
+    names = {name for name, _ in plain.model.named_parameters()} & {name for name, _ in other.model.named_parameters()}
+    theirs = dict(other.model.named_parameters())
+    if arm != "lime":  # its first layer has fewer values
+        assert len(names) > 10
+    assert all(torch.equal(p, theirs[n]) for n, p in plain.model.named_parameters() if n in names and p.shape == theirs[n].shape)
+    ours, base = (nn.functional.cross_entropy(m.model(TOKENS).flatten(0, 1), TOKENS.flatten()) for m in (other, plain))
+    assert ours.item() == pytest.approx(base.item(), abs=1e-6)
+
+
+def _hugging(kind):
+    import transformers as hf
+
+    make = {
+        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)),
+        "llama": lambda: hf.LlamaForCausalLM(
+            hf.LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+        ),
+        "t5": lambda: hf.T5ForConditionalGeneration(
+            hf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=32, decoder_start_token_id=0)
+        ),
+    }
+    return make[kind]
+
+
+MADE = {
+    "lstm": lambda: nn.LSTM(5, 7, 2, bidirectional=True),
+    "attention": lambda: nn.MultiheadAttention(8, 2),
+    "performer": lambda: Transformer(**SIZES, mixer="performer"),
+    **{kind: _hugging(kind) for kind in ("gpt2", "llama", "t5")},
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_module_more_in_front_shifts_nothing(kind):
+    def arm():
+        holder = nn.Module()
+        holder.front = nn.Linear(11, 3)
+        nn.init.trunc_normal_(holder.front.weight, std=0.5, a=-0.6, b=0.6)
+        holder.inner = MADE[kind]()
+        return holder
+
+    def base():
+        holder = nn.Module()
+        holder.inner = MADE[kind]()
+        return holder
+
+    one, two = paired(base, 4), paired(arm, 4)
+    assert one.drawn and not one.unpaired and not two.unpaired
+    mine, theirs = one.model.inner.state_dict(), two.model.inner.state_dict()
+    assert all(torch.equal(t, theirs[name]) for name, t in mine.items())
+    assert {n: s for n, s in two.drawn.items() if n.startswith("inner")} == dict(one.drawn)
+    assert shared(two, one) == pytest.approx(1 - (33 + 3) / sum(math.prod(s) for s in two.drawn.values()))
+
+
+def test_redraws_partial_writes_ties_and_lazy_modules():
+    class Odd(nn.Module):
+        def __init__(self, redraw):
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(4))
+            if redraw:
+                nn.init.normal_(self.a)
+            self.b = nn.Parameter(torch.zeros(6))
+            with torch.no_grad():
+                self.b[:2] = torch.rand(2)
+                self.b[4:].uniform_()
+            self.c = self.a
+            self.d = nn.LazyLinear(3)
+
+        def forward(self, x):
+            return self.d(x)
+
+    built = [paired(lambda r=r: Odd(r), 0, materialise=lambda m: m(torch.ones(1, 5))) for r in (False, True)]
+    for found in built:
+        assert set(found.drawn) == {"a", "b", "d.weight", "d.bias"} and found.model.c is found.model.a
+        assert torch.equal(found.model.b[2:4], torch.zeros(2)) and (found.model.b[:2] != 0).all()
+    for name in ("a", "b", "d.weight"):
+        assert torch.equal(built[0].model.get_parameter(name), built[1].model.get_parameter(name)), name
+    with pytest.raises(ValueError, match=r"'d\.weight' belongs to a lazy module.*materialise"):
+        paired(lambda: Odd(False), 0)
+
+
+def test_generators_of_ones_own_are_left_alone_and_reported():
+    def make():
+        net = nn.Linear(3, 2)
+        nn.init.normal_(net.bias, generator=torch.Generator().manual_seed(1))
+        return net
+
+    found = paired(make, 0)
+    assert set(found.drawn) == {"weight"} and set(found.unpaired) == {"bias"}
+    assert torch.equal(found.model.bias, torch.randn(2, generator=torch.Generator().manual_seed(1)))
+    assert shared(found, paired(make, 0)) == pytest.approx(6 / 8)
+
+
+def test_a_dropout_used_twice_has_two_masks_and_a_checkpoint_repeats_its_own():
+    class Twice(nn.Module):
+        def __init__(self, recompute):
+            super().__init__()
+            self.w, self.drop, self.recompute = nn.Linear(20, 20), nn.Dropout(0.5), recompute
+            self.masks = []
+
+        def part(self, x):
+            y = self.drop(self.w(x))
+            self.masks.append(y == 0)
+            return y
+
+        def forward(self, x):
+            for _ in range(2):
+                x = checkpoint(self.part, x, use_reentrant=False) if self.recompute else self.part(x)
+            return x
+
+    gradients = []
+    for recompute in (False, True):
+        model = paired(lambda r=recompute: Twice(r), 0).model
+        noise = Streams(model, 0)
+        for step in range(2):
+            model.zero_grad()
+            with noise.step(step):
+                model(torch.ones(2, 20)).square().sum().backward()
+        assert not torch.equal(model.masks[-1], model.masks[-2])
+        gradients.append(model.w.weight.grad)
+        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(*gradients)
+
+
+def test_hooks_go_when_a_step_raises():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1))
+    noise = Streams(model, 0)
+    with pytest.raises(RuntimeError), noise.step(0):
+        model(torch.ones(2, 4))
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_clipping_is_torchs_but_for_gradients_of_zero():
+    chance = torch.Generator().manual_seed(zlib.crc32(b"clip"))
+    weights = [nn.Parameter(torch.zeros(n)) for n in (5, 300, 7)]
+    for w in weights:
+        w.grad = torch.randn(w.shape, generator=chance)
+    before = [w.grad.clone() for w in weights]
+    norm = clip_gradients(weights, 2.0)
+    assert norm == pytest.approx(math.sqrt(sum(g.double().square().sum() for g in before)), rel=1e-6)
+    assert all(torch.allclose(w.grad, g * (2.0 / norm)) for w, g in zip(weights, before, strict=True))
+    weights[0].grad.fill_(math.nan)
+    kept = weights[1].grad.clone()
+    assert math.isnan(clip_gradients(weights, 0.1)) and torch.equal(weights[1].grad, kept)
+    with pytest.raises(ValueError, match="most 0"):
+        clip_gradients(weights, 0)
