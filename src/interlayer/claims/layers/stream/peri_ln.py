@@ -154,7 +154,14 @@ CLAIM = Claim(
     checks=(check("Pre-norm beats unigrams (3.15) at the smallest rate.", fits("loss at 0.03", "pre-norm", high=3.1)),),
     scales={
         "smoke": {"depth": 3, "width": 32, "length": 16, "steps": 2, "rates": (3e-2,), "watched": 3e-2},
-        "small": {"depth": 8, "width": 32, "length": 32, "steps": 40, "watched": 3e-2, "rates": (3e-2, 0.15, 0.2, 0.25)},
+        "small": {
+            "depth": 8,
+            "width": 32,
+            "length": 32,
+            "steps": 40,
+            "watched": 3e-2,
+            "rates": (3e-2, 0.15, 0.2, 0.25),
+        },
         "full": {
             **{"depth": 24, "width": 1024, "length": 128, "steps": 5000, "watched": 3e-2},
             "rates": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),

@@ -132,7 +132,7 @@ CLAIM = Claim(
     checks=(check("Pre-norm reaches 90% at 128 layers.", fits("steps to 90%", "pre-norm", high=60)),),
     scales={
         "smoke": {"depths": (16,), "limit": 5, "blocks": 4, "lm_steps": 1},
-        "small": {"depths": (128,), "limit": 60, "blocks": 24, "lm_steps": 40},
+        "small": {"depths": (128,), "limit": 60, "blocks": 24, "lm_steps": 80},
         "full": {"depths": (32, 64, 128, 256), "limit": 2000, "blocks": 24, "lm_steps": 1000},
     },
 )

@@ -66,16 +66,16 @@ class Second(ValueResidual):
 
 # What each arm changes of the Transformer, and its peak rate; see `pilots`.
 ARMS: dict[str, tuple[dict[str, Any], float]] = {
-    "plain": ({}, 1e-2),
-    "denseformer": ({"stream": "denseformer"}, 1e-2),
-    "grouped-queries": ({"kv_heads": 2}, 1e-2),
-    "cross-layer": ({"stream": CrossLayer}, 1e-2),
-    "resformer": ({"stream": "value-residual"}, 1e-2),
-    "svformer": ({"stream": "value-residual(mode='shared')"}, 1e-2),
+    "plain": ({}, 3e-3),
+    "denseformer": ({"stream": "denseformer"}, 3e-3),
+    "grouped-queries": ({"kv_heads": 2}, 3e-3),
+    "cross-layer": ({"stream": CrossLayer}, 3e-3),
+    "resformer": ({"stream": "value-residual"}, 3e-3),
+    "svformer": ({"stream": "value-residual(mode='shared')"}, 3e-3),
 }
 TWINS: dict[str, tuple[dict[str, Any], float]] = {
-    "strangers' values": ({"stream": Strangers}, 1e-2),
-    "values of the second layer": ({"stream": Second}, 1e-2),
+    "strangers' values": ({"stream": Strangers}, 3e-3),
+    "values of the second layer": ({"stream": Second}, 3e-3),
 }
 
 
@@ -165,6 +165,9 @@ CLAIM = Claim(
             control="strangers' values",
         ),
     ),
+    pilots="Seeds 1000 and 1001, rates 0.003 and 0.01: 0.003 is better for every arm (plain 2.72 against 2.92, DenseFormer 2.68 and "
+    "2.72, grouped queries 2.69 and 2.93, pairs 2.69 and 2.78, ResFormer 2.65 and 2.78, SVFormer 2.60 and 2.74, control 2.68 and "
+    "2.79); chosen: 0.003 for all.",
     checks=(check("A plain Transformer is below 3 nats; unigrams have 3.2.", fits("loss", "plain", high=3.0)),),
     scales={
         "smoke": {"depth": 6, "width": 16, "length": 16, "steps": 2, "judged": 1},
