@@ -90,14 +90,20 @@ def test_what_a_model_does_to_its_noise_stays_its_own():
     assert torch.equal(gates, torch.zeros(3))
 
 
-@pytest.mark.parametrize("arm", ["denseformer", "muddformer", "lime", "value-residual(mode='learnable', weights=(0, 1))"])
+@pytest.mark.parametrize(
+    "arm", ["denseformer", "muddformer", "lime", "value-residual(mode='learnable', weights=(0, 1))"]
+)
 def test_streams_that_begin_as_plain_have_its_loss_at_step_0(arm):
     plain, other = (paired(lambda s=s: Transformer(**SIZES, stream=s), 0) for s in ("pre-norm", arm))
     names = {name for name, _ in plain.model.named_parameters()} & {name for name, _ in other.model.named_parameters()}
     theirs = dict(other.model.named_parameters())
     if arm != "lime":  # its first layer has fewer values
         assert len(names) > 10
-    assert all(torch.equal(p, theirs[n]) for n, p in plain.model.named_parameters() if n in names and p.shape == theirs[n].shape)
+    assert all(
+        torch.equal(p, theirs[n])
+        for n, p in plain.model.named_parameters()
+        if n in names and p.shape == theirs[n].shape
+    )
     ours, base = (nn.functional.cross_entropy(m.model(TOKENS).flatten(0, 1), TOKENS.flatten()) for m in (other, plain))
     assert ours.item() == pytest.approx(base.item(), abs=1e-6)
 
@@ -108,7 +114,9 @@ def _hugging(kind):
     make = {
         "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)),
         "llama": lambda: hf.LlamaForCausalLM(
-            hf.LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+            hf.LlamaConfig(
+                hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
+            )
         ),
         "t5": lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=32, decoder_start_token_id=0)

@@ -29,12 +29,12 @@ OPEN = "rezero(start=1.0)"
 # Peak rates of the MLP and of the Transformer, by arm; see `pilots`.
 ARMS: dict[str, tuple[Any, float, float]] = {
     "feedforward": ("feedforward", 1e-3, 0.0),
-    "residual": ("residual", 1e-4, 0.0),
-    "pre-norm": ("pre-norm", 1e-3, 1e-2),
+    "residual": ("residual", 3e-4, 0.0),
+    "pre-norm": ("pre-norm", 3e-3, 3e-3),
     "post-norm": ("post-norm", 1e-3, 3e-3),
-    "rezero": ("rezero", 3e-3, 1e-2),
+    "rezero": ("rezero", 1e-2, 1e-2),
 }
-TWINS: dict[str, tuple[Any, float, float]] = {OPEN: (OPEN, 1e-4, 3e-3), "gate around the sum": (GatedSum, 3e-3, 0.0)}
+TWINS: dict[str, tuple[Any, float, float]] = {OPEN: (OPEN, 3e-4, 3e-3), "gate around the sum": (GatedSum, 1e-2, 0.0)}
 
 
 def build(arm: str, scale: Scale) -> nn.Module:
@@ -129,6 +129,10 @@ CLAIM = Claim(
             control=OPEN,
         ),
     ),
+    pilots="Seeds 1000 and 1001, rates 0.0003, 0.001, 0.003, 0.01, 60 steps at 128 layers: ReZero reaches 90% in never, 30, 15 and 10 "
+    "steps, pre-norm in 40, 20, 15 and 20; plain, residual, post-norm and gates of one never. Transformer of 24 layers, 80 steps: "
+    "pre-norm 2.90 at 0.003 and 3.08 at 0.01, post-norm 3.17 at 0.001 and 2.83 at 0.003, ReZero 2.84 at 0.01 (diverges at 0.03 in one "
+    "seed), gates of one 2.98 at 0.003; after 40 steps all were at the level of unigrams. Chosen: the best rate of each arm.",
     checks=(check("Pre-norm reaches 90% at 128 layers.", fits("steps to 90%", "pre-norm", high=60)),),
     scales={
         "smoke": {"depths": (16,), "limit": 5, "blocks": 4, "lm_steps": 1},
