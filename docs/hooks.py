@@ -7,8 +7,8 @@ from mkdocs.structure.files import File
 from interlayer import catalog
 
 PRIMITIVES = (
-    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "wiring", "weights", "implicit", "extra", "pairing", "equal",
-    "recipe", "cost", "kinds",
+    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "wiring", "weights",
+    "implicit", "extra", "pairing", "equal", "recipe", "cost", "kinds",
 )  # fmt: skip
 PARTS = ("sparse", "linear", "compressed", "prior", "parts")
 

@@ -83,7 +83,7 @@ def jacobian_error(stream: Any, seed: int) -> float:
         return model.stream.finish(state)[0]
 
     noise = torch.Generator().manual_seed(seed)
-    jacobian = torch.autograd.functional.jacobian(stack, torch.randn(1, 64, generator=noise), vectorize=True).squeeze(1)  # type: ignore[no-untyped-call]
+    jacobian = torch.autograd.functional.jacobian(stack, torch.randn(1, 64, generator=noise), vectorize=True).squeeze(1)
     return float((jacobian - torch.eye(64)).abs().max())
 
 
