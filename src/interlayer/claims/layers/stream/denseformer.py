@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from interlayer.claims import Claim, Scale, effect, lowest
-from interlayer.claims.training import language
+from interlayer.claims.training import built, language
 from interlayer.core.slots import parse_spec
 from interlayer.core.stream import PreNorm, State
 from interlayer.layers.stream.denseformer import DenseFormer
@@ -20,12 +20,16 @@ class Frozen(DenseFormer):
         return super().start(x)
 
 
-def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
-    """Validation loss after equal steps on the bytes of Python's standard library, and what the stream keeps."""
-    torch.manual_seed(seed)
+def build(arm: str, scale: Scale) -> Transformer:
+    """A language model of bytes."""
     deeper = arm == "deeper"
     stream = {"plain": PreNorm, "deeper": PreNorm, "frozen": Frozen}.get(arm, arm)
-    model = Transformer(depth=scale.depth + 2 * deeper, width=scale.width, heads=4, stream=stream)
+    return Transformer(depth=scale.depth + 2 * deeper, width=scale.width, heads=4, stream=stream)
+
+
+def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
+    """Validation loss after equal steps on the bytes of Python's standard library, and what the stream keeps."""
+    model = built(lambda: build(arm, scale), seed)
     loss = language(model, seed, scale)
     kept = 0 if not isinstance(model.trunk.stream, DenseFormer) else len(model.trunk.stream.last_reader)
     return {"loss": loss, "outputs kept": kept, "dilation": parse_spec(arm)[1].get("dilation", 0)}
@@ -34,6 +38,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
 CLAIM = Claim(
     says="At equal steps the depth-weighted average lowers the Transformer's validation loss, with dilation 1 and 4.",
     measure=measure,
+    build=build,
     arms=("plain", "deeper", "denseformer", "denseformer(dilation=2)", "denseformer(dilation=4)"),
     statements=(
         effect("", lowest("loss", "denseformer", than=("plain",)), control="frozen"),

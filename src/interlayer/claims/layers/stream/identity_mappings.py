@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from interlayer.claims import Claim, Scale, effect, lowest
-from interlayer.claims.training import judge, task, train
+from interlayer.claims.training import built, judge, task, train
 from interlayer.layers.stream.identity_mappings import ORDERS, SHORTCUTS
 from interlayer.models import ConvNet
 
@@ -17,13 +15,22 @@ ARMS = {
 }
 
 
+def build(arm: str, scale: Scale) -> ConvNet:
+    """The deepest net."""
+    return net(arm, max(scale.depths), scale.width)
+
+
+def net(arm: str, depth: int, width: int) -> ConvNet:
+    """A residual net for digits."""
+    shape = task("digits").shape
+    return ConvNet(shape.channels, shape.classes, depth=depth, width=width, stream=ARMS[arm])
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Mean training loss of the last steps and validation error on digits, by depth."""
     found = {}
-    shape = task("digits").shape
     for depth in scale.depths:
-        torch.manual_seed(seed)
-        model = ConvNet(shape.channels, shape.classes, depth=depth, width=scale.width, stream=ARMS[arm])
+        model = built(lambda depth=depth: net(arm, depth, scale.width), seed)
         losses = train(model, "digits", seed=seed, steps=scale.steps, lr=2e-3, batch=32)
         found[f"loss at {depth}"] = sum(losses[-5:]) / len(losses[-5:])
         found[f"error at {depth}"] = 1 - judge(model, "digits")["accuracy"]
@@ -34,6 +41,7 @@ CLAIM = Claim(
     says="In a residual net of 164 layers, full pre-activation trains to a lower loss on digits than the original unit "
     "and than every shortcut that is not the identity.",
     measure=measure,
+    build=build,
     arms=tuple(a for a in ARMS if a not in ("no shortcut", "half path")),
     statements=(
         effect(

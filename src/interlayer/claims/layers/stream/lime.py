@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from interlayer.claims import Claim, Scale, effect, highest, lowest
-from interlayer.claims.training import batches, language
+from interlayer.claims.training import batches, built, language
 from interlayer.core.mixer import Cache
 from interlayer.core.stream import State
 from interlayer.layers.stream.lime import LIMe
@@ -71,10 +71,14 @@ def entropies(model: Transformer, tokens: Tensor) -> tuple[list[float], list[flo
     return values, hidden
 
 
+def build(arm: str, scale: Scale) -> Transformer:
+    """A language model of bytes."""
+    return Transformer(depth=scale.depth, width=scale.width, heads=4, **ARMS[arm])
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation loss after equal steps, entropies by layer, and cache bytes of a token."""
-    torch.manual_seed(seed)
-    model = Transformer(depth=scale.depth, width=scale.width, heads=4, **ARMS[arm])
+    model = built(lambda: build(arm, scale), seed)
     loss = language(model, seed, scale)
     tokens = next(batches("stdlib-bytes", 99, 16, 1))[0][:, : scale.length]
     values, hidden = entropies(model, tokens)
@@ -95,6 +99,7 @@ CLAIM = Claim(
     says="At equal steps layer-integrated memory lowers the Transformer's validation loss, with all heads and with grouped "
     "queries, and the values that the later half of the layers attends to fill more directions.",
     measure=measure,
+    build=build,
     arms=("plain", "lime", "plain, grouped", "lime, grouped"),
     statements=(
         effect("", lowest("loss", "lime", than=("plain",)), control="stranger"),

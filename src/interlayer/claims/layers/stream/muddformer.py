@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from interlayer.claims import Claim, Scale, effect, lowest
-from interlayer.claims.training import language
+from interlayer.claims.training import built, language
 from interlayer.core import cost
 from interlayer.core.stream import State
 from interlayer.layers.stream.muddformer import MUDDFormer, widening
@@ -33,11 +33,14 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+def build(arm: str, scale: Scale) -> Transformer:
+    """A language model of bytes."""
+    return Transformer(depth=scale.depth, width=scale.width, heads=4, **ARMS[arm])
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation loss after equal steps, and parameters and FLOPs of a pass in percent above the plain Transformer."""
-    torch.manual_seed(seed)
-    sizes = {"depth": scale.depth, "width": scale.width, "heads": 4}
-    model, plain = Transformer(**sizes, **ARMS[arm]), Transformer(**sizes)
+    model, plain = (built(lambda name=name: build(name, scale), seed) for name in (arm, "plain"))
     loss = language(model, seed, scale)
     tokens = torch.zeros(1, 128, dtype=torch.long)
     return {
@@ -51,6 +54,7 @@ CLAIM = Claim(
     says="At equal steps multiway dynamic dense connections lower the Transformer's validation loss below plain and "
     "DenseFormer.",
     measure=measure,
+    build=build,
     arms=tuple(a for a in ARMS if a != "frozen"),
     statements=(effect("", lowest("loss", "muddformer", than=("plain", "denseformer")), control="frozen"),),
     scales={
