@@ -19,7 +19,7 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 "Source Sans 3","Segoe UI",system-ui,-apple-system,"Helvetica Neue",sans-serif;
  text-rendering:optimizeLegibility;-webkit-font-smoothing:antialiased}
-main{max-width:1080px;margin:0 auto;padding:56px 28px 80px}
+main{max-width:1120px;margin:0 auto;padding:56px 28px 80px}
 header p.kind{margin:0;color:var(--soft);font-size:14px;letter-spacing:.02em}
 h1{font-size:31px;line-height:1.22;font-weight:650;letter-spacing:-.012em;margin:6px 0 12px;max-width:26em;text-wrap:balance}
 h2{font-size:20px;font-weight:650;letter-spacing:-.005em;margin:52px 0 4px}
@@ -38,7 +38,7 @@ svg text{fill:var(--soft)}svg text.name{font-weight:600}
 .hit{fill:transparent;stroke:none}.hit:hover{fill:currentColor;fill-opacity:.25}
 .scroll{overflow-x:auto;margin-top:16px;border:1px solid var(--line);border-radius:8px;background:var(--card)}
 table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
-th,td{padding:9px 14px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
+th,td{padding:9px 10px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
 thead th{border-top:0;color:var(--soft);font-weight:600;font-size:13px;vertical-align:bottom;white-space:normal;min-width:5.5em}
 th:first-child,td:first-child{text-align:left;font-weight:600}
 tr.best td{background:var(--faint)}

@@ -178,9 +178,10 @@ class StudySpec(BaseModel):
         """The study that ``interlayer compare`` runs without options."""
         return cls(
             task="stdlib-bytes",
-            base="transformer(depth=4, width=64, heads=4)",
-            arms=["plain", "rezero", "denseformer", "value-residual", "hopfield"],
-            steps=120,
+            base="transformer(depth=3, width=64, heads=4)",
+            arms=["plain", "rezero", "denseformer", "value-residual", "muddformer"],
+            rates=(1e-3, 3e-3, 1e-2),
+            steps=100,
             batch_size=8,
             evaluations=4,
             workers=2,
