@@ -38,16 +38,19 @@ def test_stored_result_is_of_this_claim(slug):
     assert stored["errors"] == {}
 
 
-@pytest.mark.parametrize("slug", [slug for slug in CLAIMS if load(slug).build])
+WITHOUT_MODEL = ("parametric-spans",)
+
+
+@pytest.mark.parametrize("slug", [slug for slug in CLAIMS if slug not in WITHOUT_MODEL])
 def test_the_models_of_the_full_scale_can_be_built(slug):
     claim = load(slug)
-    subjects = dict.fromkeys(s.expect.arm for s in claim.statements)
+    subjects = dict.fromkeys(s.expect.arm for s in claim.statements)  # what the other arms change is of the same size
     with torch.device("meta"):
         models = [claim.build(arm, SimpleNamespace(**claim.scales["full"])) for arm in subjects]
     assert all(sum(p.numel() for p in model.parameters()) > 0 and next(model.parameters()).is_meta for model in models)
 
 
-def test_a_claim_of_two_sorts_has_pilots_and_a_build():
-    """Claims that state a mechanism are in the whole form: they say what the pilots were, and can be built at full scale."""
+def test_a_claim_of_two_sorts_has_pilots_and_checks():
+    """Claims that state a mechanism are in the whole form: they say what the pilots were, and check their baselines."""
     whole = [c for c in map(load, CLAIMS) if any(s.sort == "mechanism" for s in c.statements)]
-    assert len(whole) >= 5 and all(c.pilots and c.build and c.checks for c in whole)
+    assert len(whole) >= 5 and all(c.pilots and c.checks for c in whole)

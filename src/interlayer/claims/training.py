@@ -21,8 +21,9 @@ M = TypeVar("M", bound=nn.Module)
 
 @cache
 def task(name: str) -> tasks.Task:
-    """A built-in task, loaded once."""
-    return tasks.load(name)
+    """A built-in task, loaded once; on the CPU, also where models are only built on ``meta``."""
+    with torch.device("cpu"):
+        return tasks.load(name)
 
 
 def built(build: Callable[[], M], seed: int) -> M:

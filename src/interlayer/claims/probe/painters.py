@@ -20,10 +20,15 @@ FIRST = "looped-parallel-first"
 MILD = "reverse-two"  # the second: the mildest change there is, which must not be the costliest
 
 
+def build(arm: str, scale: SimpleNamespace) -> Transformer:
+    """The language model that every arm runs in its own way."""
+    return Transformer(length=LENGTH, depth=DEPTH, width=64, heads=4)
+
+
 @lru_cache(maxsize=4)
 def _trained(steps: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = Transformer(length=LENGTH, depth=DEPTH, width=64, heads=4)
+    model = build("trained", SimpleNamespace())
     train(model, "stdlib-bytes", seed=seed, steps=steps, lr=2e-3, batch=16, warmup=20, cut=LENGTH)
     return model.eval()
 
@@ -80,6 +85,7 @@ CLAIM = Claim(
     says="of the ways to run the 2, 4 or 6 middle blocks of a trained 10-block language model otherwise, repeating the "
     "centre block costs the most loss, and random order and looped parallel the least",
     measure=measure,
+    build=build,
     arms=("trained", *VARIANTS),
     statements=(
         effect(

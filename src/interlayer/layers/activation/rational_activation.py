@@ -38,7 +38,7 @@ def fit(
     from scipy.optimize import least_squares, lsq_linear
 
     m, n = degrees
-    x = torch.linspace(-bound, bound, 2001, dtype=torch.float64)
+    x = torch.linspace(-bound, bound, 2001, dtype=torch.float64, device="cpu")
     y, x_ = (TARGETS[like] if isinstance(like, str) else like)(x).numpy(), x.numpy()
     top, even = np.vander(x_, m + 1, increasing=True), np.arange(2, n + 1, 2)
     low = x_[:, None] ** even

@@ -99,7 +99,10 @@ class SlowNet(nn.Module):
             lines += self.modulate
         with torch.no_grad():
             for layer, wave in enumerate(cast(list[nn.Linear], self.filters)):
-                spread = torch.distributions.Gamma(6.0 / (layer + 1), 1.0).sample((hidden, dims))
+                gamma = torch.distributions.Gamma(
+                    6.0 / (layer + 1), 1.0, validate_args=False
+                )  # checks don't run on meta
+                spread = gamma.sample((hidden, dims))
                 wave.weight.mul_(2 * math.pi * omega * spread)
                 wave.bias.zero_()
             for line in cast(list[nn.Linear], [*lines, self.last]):

@@ -30,10 +30,15 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+def build(arm: str, scale: Scale) -> Transformer:
+    """A language model of bytes."""
+    return Transformer(depth=scale.depth, width=scale.width, heads=4, **ARMS.get(arm, {"mlp": OneSided}))
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation loss after equal steps; and how far the tensor form of a stack is from the layers, relative, in float64."""
     torch.manual_seed(seed)
-    model = Transformer(depth=scale.depth, width=scale.width, heads=4, **ARMS.get(arm, {"mlp": OneSided}))
+    model = build(arm, scale)
     found = {"loss": language(model, seed, scale), "parameters": float(parameters(model))}
     if arm == "bilinear":
         layers = [Bilinear(4, hidden=6).double() for _ in range(2)]
@@ -49,6 +54,7 @@ CLAIM = Claim(
     says="At equal parameters and steps a Transformer with bilinear layers has a lower loss than with ReLU or GELU MLPs, and one no "
     "more than 0.01 nats above SwiGLU's.",
     measure=measure,
+    build=build,
     arms=tuple(ARMS),
     statements=(
         effect("", lowest("loss", "bilinear", than=("relu", "gelu")), control="one-sided"),

@@ -29,10 +29,15 @@ def dead(model: nn.Module, at: list[nn.Module], inputs: Tensor) -> float:
     return 1 - torch.cat(ever).float().mean().item()
 
 
+def build(arm: str, scale: Scale) -> MLP:
+    """A deep, narrow net for digits."""
+    return MLP(64, 10, depth=scale.depth, width=32, activation=arm)
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """A deep narrow MLP at a high learning rate on digits, and a Transformer on text."""
     torch.manual_seed(seed)
-    net = MLP(64, 10, depth=scale.depth, width=32, activation=arm)
+    net = build(arm, scale)
     train(net, "digits", seed=seed, steps=scale.steps, lr=1e-2)
     images = task("digits").data["validation"][0]  # type: ignore[attr-defined]
     torch.manual_seed(seed)
@@ -52,6 +57,7 @@ CLAIM = Claim(
     says="HeLU leaves fewer dead units than ReLU, on digits and on text, is more accurate than ReLU on digits and has a lower loss on "
     "text, and on both is no worse than GELU by more than a point or 0.01 nats.",
     measure=measure,
+    build=build,
     arms=ARMS,
     statements=(
         effect("", lowest("dead units on digits", "helu", than=("relu",)), control=WITHOUT),

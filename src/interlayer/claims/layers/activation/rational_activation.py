@@ -43,13 +43,18 @@ def moved(model: nn.Module) -> float:
     return max(gaps)
 
 
+def build(arm: str, scale: Scale, environment: str = ENVIRONMENTS[-1]) -> MLP:
+    """A network of action values."""
+    features, actions = sizes(environment)
+    return MLP(features, actions, depth=2, width=64, activation=ACTIVATIONS[arm]())
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Mean return of the episodes that ended in the last quarter of training."""
     found = {}
     for name, steps in zip(ENVIRONMENTS, scale.steps, strict=True):
         torch.manual_seed(seed)
-        features, actions = sizes(name)
-        q = MLP(features, actions, depth=2, width=64, activation=ACTIVATIONS[arm]())
+        q = build(arm, scale, name)
         run = DQN(steps=steps, updates=2, copies=scale.copies, warm=scale.warm).train(q, name, seed=seed)
         late = [r for r, at in zip(run.returns, run.at, strict=True) if at > 0.75 * steps]
         found[name] = float(np.mean(late)) if late else float("nan")
@@ -61,6 +66,7 @@ CLAIM = Claim(
     says="Deep Q-networks with learned rational units, one for each layer or one for all, earn more in the last quarter of "
     "equal training than the same networks with ReLU or SiLU, on CartPole and on Acrobot.",
     measure=measure,
+    build=build,
     arms=("relu", "silu", "rational", "recurrent-rational"),
     statements=tuple(
         effect("", highest(name, arm, than=("relu", "silu")), control="frozen")

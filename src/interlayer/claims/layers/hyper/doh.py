@@ -63,6 +63,17 @@ def layered(inputs: int, budget: int, options: dict[str, object]) -> Implicit:
         width += 1
 
 
+def build(arm: str, scale: Scale) -> nn.Module:
+    """The network for photographs at the largest size."""
+    return net(arm, 2, max(scale.sizes))
+
+
+def net(arm: str, inputs: int, size: int) -> nn.Module:
+    """The network of an arm that fits ``size`` bytes."""
+    make = layered if arm in ("mlp", "coin") else coded
+    return make(inputs, 8 * size, ARMS.get(arm, ARMS["doh"])[0])
+
+
 @torch.no_grad()
 def stored(model: nn.Module, arm: str) -> nn.Module:
     """The model as it comes back from its bits."""
@@ -79,18 +90,13 @@ def stored(model: nn.Module, arm: str) -> nn.Module:
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Peak signal-to-noise ratio of the photograph and overlap of the solid, after quantisation, by the size of the code."""
-    options, *rates = ARMS.get(arm, ARMS["doh"])
+    _, *rates = ARMS.get(arm, ARMS["doh"])
     found = {}
     signals = (("PSNR", photograph(seed, scale.side)), ("overlap", solid(scale.solid)))
     for (name, (x, y)), lr in zip(signals, rates, strict=True):
         for size in scale.sizes:
             torch.manual_seed(seed)
-            inputs, budget = x.shape[1], 8 * size
-            model: nn.Module
-            if arm in ("mlp", "coin"):
-                model = layered(inputs, budget, options)
-            else:
-                model = coded(inputs, budget, options)
+            model = net(arm, x.shape[1], size)
             optimiser = torch.optim.Adam(model.parameters(), lr)
             for step in range(scale.steps):
                 rows = torch.randint(len(x), (scale.points,))
@@ -121,6 +127,7 @@ CLAIM = Claim(
     "solid at a larger overlap than a network of equal bits that holds its layers itself: a ReLU network with positional "
     "encoding and, both with sines, COIN's.",
     measure=measure,
+    build=build,
     arms=tuple(ARMS),
     statements=tuple(
         effect("", highest(f"{name} at {size} bytes", arm, than=(other,)), control="wrong seed")

@@ -77,6 +77,11 @@ def _bags(images: Tensor, labels: Tensor, count: int, size: int, generator: torc
     return bags, positive.float()
 
 
+def build(arm: str, scale: Scale) -> Pooled:
+    """The network that pools a bag."""
+    return Pooled(arm)
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Slope of log2 capacity against width, and accuracy of bags."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,7 +95,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     if arm != "classical":
         (x, y), (xv, yv) = (next(iter(task("digits").batches(seed, 10**4, s))) for s in ("train", "validation"))
         torch.manual_seed(seed)
-        model = Pooled(arm)
+        model = build(arm, scale)
         optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
         for _ in range(scale.steps):
             bags, labels = _bags(x.flatten(1), y, 64, scale.bag, generator)
@@ -109,6 +114,7 @@ CLAIM = Claim(
     "at least as 3.15^(d / 4), 0.41 doublings for each dimension, where the classical network's grows slower; pooled by a "
     "Hopfield layer, bags with one 9 among other digits are told apart better than with attention, max or mean pooling.",
     measure=measure,
+    build=build,
     arms=("classical", "mean", "max", "attention", "hopfield"),
     statements=(
         effect("", fits("doublings for each dimension", "hopfield", low=0.41), control="cold start"),

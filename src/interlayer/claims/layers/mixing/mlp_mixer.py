@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from interlayer import models
 from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.claims.training import judge, task, train
 from interlayer.core.cost import parameters
 from interlayer.layers.mixing.mlp_mixer import MLPMixer, TokenMixing
-from interlayer.models import build
 
 # Sizes with about 50 000 parameters each.
 SIZES = {
@@ -29,20 +29,25 @@ class Shuffle(nn.Module):
         return flat.gather(2, torch.rand_like(flat[:, :1]).argsort(-1).expand_as(flat)).view_as(x)
 
 
+def build(arm: str, scale: Scale, name: str = "photos") -> nn.Module:
+    """A classifier for the images of a task."""
+    model = models.build(SIZES.get(arm, SIZES["mlp-mixer"]), task(name).shape)
+    if arm == "no token mixing":
+        assert isinstance(model, MLPMixer)
+        for layer in model.layers:
+            if isinstance(layer, TokenMixing):
+                layer.mlp.down.requires_grad_(False).weight.zero_()  # type: ignore[operator]
+    return nn.Sequential(Shuffle(), model) if arm == "shuffled pixels" else model
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation accuracy after equal steps on digits and on photograph patches, and the parameters."""
     found = {}
     for name in scale.tasks:
         torch.manual_seed(seed)
-        model = build(SIZES.get(arm, SIZES["mlp-mixer"]), task(name).shape)
-        if arm == "no token mixing":
-            assert isinstance(model, MLPMixer)
-            for layer in model.layers:
-                if isinstance(layer, TokenMixing):
-                    layer.mlp.down.requires_grad_(False).weight.zero_()  # type: ignore[operator]
-        whole = nn.Sequential(Shuffle(), model) if arm == "shuffled pixels" else model
-        train(whole, name, seed=seed, steps=scale.steps, lr=2e-3, batch=64, warmup=10)
-        found[f"accuracy on {name}"] = judge(whole, name, most=scale.judged)["accuracy"]
+        model = build(arm, scale, name)
+        train(model, name, seed=seed, steps=scale.steps, lr=2e-3, batch=64, warmup=10)
+        found[f"accuracy on {name}"] = judge(model, name, most=scale.judged)["accuracy"]
         found[f"parameters for {name}"] = parameters(model)
     return found
 
@@ -51,6 +56,7 @@ CLAIM = Claim(
     says="At about equal parameters and equal steps an all-MLP Mixer is as accurate as a vision Transformer and better than a "
     "plain MLP, on digits and on patches of photographs.",
     measure=measure,
+    build=build,
     arms=tuple(SIZES),
     statements=(
         effect("", highest("accuracy on digits", "mlp-mixer", than=("vit",), margin=-0.02), control="no token mixing"),

@@ -63,23 +63,29 @@ def _counts(net: PKMixer) -> tuple[float, float]:
     return weights / DEPTH, connections / DEPTH
 
 
-def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
-    """Validation accuracy after equal steps, and the sizes."""
-    torch.manual_seed(seed)
+def build(arm: str, scale: Scale) -> PKMixer:
+    """A classifier for digits with the arm's weights in the wide layers."""
     tokens, width = _sizes(arm, scale.budget)
     options: dict[str, object] = {"tokens": tokens, "width": width, "depth": DEPTH, "variant": "simple"}
-    shape, m = task("digits").shape, effective_width(tokens, width)
+    shape = task("digits").shape
     if arm == "sparse MLP, as many connections":
-        net: PKMixer = SparseMLP.for_task(shape, **options, count=round(density(tokens, width) * m**2))
-    elif arm.startswith("sparse MLP"):
-        net = SparseMLP.for_task(shape, **options, count=(tokens**2 + width**2) // 2)
-    else:
-        net = PKMixer.for_task(shape, **options, random=arm == "wide, random")
+        count = round(density(tokens, width) * effective_width(tokens, width) ** 2)
+        return SparseMLP.for_task(shape, **options, count=count)
+    if arm.startswith("sparse MLP"):
+        return SparseMLP.for_task(shape, **options, count=(tokens**2 + width**2) // 2)
+    net = PKMixer.for_task(shape, **options, random=arm == "wide, random")
     if arm == "wide, unpermuted":
         for branch in net.branches:
             for layer in branch.children():
                 assert isinstance(layer, PermutedKronecker)
                 layer.order = "channels"  # S = C, so that the shapes fit: groups never meet
+    return net
+
+
+def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
+    """Validation accuracy after equal steps, and the sizes."""
+    torch.manual_seed(seed)
+    net, m = build(arm, scale), effective_width(*_sizes(arm, scale.budget))
     train(net, "digits", seed=seed, steps=scale.steps, lr=2e-3, batch=64, warmup=10)
     weights, connections = _counts(net)
     return {
@@ -96,6 +102,7 @@ CLAIM = Claim(
     "two points behind MLPs of that width with unstructured sparse weights, be they as many as its own or as many as its "
     "connections, and so are random groups behind ordered ones.",
     measure=measure,
+    build=build,
     arms=(
         *("narrow", "middling", "wide", "wide, random"),
         *("sparse MLP, narrow", "sparse MLP, middling", "sparse MLP, wide", "sparse MLP, as many connections"),

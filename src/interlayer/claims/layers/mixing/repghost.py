@@ -11,17 +11,23 @@ from interlayer.core import cost
 from interlayer.layers.mixing.repghost import RepGhost, RepGhostNet
 
 
-def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
-    """Accuracy on photographs, multiply-adds in training form, and the fused network's difference."""
-    torch.manual_seed(seed)
-    shape = task("photos").shape
+def build(arm: str, scale: Scale) -> RepGhostNet:
+    """A classifier for patches of photographs."""
+    branch = arm not in ("no branch", "concatenation")
     net = RepGhostNet.for_task(
-        shape, width=scale.width, concatenate=arm == "concatenation", branch=arm not in ("no branch", "concatenation")
+        task("photos").shape, width=scale.width, concatenate=arm == "concatenation", branch=branch
     )
     if arm == "no cheap operation":
         for module in net.modules():
             if isinstance(module, RepGhost):
                 nn.init.zeros_(module.cheap[1].weight).requires_grad_(False)  # type: ignore[arg-type]
+    return net
+
+
+def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
+    """Accuracy on photographs, multiply-adds in training form, and the fused network's difference."""
+    torch.manual_seed(seed)
+    net = build(arm, scale)
     train(net, "photos", seed=seed, steps=scale.steps, lr=2e-3, batch=32)
     x = next(task("photos").batches(0, 32, "validation"))[0]
     fused = net.fused() if arm != "fused without branch" else _branchless(net)
@@ -51,6 +57,7 @@ CLAIM = Claim(
     says="At equal FLOPs the RepGhost network is no more than two points less accurate than with concatenation, is more accurate than "
     "without the batch-norm branch, and the fused network is the same function to 1e-4.",
     measure=measure,
+    build=build,
     arms=("repghost", "concatenation", "no branch"),
     statements=(
         effect(

@@ -87,6 +87,13 @@ def together(model: Transformer, scale: Scale, sampling: float, members: int) ->
     return total / count
 
 
+def build(arm: str, scale: Scale) -> Transformer:
+    """A language model of bytes."""
+    kind, sampling, sampler, _ = ARMS[arm]
+    mixer = partial(kind, sampling=sampling, sampler=sampler)
+    return Transformer(depth=scale.depth, width=scale.width, heads=4, mixer=mixer)
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Costs of a step; after equal steps, validation loss of the dense network and what ensembles gain on it."""
     kind, sampling, sampler, (start, full) = ARMS[arm]
@@ -94,8 +101,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     if kind is Masked:
         return found
     torch.manual_seed(seed)
-    mixer = partial(kind, sampling=sampling, sampler=sampler)
-    model = Transformer(depth=scale.depth, width=scale.width, heads=4, mixer=mixer)
+    model = build(arm, scale)
 
     def watch(step: int, _: float = 0.0) -> bool:
         done = (step + 1) / scale.steps
@@ -119,6 +125,7 @@ CLAIM = Claim(
     "trained dense, and than one that is not opened; and its dense predictions are bettered by an ensemble of its own "
     "re-sampled pathways.",
     measure=measure,
+    build=build,
     arms=("dense", "local 1/2", "local 1/4", "local 1/8", "unbiased 1/4", "local 1/4, not annealed"),
     statements=(
         effect(

@@ -71,15 +71,21 @@ def _alone(drive: Tensor, context: Tensor) -> Tensor:
     return modulate(drive, 0 * context)
 
 
-def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
-    """Reconstruction and classification, share of active units, and the error after units are removed."""
-    torch.manual_seed(seed)
+def build(arm: str, scale: Scale) -> MCC:
+    """The network of two senses."""
     kind = Strangers if arm == "strangers" else MCC
     net = kind((64, BINS), units=scale.units, outputs=74, two_point=arm != "point neurons")
     if arm == "no context":
         for module in net.modules():
             if isinstance(module, TwoPoint):
                 module.transfer = _alone
+    return net
+
+
+def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
+    """Reconstruction and classification, share of active units, and the error after units are removed."""
+    torch.manual_seed(seed)
+    net = build(arm, scale)
     sight, sound, clean, digit = data("train", seed, scale.noise)
     blind = arm == "sight alone"
     optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.0)
@@ -116,6 +122,7 @@ CLAIM = Claim(
     says="With the same connections, two-point neurons reconstruct a noisy image of a digit, heard with a noisy sound, better than "
     "point neurons, with fewer active units, and lose less when a quarter of the last layer's units is removed.",
     measure=measure,
+    build=build,
     arms=("two-point neurons", "point neurons", "sight alone"),
     statements=(
         effect(

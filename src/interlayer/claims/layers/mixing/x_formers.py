@@ -81,6 +81,11 @@ class Filler(nn.Module):
         return F.cross_entropy(self(text.masked_fill(hidden, 0))[hidden], text[hidden])
 
 
+def build(arm: str, scale: Scale) -> Filler:
+    """The network that fills in hidden bytes."""
+    return Filler(arm)
+
+
 def _flops(arm: str, length: int) -> int:
     """FLOPs of one mixer between its projections, at one length."""
     use = _use(arm)
@@ -108,7 +113,7 @@ class _Mix(nn.Module):
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Loss on hidden bytes of Python's standard library at both lengths, and how the FLOPs of mixing grow."""
     torch.manual_seed(seed)
-    model, generator = Filler(arm), torch.Generator().manual_seed(seed)
+    model, generator = build(arm, scale), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     for step, (text, _) in enumerate(batches("stdlib-bytes", seed, 16, scale.steps)):
         loss = model.loss(text[:, :SHORT] if step % 2 else text[: 16 * SHORT // LONG], generator)
@@ -138,6 +143,7 @@ CLAIM = Claim(
     says="Between lengths 512 and 8192 the FLOPs of the linear family grow with an exponent of at most 1.1, and in filling in hidden "
     "bytes of 128 linear attention, a window and Nystroem landmarks lose at most a tenth of a nat to softmax attention.",
     measure=measure,
+    build=build,
     arms=(FULL, *LEAVES),
     statements=(
         *(effect("", fits("growth", arm, high=1.1), control=WRITTEN) for arm in LINEAR),

@@ -68,16 +68,17 @@ class Recurrent(nn.Module):
         return self.head(torch.stack(states[1:], 1))
 
 
+def build(arm: str, scale: Scale) -> Transformer:
+    """The Transformer."""
+    return Transformer(depth=scale.depth, width=scale.width, heads=4, length=scale.length, norm=NORMS[arm])
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation loss on the bytes of Python's standard library after equal steps, for both networks."""
     found = {}
     for name, lr in (("recurrent", 2e-3), ("transformer", 2e-3)):
         torch.manual_seed(seed)
-        norm = NORMS[arm]
-        if name == "recurrent":
-            model: nn.Module = Recurrent(scale.width, norm)
-        else:
-            model = Transformer(depth=scale.depth, width=scale.width, heads=4, length=scale.length, norm=norm)
+        model = Recurrent(scale.width, NORMS[arm]) if name == "recurrent" else build(arm, scale)
         train(model, "stdlib-bytes", seed=seed, steps=scale.steps, lr=lr, batch=16, cut=scale.length)
         found[name] = judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=scale.length)["loss"]
     return found
@@ -89,6 +90,7 @@ CLAIM = Claim(
         f"a norm, in a recurrent network and in a Transformer; the partial norm (6.25%) is within {MARGIN} of RMSNorm."
     ),
     measure=measure,
+    build=build,
     arms=("none", "layernorm", "rmsnorm", "partial"),
     statements=tuple(
         effect("", lowest(model, arm, than=(than,), margin=margin), control="undivided")

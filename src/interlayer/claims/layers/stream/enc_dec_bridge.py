@@ -80,6 +80,18 @@ def pretrained(seed: int, before: int, batch: int, depth: int, width: int) -> di
     return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
 
 
+def build(arm: str, scale: Scale) -> Any:
+    """The translation model with the arm's connections."""
+    return bridged(marian(scale.depth, scale.width), arm)
+
+
+def bridged(model: Any, arm: str) -> Any:
+    """Attach the arm's connections, if it has any."""
+    if how := arm.partition(": ")[2]:
+        EncDecBridge.attach(model, start="original" if how == "model of ones" else how)
+    return model
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Loss and exact translations before and after training."""
     old = arm.startswith("fine-tune")
@@ -87,9 +99,8 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     torch.manual_seed(seed)
     model = marian(scale.depth, scale.width)
     model.load_state_dict({**model.state_dict(), **start})
-    if how := arm.partition(": ")[2]:
-        EncDecBridge.attach(model, start="original" if how == "model of ones" else how)
-    if how == "model of ones":
+    bridged(model, arm)
+    if arm.endswith("model of ones"):
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if not name.startswith("bridge"):
@@ -103,6 +114,7 @@ CLAIM = Claim(
     says="Fine-tuning a trained translation model with granularity-consistent connections ends worse than fine-tuning it "
     "unchanged; trained anew, the model with these connections ends better than the plain one.",
     measure=measure,
+    build=build,
     arms=(
         "fine-tune",
         "fine-tune: original",

@@ -23,10 +23,15 @@ class Inert(LayerTying):
         pass
 
 
+def build(arm: str, scale: Scale) -> Transformer:
+    """A language model of bytes; the arms differ in their rule."""
+    return Transformer(depth=scale.depth, width=scale.width, heads=4)
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Perplexity on held-out text, share of the untied parameters that train along the way, bytes of a step at its fullest."""
     torch.manual_seed(seed)
-    model = Transformer(depth=scale.depth, width=scale.width, heads=4)
+    model = build(arm, scale)
     whole = parameters(model)
     clip = 256.0  # the perplexity of guessing; within the default 10, all rewards of a young byte model are the same
     rule: LayerTying
@@ -68,6 +73,7 @@ CLAIM = Claim(
     says="A Transformer whose layers a Q-learning agent ties while it trains has a lower perplexity than the untied one after "
     "equal steps, trains fewer parameters all along, and a step takes less memory at its fullest.",
     measure=measure,
+    build=build,
     arms=("untied", "q-learning", "one layer"),
     statements=(
         effect("", lowest("perplexity", "q-learning", than=("untied",)), control="random"),

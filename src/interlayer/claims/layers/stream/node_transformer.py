@@ -39,20 +39,33 @@ ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def build(arm: str, scale: Scale) -> Transformer:
+    """A language model of bytes."""
+    return Transformer(**_sizes(arm, scale))
+
+
+def _sizes(arm: str, scale: Scale) -> dict[str, Any]:
+    stream, options = ARMS[arm]
+    return {
+        "depth": scale.depth,
+        "width": scale.width,
+        "heads": 4,
+        "stream": stream,
+        "order": partial(Integrate, **options),
+    }
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation loss on bytes and on photographs of the same blocks under the arm's solver, and its evaluations."""
-    stream, options = ARMS[arm]
-    sizes: dict[str, Any] = {"depth": scale.depth, "width": scale.width, "heads": 4, "stream": stream}
-    sizes["order"] = partial(Integrate, **options)
     found = {}
     if arm not in ("adapted", "first order"):  # adapted steps see the whole sequence; the other is judged on images
         torch.manual_seed(seed)
-        model = Transformer(**sizes)
+        model = build(arm, scale)
         train(model, "stdlib-bytes", seed=seed, steps=scale.steps, lr=2e-3, batch=16, warmup=10, cut=scale.length)
         found["language loss"] = judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=scale.length)["loss"]
     torch.manual_seed(seed)
     shape = task("digits").shape
-    vision = VisionTransformer(shape.channels, shape.height, patch=2, classes=shape.classes, **sizes)
+    vision = VisionTransformer(shape.channels, shape.height, patch=2, classes=shape.classes, **_sizes(arm, scale))
     train(vision, "digits", seed=seed, steps=scale.image_steps, lr=2e-3, batch=32, warmup=10)
     judged = judge(vision, "digits")
     order = vision.trunk.order
@@ -69,6 +82,7 @@ CLAIM = Claim(
     says="With the same blocks and 8 evaluations of the right-hand side, parallel sublayers have a lower loss than sequential "
     "ones on bytes and on digits, and RK4 a lower one than four Euler steps on digits.",
     measure=measure,
+    build=build,
     arms=tuple(a for a in ARMS if a not in ("shifted", "first order")),
     statements=(
         effect("", lowest("language loss", "parallel", than=("sequential",)), control="shifted"),

@@ -39,8 +39,9 @@ class Hot(ShapedAttention):
         super().__init__(width, heads, temperature=1 / math.sqrt(width))
 
 
-def build(arm: str, depth: int, width: int) -> Trunk:
+def build(arm: str, scale: Scale) -> Trunk:
     """One head without output map, an MLP of equal width, and the same residual weights in all arms."""
+    depth, width = scale.depth, scale.width
     mixers: dict[str, Any] = {"shaped": ShapedAttention, "unshaped": Attention, "uncentred": Uncentred, "hot": Hot}
     relu = partial(ShapedReLU, width, minus=-math.sqrt(width) if arm == "unshaped" else -1.0)
     return build_trunk(
@@ -78,7 +79,7 @@ def limit(time: float, paths: int) -> Tensor:
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Correlations and rank at the last layer of many networks, and their distance from the SDE."""
     torch.manual_seed(seed)
-    model = build(arm, scale.depth, scale.width)
+    model = build(arm, scale)
     axes = torch.linalg.qr(torch.randn(scale.width, TOKENS))[0].T * math.sqrt(scale.width)
     x = torch.linalg.cholesky(start()).float() @ axes
     ends = torch.stack([drawn(model)(x.unsqueeze(0))[0].double() for _ in range(scale.networks)])
@@ -102,6 +103,7 @@ CLAIM = Claim(
     "covariance SDE says: its Kolmogorov-Smirnov distance is below 0.074, the 1% value for 500 networks, and by more than 0.1 "
     "below the unshaped model's, whose tokens have a correlation higher by more than 0.1 at the same depth.",
     measure=measure,
+    build=build,
     arms=("shaped", "unshaped"),
     statements=(
         effect("", fits("distance from the SDE", "shaped", high=0.074), control="hot"),

@@ -38,6 +38,11 @@ def _net(name: str, arm: str, scale: Scale, recursions: int) -> SReT:
     return SReT.for_task(shape, block=block, **sizes, **options)
 
 
+def build(arm: str, scale: Scale) -> SReT:
+    """The network of the first task."""
+    return _net(scale.tasks[0], arm, scale, scale.recursions)
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation accuracy after equal steps, parameters (also of twice the recursions), FLOPs against naive recursion."""
     found = {}
@@ -61,6 +66,7 @@ CLAIM = Claim(
     "fewer FLOPs than with naive recursion, and is on patches of photographs within 3 points of the accuracy of twice as "
     "many blocks that share nothing and above that of its blocks run once.",
     measure=measure,
+    build=build,
     arms=("unshared", "once", "naive", "sliced"),
     statements=(
         effect("", fits("parameters of twice the recursions over these", "sliced", 0.999, 1.001), control="own projections"),

@@ -109,6 +109,22 @@ class Shuffled(SSLInterface):
         return super()._stacked(states)[:, torch.randperm(self.layers)]
 
 
+def build(arm: str, scale: Scale, classes: int = TASKS["byte"]) -> nn.Sequential:
+    """An interface and a head."""
+    interface: nn.Module
+    if arm in ("first layer", "middle layer", "last layer"):
+        interface = OneLayer(scale.width, {"f": 0, "m": scale.depth // 2, "l": -1}[arm[0]])
+    elif arm == "shuffled hconv":
+        interface = Shuffled(scale.width, scale.depth, normalize=True)
+    else:
+        interface = SSLInterface(scale.width, scale.depth, kind=arm.removesuffix(", larger head"), normalize=True)
+    head: nn.Module = nn.Linear(int(interface.outputs), classes)
+    if arm.endswith("larger head"):  # as many parameters as hconv has
+        more = parameters(SSLInterface(scale.width, scale.depth)) // (2 * scale.width)
+        head = nn.Sequential(nn.Linear(scale.width, more), nn.ReLU(), nn.Linear(more, scale.width), head)
+    return nn.Sequential(interface, head)
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Held-out loss and accuracy of a head on each interface, and what the interface costs."""
     states, labels, held, held_labels, upstream = features(
@@ -117,19 +133,10 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     found = {"upstream loss": float(upstream)}
     for task, (name, classes) in enumerate(TASKS.items()):
         torch.manual_seed(seed)
-        interface: nn.Module
-        if arm in ("first layer", "middle layer", "last layer"):
-            interface = OneLayer(scale.width, {"f": 0, "m": scale.depth // 2, "l": -1}[arm[0]])
-        elif arm == "shuffled hconv":
-            interface = Shuffled(scale.width, scale.depth, normalize=True)
-        else:
-            interface = SSLInterface(scale.width, scale.depth, kind=arm.removesuffix(", larger head"), normalize=True)
+        model = build(arm, scale, classes)
+        interface = model[0]
+        if isinstance(interface, SSLInterface) and not isinstance(interface, Shuffled):
             interface.fit(states)
-        head: nn.Module = nn.Linear(int(interface.outputs), classes)
-        if arm.endswith("larger head"):  # as many parameters as hconv has
-            more = parameters(SSLInterface(scale.width, scale.depth)) // (2 * scale.width)
-            head = nn.Sequential(nn.Linear(scale.width, more), nn.ReLU(), nn.Linear(more, scale.width), head)
-        model = nn.Sequential(interface, head)
         optimiser = torch.optim.Adam(model.parameters(), 3e-3)
         order = torch.Generator().manual_seed(seed)
         for _ in range(scale.probe_steps):
@@ -152,6 +159,7 @@ CLAIM = Claim(
     "loss than the weighted sum, against a head of the same parameters too, on four probes: this byte, the byte before, the "
     "kind of token, nesting.",
     measure=measure,
+    build=build,
     arms=(
         "weighted-sum",
         "weighted-sum, larger head",

@@ -19,11 +19,21 @@ METHODS = ("weights", "activations", "straight-through")
 Data = tuple[Tensor, Tensor]
 
 
+def build(arm: str, scale: SimpleNamespace) -> nn.Sequential:
+    """A network for digits of the largest width."""
+    return net(max(scale.widths))
+
+
+def net(width: int) -> nn.Sequential:
+    """Three hidden layers."""
+    hidden = [m for _ in range(2) for m in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), *hidden, nn.Linear(width, 10))
+
+
 @lru_cache(maxsize=64)
 def _trained(width: int, steps: int, seed: int, part: int | None) -> nn.Module:
     torch.manual_seed(seed)
-    hidden = [m for _ in range(2) for m in (nn.Linear(width, width), nn.ReLU())]
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), *hidden, nn.Linear(width, 10))
+    model = net(width)
     x, y = _train() if part is None else _split(seed // 2)[part]
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
     chance = torch.Generator().manual_seed(seed)
@@ -90,6 +100,7 @@ CLAIM = Claim(
     "layers trained apart on digits; the barrier that is left falls with width; and the half-half merge of two "
     "networks that each saw a biased part of the classes has less loss than either.",
     measure=measure,
+    build=build,
     arms=("unmatched", *METHODS),
     statements=(
         effect("", lowest("barrier", "weights", than=("unmatched",)), control="random"),
