@@ -177,7 +177,7 @@ def run(
     errors: dict[str, dict[str, str]] = {}
     decided: dict[int, Judged] = {}
     every = [*claim.statements, *claim.checks]
-    start, done = time.perf_counter(), 0
+    start, done = time.process_time(), 0
     for look in at or (len(chosen),):
         needed = {arm for i, s in enumerate(every) if i not in decided for arm in s.arms}
         for number, seed in enumerate(chosen[:look]):
@@ -205,7 +205,7 @@ def run(
         if len(decided) == len(every):
             break
     used = chosen[: max(map(len, raw.values()))]
-    return judge(claim, scale, used, values, errors, time.perf_counter() - start, decided, at)
+    return judge(claim, scale, used, values, errors, time.process_time() - start, decided, at)
 
 
 def judge(

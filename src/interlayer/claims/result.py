@@ -47,7 +47,7 @@ class ClaimResult:
         verdict: ``holds``, ``partly``, ``not at this scale`` or ``void``.
         note: Why the verdict is void, and what else a reader must know.
         pilots: What was tried on pilot seeds, and chosen.
-        seconds: Time of the whole run.
+        seconds: CPU time of the whole run, which other work on the machine does not change.
         date: Day of the run (UTC).
         versions: Versions that it ran with.
     """
@@ -94,7 +94,7 @@ class ClaimResult:
 
     def __str__(self) -> str:
         count = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
-        lines = [f"{self.verdict}: {self.says}", f"  {self.scale} scale, {count}, {self.seconds:.0f} s"]
+        lines = [f"{self.verdict}: {self.says}", f"  {self.scale} scale, {count}, {self.seconds:.0f} CPU seconds"]
         for s in [*self.checks, *self.statements]:
             lines.append(f"  {s.sort}, {s.verdict}: {s.says}")
             for c in s.comparisons:
