@@ -1,11 +1,14 @@
 import json
+import os
+import resource
+import socket
 
 import pytest
 import torch
 from torch import nn
 
 from interlayer import catalog, models
-from interlayer.core import recipe, select, weights
+from interlayer.core import recipe, record, select, weights
 
 
 def same(a, b):
@@ -86,7 +89,7 @@ def test_any_module_with_a_base(tmp_path):
     same(model, recipe.load(tmp_path, base=base_net))
     same(model, recipe.load(tmp_path, base=given))
     assert torch.equal(given[0].weight, before)
-    with pytest.raises(ValueError, match=r"Sequential, which a recipe can't build. Pass base="):
+    with pytest.raises(ValueError, match=r"Sequential, which a recipe cannot build. Pass base="):
         recipe.load(tmp_path)
     with pytest.raises(TypeError, match="base made int"):
         recipe.load(tmp_path, base=lambda: 3)
@@ -123,7 +126,7 @@ def test_steps_are_kept_through_copies_saves_and_loads(tmp_path):
 def test_replaced_modules_need_a_base(tmp_path):
     model = select.replace(gpt2(), at="**.act", with_=lambda old: nn.ReLU()).apply()
     recipe.save(model, tmp_path)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel, which a recipe can't build"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel, which a recipe cannot build"):
         recipe.load(tmp_path)
     same(model, recipe.load(tmp_path, base=model))
 
@@ -154,17 +157,50 @@ def change(path, **entries):
     [
         ({"format": 99}, "has format 99"),
         ({"steps": 3}, "lacks steps"),
-        ({"steps": [{"system": "lamp"}]}, "is no step"),
+        ({"steps": [{"system": "lamp"}]}, "lacks steps"),
+        ({"steps": [{"system": "lamp", "structure": {"modules": [[]]}}]}, "step 'lamp' does not fit GPT2LMHeadModel"),
+        (
+            {"steps": [{"system": "replace", "structure": {"with": "relu", "places": [[]]}}]},
+            "does not say what was replaced",
+        ),
+        ({"steps": [{"system": "replace", "structure": {"with": "relu", "places": ["lm_head"]}}]}, "does not say what"),
+        ({"base": {}}, "lacks base"),
+        ({"base": {"kind": [], "class": "GPT2LMHeadModel", "config": {}}}, "lacks base"),
+        ({"base": {"kind": "transformers", "class": "GPT2LMHeadModel"}}, "without configuration"),
+        ({"base": {"kind": "interlayer", "class": "Transformer", "config": {"stream": {"a": []}}}}, "cannot be built"),
+        (
+            {"base": {"kind": "interlayer", "class": "Transformer", "config": {"depth": 10**9}}},
+            "depth=1000000000 is more",
+        ),
+        ({"base": {"kind": "interlayer", "class": "MLP", "config": {"inputs": 3, "classes": 10**15}}}, "is more than"),
+        (
+            {
+                "base": {
+                    "kind": "interlayer",
+                    "class": "Transformer",
+                    "config": {"depth": 10**5, "width": 16, "heads": 2},
+                }
+            },
+            "no saved tensor has the shape",
+        ),
+        ({"shared": {"lm_head.weight": []}}, "lacks shared"),
         ({"steps": [{"system": "os", "structure": {}}]}, "no transform 'os'"),
         ({"steps": [{"system": "rezero", "structure": {}}]}, "no transform 'rezero'"),
-        ({"base": {"kind": "pickle", "class": "x", "config": {}}}, "unknown kind of base 'pickle'"),
+        ({"base": {"kind": "pickle", "class": "x", "config": {}}}, "a base of kind 'pickle'"),
         ({"base": {"kind": "transformers", "class": "pipeline", "config": {}}}, "no model class 'pipeline'"),
         ({"base": {"kind": "transformers", "class": "AutoModel", "config": {}}}, "no model class 'AutoModel'"),
         ({"base": {"kind": "diffusers", "class": "DDPMScheduler", "config": {}}}, "no model class 'DDPMScheduler'"),
         ({"base": {"kind": "interlayer", "class": "build", "config": {}}}, "no model class 'build'"),
-        ({"base": {"kind": "interlayer", "class": "MLP", "config": {"depht": 3}}}, "can't be built"),
-        ({"base": {"kind": "interlayer", "class": "ConvNet", "config": {}}}, "tensors, such as"),
-        ({"shared": {"0.weight": "nowhere"}}, "tensors, such as"),
+        ({"base": {"kind": "interlayer", "class": "MLP", "config": {"depht": 3}}}, "cannot be built"),
+        ({"base": {"kind": "interlayer", "class": "ConvNet", "config": {}}}, "no saved tensor has the shape"),
+        (
+            {"shared": {"lm_head.weight": "transformer.wte.weight", "0.weight": "nowhere"}},
+            "has more than the model: 1 tensors, such as 0.weight",
+        ),
+        (
+            {"shared": {"lm_head.weight": "nowhere"}},
+            "shares with tensors that it lacks: 1 tensors, such as lm_head.weight",
+        ),
     ],
 )
 def test_broken_recipes_are_one_clear_error(tmp_path, entries, says):
@@ -181,18 +217,98 @@ def test_broken_files_are_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match=r"lacks 2 tensors, such as 3\.bias"):
         recipe.load(tmp_path, base=nn.Sequential(*base_net(), nn.Linear(1, 1)))
     (tmp_path / recipe.WEIGHTS).write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match=r"model.safetensors can't be read"):
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read"):
         recipe.load(tmp_path, base=base_net)
     (tmp_path / recipe.RECIPE).write_text("{")
-    with pytest.raises(ValueError, match=r"recipe.json can't be read"):
+    with pytest.raises(ValueError, match=r"recipe.json cannot be read"):
         recipe.load(tmp_path)
-    with pytest.raises(ValueError, match=r"recipe.json can't be read"):
+    with pytest.raises(ValueError, match=r"recipe.json cannot be read"):
         recipe.load(tmp_path / "nowhere")
 
 
+def test_deep_nesting_is_one_clear_error(tmp_path):
+    recipe.save(gpt2(), tmp_path)
+    (tmp_path / recipe.RECIPE).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"recipe.json cannot be read: maximum recursion"):
+        recipe.load(tmp_path)
+    recipe.save(gpt2(), tmp_path)
+    nested = '{"a":' * 900 + "1" + "}" * 900
+    content = json.loads((tmp_path / recipe.RECIPE).read_text())
+    content["base"]["config"]["inner"] = "HERE"
+    (tmp_path / recipe.RECIPE).write_text(json.dumps(content).replace('"HERE"', nested))
+    with pytest.raises(ValueError, match="cannot be"):
+        recipe.load(tmp_path)
+
+
 def test_what_could_fetch_is_dropped_from_configurations():
-    config = {"attn_implementation": "evil/repo", "auto_map": {}, "inner": [{"use_pretrained_backbone": True}], "n": 3}
-    assert recipe._scrub(config) == {"inner": [{"use_pretrained_backbone": False}], "n": 3}
+    config = {
+        "attn_implementation": "evil/repo", "auto_map": {}, "inner": [{"use_pretrained_backbone": True}], "n": 3,
+        "trust_remote_code": True, "quantization_config": {}, "custom_pipelines": {},
+    }  # fmt: skip
+    assert record.scrub(config) == {"inner": [{"use_pretrained_backbone": False}], "n": 3}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_backbones_by_name_are_refused_and_nothing_is_fetched(tmp_path, no_network):
+    recipe.save(gpt2(), tmp_path)
+    config = {"backbone": "microsoft/resnet-50", "use_pretrained_backbone": False, "use_timm_backbone": False}
+    for nested in (config, {"vision_config": config}):
+        change(tmp_path, base={"kind": "transformers", "class": "DetrForObjectDetection", "config": nested})
+        with pytest.raises(ValueError, match="backbone='microsoft/resnet-50' names a model that would be fetched"):
+            recipe.load(tmp_path)
+    import huggingface_hub
+
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    with recipe._offline(), pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):
+        huggingface_hub.HfApi().repo_exists("microsoft/resnet-50")
+    assert before == huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_network_of_the_catalogue_by_its_arguments(tmp_path):
+    from interlayer.layers.mixing.mlp_mixer import MLPMixer
+
+    model = MLPMixer(1, 8, patch=4, classes=3, depth=2, width=8).eval()
+    recipe.save(model, tmp_path)
+    new = recipe.load(tmp_path)
+    same(model, new)
+    assert type(new) is MLPMixer and new.config == model.config
+
+
+def test_class_names_of_the_catalogue_are_unique():
+    names = [n for s in catalog.load().values() for n in (s.code, s.network) if n]
+    assert len(names) == len(set(names)) and not set(names) & set(models.__all__)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        recipe.save(base_net(), tmp_path / "m")
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "m").iterdir()} == {0o666 & ~mask}
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_what_was_there(tmp_path):
+    recipe.save(base_net(), tmp_path)
+    before = (tmp_path / recipe.WEIGHTS).read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=rf"recipe.save: {tmp_path} cannot be written: .*File too large"):
+            recipe.save(nn.Linear(100, 100), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [recipe.WEIGHTS, recipe.RECIPE]
+    assert (tmp_path / recipe.WEIGHTS).read_bytes() == before
 
 
 def test_extra_state_is_refused(tmp_path):

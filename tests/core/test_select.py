@@ -1,10 +1,13 @@
 import re
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from interlayer import models
+from interlayer.core import recipe
 from interlayer.core.extras import need
 from interlayer.core.select import blocks, replace, select, where
 
@@ -86,7 +89,6 @@ def test_replace_skips_what_lies_within_and_names_broken_ties():
 def test_norms_and_activations_are_exchanged_by_name_and_come_back_from_a_recipe(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    from interlayer.core import recipe
     from interlayer.layers.norm.rmsnorm import RMSNorm
 
     small = {"vocab_size": 20, "bos_token_id": 0, "eos_token_id": 0}
@@ -134,8 +136,250 @@ def test_what_cannot_be_exchanged_by_name_is_skipped_with_the_reason():
     }
     half = replace(model.bfloat16(), at="1", with_="batchnorm(momentum=0.3)").apply()
     assert half[1].weight.dtype == torch.bfloat16 and half[1].momentum == 0.3 and half[1] is not model[1]
-    with pytest.raises(ValueError, match=r"no norm or activation is called 'rmsnrm'. Did you mean 'rmsnorm'"):
+    with pytest.raises(
+        ValueError, match=r"no norm, activation or linear map is called 'rmsnrm'. Did you mean 'rmsnorm'"
+    ):
         replace(model, at="*", with_="rmsnrm")
+
+
+def family(name):
+    """Tiny random models of other libraries: what they are built from, and which activations they hold."""
+    import diffusers
+    import transformers
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    words = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    classes = {
+        "gpt2": ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 2, "n_head": 2, **words}),
+        "llama": ("LlamaForCausalLM", {**small, **words}),
+        "gemma": ("GemmaForCausalLM", {**small, **words, "head_dim": 8, "num_key_value_heads": 1}),
+        "t5": ("T5ForConditionalGeneration", {**t5, "vocab_size": 32, "eos_token_id": 0, "pad_token_id": 0}),
+        "bert": ("BertModel", {**small, "vocab_size": 32}),
+        "vit": ("ViTModel", {**small, "image_size": 8, "patch_size": 4, "num_channels": 1}),
+        "mamba": ("MambaForCausalLM", {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, **words}),
+    }
+    if name in classes:
+        cls = getattr(transformers, classes[name][0])
+        return cls(cls.config_class(**classes[name][1])).eval()
+    if name == "unet":
+        return diffusers.UNet2DModel(
+            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        ).eval()  # fmt: skip
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, num_layers=1, sample_size=4, norm_num_groups=4,
+    ).eval()  # fmt: skip
+
+
+def forward(name, model):
+    """The output that counts."""
+    ids = torch.arange(1, 6)[None]
+    with torch.no_grad():
+        if name == "unet":
+            return model(torch.ones(1, 1, 8, 8), 3).sample
+        if name == "dit":
+            return model(torch.ones(1, 1, 4, 4), torch.tensor([3]), torch.tensor([1])).sample
+        if name == "vit":
+            return model(torch.ones(1, 1, 8, 8)).pooler_output
+        out = model(ids, decoder_input_ids=ids) if name == "t5" else model(ids)
+        return out.pooler_output if name == "bert" else out.logits
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "count", "calls"),
+    [
+        ("gpt2", {"NewGELUActivation"}, 2, set()),
+        ("llama", {"SiLUActivation"}, 2, set()),
+        ("gemma", {"GELUTanh"}, 2, set()),
+        ("t5", {"ReLU"}, 2, set()),
+        ("bert", {"GELUActivation", "Tanh"}, 3, set()),
+        ("vit", {"GELUActivation", "Tanh"}, 3, set()),
+        ("unet", {"SiLU"}, 10, set()),
+        ("dit", {"SiLU"}, 2, {"GELU", "DiTTransformer2DModel"}),
+    ],
+)
+def test_activations_are_known_by_their_type(name, kinds, count, calls):
+    model = family(name)
+    plan = replace(model, at="**", with_="smelu")
+    assert {r.what for r in plan.touched} == kinds and len(plan.touched) == count
+    assert {r.what for r in plan.skipped if "calls" in r.why or "not a module" in r.why} == calls
+    before, after = forward(name, model), forward(name, plan.apply())
+    assert after.shape == before.shape and after.isfinite().all() and not torch.equal(after, before)
+    assert not any(type(m).__name__ == "SmeLU" for m in model.modules())
+
+
+def test_an_activation_that_is_never_called_stays():
+    """Mamba's mixer holds its activation as a module, and gives its name to a kernel."""
+    with pytest.raises(ValueError, match=r"mixer.act: MambaMixer reads activation='silu' and never calls it"):
+        replace(family("mamba"), at="**", with_="smelu")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "t5", "mamba"])
+def test_norms_of_other_libraries_keep_their_gain(name):
+    """Gemma keeps the gain as its distance from one: the new norm gets the gain as it acts."""
+    model = family(name)
+    norms = [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "LayerNorm"))]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.add_(torch.rand_like(norm.weight))
+    plan = replace(model, at="**", with_="rmsnorm")
+    assert len(plan.touched) == len(norms)
+    torch.testing.assert_close(forward(name, plan.apply()), forward(name, model))
+
+
+def test_norms_over_other_axes_and_with_other_inputs_stay():
+    from transformers import ConvNextConfig, ConvNextModel
+
+    model = ConvNextModel(
+        ConvNextConfig(num_channels=1, hidden_sizes=[4, 4], depths=[1, 1], num_stages=2, patch_size=2)
+    )
+    plan = replace(model, at="**", with_="rmsnorm")
+    over_channels = {n for n, m in model.named_modules() if getattr(m, "data_format", "") == "channels_first"}
+    assert over_channels and not over_channels & {r.name for r in plan.touched}
+    assert plan.apply()(torch.ones(1, 1, 8, 8)).pooler_output.isfinite().all()
+    plan = replace(family("dit"), at="**", with_="rmsnorm")
+    assert {r.what for r in plan.touched} == {"LayerNorm"}
+    assert {r.what: r.why for r in plan.skipped}["AdaLayerNormZero"] == "AdaLayerNormZero is no norm over one axis"
+
+
+def test_linear_maps_keep_sizes_and_weights_and_those_that_are_never_called_stay():
+    model = family("gpt2")
+    plan = replace(model, at="transformer.h.**", with_="linear")
+    assert {r.what for r in plan.touched} == {"Conv1D"} and len(plan.touched) == 8
+    new = plan.apply()
+    assert type(new.transformer.h[0].mlp.c_fc) is nn.Linear and new.transformer.h[0].mlp.c_fc.out_features == 64
+    torch.testing.assert_close(forward("gpt2", new), forward("gpt2", model))
+    attending = nn.TransformerEncoderLayer(8, 2, 16)
+    for with_ in ("linear", lambda old: nn.Linear(old.in_features, old.out_features)):
+        plan = replace(attending, at=nn.Linear, with_=with_)
+        assert [r.name for r in plan.touched] == ["linear1", "linear2"]
+        assert {r.name: r.why for r in plan.skipped}["self_attn.out_proj"].startswith(
+            "MultiheadAttention reads its weights"
+        )
+
+
+def test_batch_norms_keep_their_dimension_and_statistics():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2))
+    model(torch.randn(20, 3) * 3 + 1)
+    new = replace(model.eval(), at="**", with_="batchnorm(momentum=0.3)").apply()
+    x = torch.randn(5, 3)
+    assert type(new[0]) is nn.BatchNorm1d and new[0].momentum == 0.3
+    torch.testing.assert_close(new(x), model(x))
+
+
+class Gate(nn.Module):
+    """Everything that is not an activation by type: containers, a custom function, a gate, sizes and tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Dropout(), nn.Unflatten(1, (4, 1, 1)))
+        self.norm, self.pool, self.softmax = nn.GroupNorm(2, 4), nn.MaxPool2d(1), nn.Softmax(1)
+        self.table, self.gate, self.own = nn.Embedding(2, 4), nn.Sigmoid(), Own()
+
+    def forward(self, x):
+        return self.own(self.pool(self.norm(self.body(x))) * self.gate(x)[..., None, None] + self.table.weight[0].sum())
+
+
+class Own(nn.Module):
+    def forward(self, x):
+        return x.clamp(-2, 2)
+
+
+def test_what_is_not_known_to_be_an_activation_is_replaced_only_when_named():
+    model = Gate()
+    plan = replace(model, at="**", with_="smelu")
+    assert [r.name for r in plan.touched] == ["body.2"]
+    why = {r.name: r.why for r in plan.skipped}
+    assert why["own"] == "Own is not known to be an activation; name it or its class to replace it"
+    assert why["gate"].startswith("Sigmoid is not known") and why["table"] == "Embedding is no activation"
+    assert plan.apply()(torch.ones(2, 4)).shape == (2, 4, 1, 1)
+    for at in ("own", "**.own", Own, re.compile("^own$"), lambda n, m: n == "own", where(nn.ReLU) | "own", ["own"]):
+        assert "own" in [r.name for r in replace(model, at=at, with_="smelu").touched]
+    for at in ("*", "own**", nn.Module, where("**") - "body.**", where("*") & nn.Module):
+        with pytest.raises(ValueError, match="own: Own is not known to be an activation"):
+            replace(model, at=where(at) - nn.ReLU, with_="smelu")
+    assert [r.name for r in replace(model, at=nn.Sigmoid, with_="relu").touched] == ["gate"]
+    for at in (nn.Dropout, nn.MaxPool2d, nn.Flatten, nn.Softmax, "table", "norm", "body"):
+        with pytest.raises(ValueError, match="is no activation"):
+            replace(model, at=at, with_="smelu")
+
+
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.tanh = nn.Linear(4, 4), nn.Linear(4, 4), nn.Tanh()
+        self.held, self.last = partial(F.gelu, approximate="tanh"), F.leaky_relu
+
+    def forward(self, x):
+        return self.last(self.held(self.a(F.relu(x)))) + self.inner(self.tanh(x))
+
+    def inner(self, x):
+        return torch.selu(self.b(x)).mish() if hasattr(x, "mish") else torch.selu(self.b(x))
+
+    def unused(self, x):
+        return F.elu(x)
+
+
+def test_activations_that_are_no_modules_are_listed():
+    one = Calls()
+    model = nn.ModuleDict({"first": one, "again": one, "lstm": nn.LSTM(4, 4), "act": nn.ReLU()})
+    plan = replace(model, at="**", with_="smelu")
+    assert [r.name for r in plan.touched] == ["first.tanh", "act"]
+    listed = [(r.name, r.why) for r in plan.skipped if "no activation" not in r.why and "not known" not in r.why]
+    assert listed == [
+        ("first", "its held is the function gelu, not a module"),
+        ("first", "its last is the function leaky_relu, not a module"),
+        ("first", "calls mish, relu, selu in its forward pass, not a module"),
+        ("lstm", "its activations are part of its kernel"),
+    ]
+    new = plan.apply()
+    assert new["first"].tanh is new["again"].tanh and type(new["first"].tanh).__name__ == "SmeLU"
+    assert not any(
+        "calls" in r.why
+        for r in replace(nn.ModuleDict({"a": one, "n": nn.LayerNorm(4)}), at="**", with_="rmsnorm").skipped
+    )
+    for at in ("a", nn.Linear):  # nothing to replace: the error says what cannot be reached
+        with pytest.raises(ValueError, match=r"Calls: its held is the function gelu.*calls mish, relu, selu"):
+            replace(one, at=at, with_="smelu")
+
+
+@pytest.mark.parametrize("with_", ["smelu", "rmsnorm"])
+def test_fused_kernels_of_torch_do_not_pass_over_what_is_new(with_):
+    """In evaluation torch runs a whole Transformer layer by one kernel that reads weights and never calls the parts."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=nn.ReLU(), batch_first=True)
+    model, x, pad = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+    pad[0, 3:] = True
+    new = replace(model, at="**", with_=with_).apply()
+    kind = type(new.layers[0].activation if with_ == "smelu" else new.layers[0].norm1)
+    calls = []
+    for module in new.modules():
+        if type(module) is kind:
+            module.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        out = new(x, src_key_padding_mask=pad)
+        assert len(calls) == (2 if with_ == "smelu" else 4) and out.shape == x.shape
+        slow = new.train().requires_grad_(True)
+        for module in slow.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(module, nn.MultiheadAttention):
+                module.dropout = 0.0
+        torch.testing.assert_close(slow(x, src_key_padding_mask=pad)[~pad], out[~pad])
+
+
+def test_tied_and_shared_modules_stay_one(tmp_path):
+    act, norm = nn.GELU(), nn.LayerNorm(4)
+    model = nn.Sequential(nn.Linear(4, 4), act, norm, nn.Linear(4, 4), act, norm)
+    model[3].weight = model[0].weight
+    new = replace(replace(model, at="**", with_="smelu").apply(), at="**", with_="rmsnorm").apply()
+    assert new[1] is new[4] and new[2] is new[5] and new[3].weight is new[0].weight
+    recipe.save(new, tmp_path)
+    back = recipe.load(tmp_path, base=model)
+    assert back[1] is back[4] and back[2] is back[5] and back[3].weight is back[0].weight
+    x = torch.randn(2, 4)
+    assert torch.equal(back(x), new.eval()(x))
 
 
 def test_blocks_of_hugging_face_models_and_ours():

@@ -16,7 +16,9 @@ def test_specs_read(spec, read):
     assert parse_spec(spec) == read
 
 
-@pytest.mark.parametrize("spec", ["a(", "a(4)", "a(x=open('f'))", "a(x=)"])
+@pytest.mark.parametrize(
+    "spec", ["a(", "a(4)", "a(x=open('f'))", "a(x=)", "a(b={[]: 1})", "a(b=1)(c=2)", "a(**{})", "a(b=" + "[" * 9999]
+)
 def test_specs_that_do_not_read(spec):
     with pytest.raises(ValueError, match="does not read as"):
         parse_spec(spec)

@@ -1,67 +1,44 @@
 """Save and load a transformed model: the weights as safetensors, and a JSON recipe of how its structure came about.
 
 ``load`` never imports or runs what a recipe names, except classes of ``interlayer.models``, ``transformers`` and
-``diffusers``, and systems of the catalogue.
+``diffusers``, and systems of the catalogue; and it never opens a connection.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+import re
+import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import interlayer
+from interlayer import catalog
+from interlayer.core import select, weights
 from interlayer.core.extras import need
 from interlayer.core.kinds import Transform
+from interlayer.core.record import BAKE, REPLACE, note, notes_on, own_class, rebase, record, scrub, steps
+from interlayer.core.swap import Swap
+
+__all__ = ["BAKE", "REPLACE", "load", "rebase", "record", "save", "steps"]
 
 FORMAT = 1
 WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
-BAKE, REPLACE = "bake", "replace"  # the steps that are no systems of the catalogue
-_KEY = "_interlayer_recipe"
-# Keys of a Hugging Face configuration that could make a constructor fetch something; the weights come from the file.
-_FETCHING = ("implementation", "auto_map", "trust_remote_code", "quantization_config", "custom_pipelines")
-
-
-def record(model: nn.Module, system: str, options: Mapping[str, Any], structure: Mapping[str, Any]) -> None:
-    """Note on ``model`` that the transform ``system`` (a catalogue slug) was applied to it.
-
-    Call it on the fresh copy before anything of ``model.config`` is changed: the first step also notes the base model.
-
-    Args:
-        model: The result of the transform.
-        system: Slug in the catalogue.
-        options: What the user chose; for people to read.
-        structure: What ``restore`` needs to put the structure onto a fresh base; JSON-able.
-
-    Raises:
-        TypeError: Options or structure can't be written as JSON.
-    """
-    step = {"system": system, "options": dict(options), "structure": dict(structure)}
-    try:
-        step = json.loads(json.dumps(step))
-    except TypeError as error:
-        raise TypeError(f"recipe: options and structure of {system!r} must be JSON-able: {error}.") from error
-    kept = getattr(model, _KEY, None) or {"base": _describe(model), "steps": []}
-    setattr(model, _KEY, {"base": kept["base"], "steps": [*kept["steps"], step]})
-
-
-def steps(model: nn.Module) -> list[dict[str, Any]]:
-    """The steps noted on a model, oldest first, each with system, options and structure."""
-    return copy.deepcopy(getattr(model, _KEY, {"steps": []})["steps"])
-
-
-def rebase(model: nn.Module) -> None:
-    """Note that code which no recipe can name changed the structure of ``model``: ``load`` will ask for a base."""
-    setattr(model, _KEY, {"base": {"kind": "given", "class": _title(model)}, "steps": []})
+COMMON = 2**24  # sizes up to this are built without asking whether the file can hold so much
+Shapes = dict[str, tuple[int, ...]]
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
@@ -71,6 +48,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
     Raises:
         ValueError: The directory holds other files, or a module keeps extra state that is not a tensor.
+        OSError: The files cannot be written; what was there before stays.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -96,13 +74,19 @@ def save(model: nn.Module, directory: str | Path) -> None:
         else:
             first[id(tensor)] = name
             tensors[name] = tensor.detach().cpu().contiguous().clone()
-    kept = getattr(model, _KEY, None) or {"base": _describe(model), "steps": []}
-    content = {"format": FORMAT, "interlayer": interlayer.__version__, **kept, "shared": shared}
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target / f"{WEIGHTS}.tmp")
-    (target / f"{RECIPE}.tmp").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for name in (WEIGHTS, RECIPE):
-        os.replace(target / f"{name}.tmp", target / name)
+    content = {"format": FORMAT, "interlayer": interlayer.__version__, **notes_on(model), "shared": shared}
+    fresh = {name: target / f"{name}.tmp" for name in (WEIGHTS, RECIPE)}
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        fresh[RECIPE].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        save_file(tensors, fresh[WEIGHTS])
+        shutil.copymode(fresh[RECIPE], fresh[WEIGHTS])  # safetensors lets the owner alone read its files
+        for name, path in fresh.items():
+            os.replace(path, target / name)
+    except (OSError, SafetensorError) as error:
+        for path in fresh.values():
+            path.unlink(missing_ok=True)
+        raise OSError(f"recipe.save: {target} cannot be written: {error}.") from error
 
 
 def load(directory: str | Path, base: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -111,10 +95,11 @@ def load(directory: str | Path, base: nn.Module | Callable[[], nn.Module] | None
     Args:
         directory: What ``save`` wrote.
         base: A module of the base's structure (it is copied) or a function that makes one. Needed where the base is
-            neither one of ``interlayer.models``, ``transformers`` nor ``diffusers``.
+            neither one of ``interlayer.models``, the catalogue, ``transformers`` nor ``diffusers``.
 
     Raises:
         ValueError: A file is missing or broken, of another format, or does not fit the rebuilt model.
+        ImportError: The base needs transformers or diffusers, and they are not installed.
 
     Examples:
         >>> import tempfile
@@ -125,93 +110,78 @@ def load(directory: str | Path, base: nn.Module | Callable[[], nn.Module] | None
     """
     source = Path(directory)
     content = _read(source)
-    try:
-        # Copied into memory of torch's own alignment: kernels round otherwise where weights lie unaligned in the file.
-        tensors = {name: t.clone() for name, t in load_file(source / WEIGHTS).items()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"recipe.load: {source / WEIGHTS} can't be read: {error}.") from error
+    shapes = _shapes(source / WEIGHTS)
     with torch.random.fork_rng(devices=[]):  # building draws initial weights that nobody keeps
-        model = _base(content["base"], base)
+        if base is None:
+            model = _build(content, shapes)
+        else:
+            model = copy.deepcopy(base) if isinstance(base, nn.Module) else base()
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"recipe.load: base made {type(model).__name__}; wanted a torch.nn.Module.")
         for step in content["steps"]:
             model = _restore(model, step)
-    setattr(model, _KEY, {"base": content["base"], "steps": content["steps"]})
-    _fill(model, tensors, content["shared"], source)
+    note(model, content["base"], content["steps"])
+    _check(model, shapes, content["shared"], source)
+    _fill(model, source / WEIGHTS, content["shared"])
     return model.eval()
 
 
 def _read(source: Path) -> dict[str, Any]:
+    """The recipe, with every key that is used below in its place."""
+    path = source / RECIPE
     try:
-        content = json.loads((source / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"recipe.load: {source / RECIPE} can't be read: {error}.") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"recipe.load: {path} cannot be read: {error}.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"recipe.load: {source / RECIPE} has format {got!r}; interlayer {interlayer.__version__} reads {FORMAT}. "
-            "Load it with the version of interlayer that is named in it."
+            f"recipe.load: {path} has format {repr(got)[:80]}; interlayer {interlayer.__version__} reads {FORMAT}. "
+            "Load it with the version of interlayer that it names."
         )
-    shapes = {"base": dict, "steps": list, "shared": dict}
-    wrong = [key for key, kind in shapes.items() if not isinstance(content.get(key), kind)]
-    if wrong:
-        raise ValueError(f"recipe.load: {source / RECIPE} lacks {', '.join(wrong)} or has it in another shape.")
+    base, shared = content.get("base"), content.get("shared")
+    fits = {
+        "base": isinstance(base, dict) and all(isinstance(base.get(k), str) for k in ("kind", "class")),
+        "steps": isinstance(content.get("steps"), list) and all(map(_is_step, content["steps"])),
+        "shared": isinstance(shared, dict) and all(isinstance(v, str) for v in shared.values()),
+    }
+    if wrong := [key for key, fit in fits.items() if not fit]:
+        raise ValueError(
+            f"recipe.load: {path} lacks {', '.join(wrong)} or has it in another form; wanted base (kind, class, config), "
+            "steps (a list of system, options, structure) and shared (names of tensors)."
+        )
     return content
 
 
-def _title(model: nn.Module) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"
+def _is_step(step: Any) -> bool:
+    return (
+        isinstance(step, dict) and isinstance(step.get("system"), str) and isinstance(step.get("structure"), dict)
+    )  # fmt: skip
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
-    """What is needed to build a model like this one with fresh weights."""
-    name, home = type(model).__name__, type(model).__module__.split(".")[0]
-    config: Any = getattr(model, "config", None)
-    if home in ("transformers", "diffusers") and getattr(import_module(home), name, None) is type(model):
-        found = json.loads(config.to_json_string(use_diff=False)) if home == "transformers" else dict(config)
-        told = {"kind": home, "class": name, "config": _scrub(json.loads(json.dumps(found, default=list)))}
-        if home == "transformers" and config._attn_implementation in ("eager", "sdpa"):
-            told["attention"] = config._attn_implementation
-        return told
-    if home == "interlayer" and isinstance(config, dict) and _ours(name) is type(model):
-        try:
-            return {"kind": "interlayer", "class": name, "config": json.loads(json.dumps(config))}
-        except TypeError:  # built with classes or factories in its slots: no recipe can name those
-            pass
-    return {"kind": "given", "class": _title(model)}
+def _shapes(path: Path) -> Shapes:
+    """Names and shapes from the header of the weights' file; nothing else of it is read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"recipe.load: {path} cannot be read: {error}.") from error
 
 
-def _ours(name: str) -> Any:
-    found = getattr(import_module("interlayer.models"), name, None)
-    fits = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("interlayer.models")
-    return found if fits else None
-
-
-def _scrub(value: Any) -> Any:
-    """Drop from a configuration what could fetch code or weights."""
-    if isinstance(value, dict):
-        kept = {k: _scrub(v) for k, v in value.items() if not any(word in k for word in _FETCHING)}
-        return {k: False if k == "use_pretrained_backbone" else v for k, v in kept.items()}
-    return [_scrub(v) for v in value] if isinstance(value, list) else value
-
-
-def _base(told: dict[str, Any], given: nn.Module | Callable[[], nn.Module] | None) -> nn.Module:
-    kind, name, config = told.get("kind"), str(told.get("class")), told.get("config")
-    if given is not None:
-        model = copy.deepcopy(given) if isinstance(given, nn.Module) else given()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"recipe.load: base made {type(model).__name__}; wanted a torch.nn.Module.")
-        return model
+def _build(content: dict[str, Any], shapes: Shapes) -> nn.Module:
+    """The base model with fresh weights, from its class and configuration."""
+    base, given = content["base"], "Pass base= (a module like it, or a function that makes one)."
+    kind, name, config = base["kind"], base["class"], base.get("config")
     if kind == "given":
-        raise ValueError(
-            f"recipe.load: the base model is {name}, which a recipe can't build. "
-            "Pass base= (a module like it, or a function that makes one)."
-        )
+        raise ValueError(f"recipe.load: the base model is {name}, which a recipe cannot build. {given}")
     if kind not in ("interlayer", "transformers", "diffusers") or not isinstance(config, dict):
         raise ValueError(
-            f"recipe.load: unknown kind of base {kind!r}; wanted interlayer, transformers, diffusers or given."
+            f"recipe.load: a base of kind {kind!r} {'without' if config is None else 'with'} configuration; "
+            "wanted kind interlayer, transformers or diffusers with one, or given."
         )
     cls: Any = None
     if kind == "interlayer":
-        cls = _ours(name)
+        cls = own_class(name)
     else:
         library = need(kind, "hf", "recipe.load")
         parent = library.PreTrainedModel if kind == "transformers" else library.ModelMixin
@@ -220,53 +190,111 @@ def _base(told: dict[str, Any], given: nn.Module | Callable[[], nn.Module] | Non
     if cls is None:
         raise ValueError(f"recipe.load: {kind} has no model class {name!r}.")
     try:
-        if kind == "interlayer":
-            return cls(**config)
-        if kind == "diffusers":
-            return cls.from_config(_scrub(config))
-        settings = cls.config_class.from_dict(_scrub(config))
-        settings._attn_implementation = (
-            "eager" if told.get("attention") == "eager" else "sdpa" if cls._supports_sdpa else "eager"
-        )
-        return cls(settings)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"recipe.load: {kind}.{name} can't be built from the saved configuration: {error}.") from error
+        room = max(sum(map(math.prod, shapes.values())), COMMON)
+        _sizes(config, room)
+        with _offline(), _within(shapes, room, exact=not content["steps"]):
+            if kind == "interlayer":
+                return cls(**config)
+            if kind == "diffusers":
+                return cls.from_config(scrub(config))
+            settings = cls.config_class.from_dict(scrub(config))
+            settings._attn_implementation = (
+                "eager" if base.get("attention") == "eager" else "sdpa" if cls._supports_sdpa else "eager"
+            )
+            return cls(settings)
+    except Exception as error:  # whatever a constructor makes of a configuration that anyone may have written
+        raise ValueError(
+            f"recipe.load: {kind}.{name} cannot be built from the saved configuration: {type(error).__name__}: {error}. {given}"
+        ) from error
 
 
-def _restore(model: nn.Module, step: Any) -> nn.Module:
-    from interlayer import catalog
-    from interlayer.core import weights
+def _sizes(value: Any, room: int, key: str = "config") -> None:
+    """Refuse sizes above ``room``, and backbones that a constructor would fetch."""
+    if isinstance(value, dict):
+        if isinstance(value.get("backbone"), str):
+            raise ValueError(f"backbone={value['backbone'][:80]!r} names a model that would be fetched")
+        for name, v in value.items():
+            _sizes(v, room, name)
+    elif isinstance(value, list):
+        for v in value:
+            _sizes(v, room, key)
+    else:
+        sizes = re.findall(r"\d{8,}", value) if isinstance(value, str) else [value] if isinstance(value, int) else []
+        if any(len(str(n)) > 18 or abs(int(n)) > room for n in sizes):
+            raise ValueError(f"{key}={str(value)[:80]} is more than the saved weights can fill")
 
-    if (
-        not isinstance(step, dict)
-        or not isinstance(step.get("system"), str)
-        or not isinstance(step.get("structure"), dict)
-    ):
-        raise ValueError(f"recipe.load: {str(step)[:80]!r} is no step; wanted system, options and structure.")
-    slug = step["system"]
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """The Hugging Face hub is not asked for anything."""
+    constants: Any = sys.modules.get("huggingface_hub.constants")
+    if constants is None:
+        yield
+        return
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _within(shapes: Shapes, room: int, exact: bool) -> Iterator[None]:
+    """Stop a constructor at the first parameter that the file cannot fill, before memory is spent on it.
+
+    Args:
+        shapes: What the file holds.
+        room: The most numbers of one parameter.
+        exact: Whether each parameter has its saved shape already; steps still to be restored may change shapes.
+    """
+    saved, most, count, here = set(shapes.values()), 16 * len(shapes) + 1000, 0, threading.get_ident()
+
+    def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        if parameter is None or threading.get_ident() != here:
+            return
+        count += 1
+        shape = tuple(parameter.shape)
+        if (exact and shape not in saved) or parameter.numel() > room:
+            raise ValueError(f"no saved tensor has the shape {shape} of {type(module).__name__}.{name}")
+        if count > most:
+            raise ValueError(f"it wants more than {most} parameters, {len(shapes)} tensors were saved")
+
+    handle = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _restore(model: nn.Module, step: dict[str, Any]) -> nn.Module:
+    slug, structure = step["system"], step["structure"]
     if slug == BAKE:
         return weights.strip(model)
     if slug == REPLACE:
-        return _replaced(model, step["structure"])
+        return _replaced(model, structure)
     system = catalog.load().get(slug)
     cls = system.resolve() if system and system.kind == "transform" and system.state != "planned" else None
     if not (isinstance(cls, type) and issubclass(cls, Transform)):
         raise ValueError(
             f"recipe.load: the catalogue has no transform {slug!r}. `interlayer list --kind transform` shows them."
         )
-    return cls().restore(model, step["structure"])
+    try:
+        return cls().restore(model, structure)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"recipe.load: the step {slug!r} does not fit {type(model).__name__}: {type(error).__name__}: {error}."
+        ) from error
 
 
 def _replaced(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-    from interlayer.core import select, slots
-
-    spec, places = structure.get("with"), structure.get("places")
+    spec, names = structure.get("with"), structure.get("places")
     there = dict(model.named_modules())
-    if not isinstance(spec, str) or not isinstance(places, list) or [p for p in places if p not in there]:
-        raise ValueError(
-            f"recipe.load: {str(structure)[:80]!r} does not say what was replaced in {type(model).__name__}."
-        )
-    return select.exchange(model, places, slots.Swap(spec))
+    if isinstance(spec, str) and isinstance(names, list) and all(isinstance(n, str) and n in there for n in names):
+        swap = Swap(spec)
+        if not any(swap.refuses(there[n], named=True) for n in names):
+            return select.exchange(model, names, swap)
+    raise ValueError(f"recipe.load: {str(structure)[:80]!r} does not say what was replaced in {type(model).__name__}.")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -274,24 +302,38 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], shared: dict[str, str], source: Path) -> None:
+def _check(model: nn.Module, shapes: Shapes, shared: dict[str, str], source: Path) -> None:
+    """Every tensor of the model is in the file, with its shape, and every tensor of the file in the model."""
     there = dict(_tensors(model))
-    missing = sorted(there.keys() - tensors.keys() - shared.keys())
-    unknown = sorted((tensors.keys() | shared.keys()) - there.keys())
-    dangling = sorted(a for a, b in shared.items() if b not in tensors)
-    for what, names in (("lacks", missing), ("has beyond the model", unknown), ("shares what is not there:", dangling)):
+    missing = sorted(there.keys() - shapes.keys() - shared.keys())
+    unknown = sorted((shapes.keys() | shared.keys()) - there.keys())
+    dangling = sorted(a for a, b in shared.items() if b not in shapes)
+    for what, names in (
+        ("lacks", missing),
+        ("has more than the model:", unknown),
+        ("shares with tensors that it lacks:", dangling),
+    ):
         if names:
             raise ValueError(
                 f"recipe.load: {source} {what} {len(names)} tensors, such as {', '.join(names[:3])}. "
                 "Is the base the right one?"
             )
-    for name, value in tensors.items():
-        if there[name].shape != value.shape:
+    for name, shape in shapes.items():
+        if there[name].shape != shape:
             raise ValueError(
-                f"recipe.load: {name} is {tuple(value.shape)} in {source}, "
-                f"but {tuple(there[name].shape)} in the rebuilt model."
+                f"recipe.load: {name} is {shape} in {source}, but {tuple(there[name].shape)} in the rebuilt model."
             )
-        there[name].data = value.to(there[name].device)
+
+
+def _fill(model: nn.Module, path: Path, shared: dict[str, str]) -> None:
+    there = dict(_tensors(model))
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"recipe.load: {path} cannot be read: {error}.") from error
+    for name, value in saved.items():
+        # Copied into memory of torch's own alignment: kernels round otherwise where weights lie unaligned in the file.
+        there[name].data = value.clone().to(there[name].device)
     for name, other in shared.items():
         parent, _, last = name.rpartition(".")
         owner = model.get_submodule(parent)

@@ -11,37 +11,49 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from interlayer.core import recipe
 from interlayer.core.kinds import Plan, Row
-from interlayer.core.recipe import REPLACE
-from interlayer.core.slots import Swap
+from interlayer.core.record import REPLACE, rebase, record
+from interlayer.core.swap import Swap, bypassed, out_of_reach, unfuse
 
 At: TypeAlias = "Where | str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool] | list[Any]"
 
 
 @dataclass(frozen=True)
 class Where:
-    """A condition on (name, module). ``why(name, module)`` is empty where it holds and else the reason why not."""
+    """A condition on (name, module).
+
+    Attributes:
+        why: Empty where the condition holds, else the reason why not.
+        says: The condition in words.
+        names: Whether the condition names a module or its class, as opposed to sweeping over many.
+    """
 
     why: Callable[[str, nn.Module], str]
     says: str
+    names: Callable[[str, nn.Module], bool] = lambda n, m: True
 
     def __or__(self, other: At) -> Where:
-        b = where(other)
+        a, b = self, where(other)
         return Where(
-            lambda n, m: self.why(n, m) and b.why(n, m) and f"neither {self.says} nor {b.says}",
-            f"({self.says} or {b.says})",
+            lambda n, m: a.why(n, m) and b.why(n, m) and f"neither {a.says} nor {b.says}",
+            f"({a.says} or {b.says})",
+            lambda n, m: any(not c.why(n, m) and c.names(n, m) for c in (a, b)),
         )
 
     def __and__(self, other: At) -> Where:
-        b = where(other)
-        return Where(lambda n, m: self.why(n, m) or b.why(n, m), f"({self.says} and {b.says})")
+        a, b = self, where(other)
+        return Where(
+            lambda n, m: a.why(n, m) or b.why(n, m),
+            f"({a.says} and {b.says})",
+            lambda n, m: a.names(n, m) or b.names(n, m),
+        )
 
     def __sub__(self, other: At) -> Where:
-        b = where(other)
+        a, b = self, where(other)
         return Where(
-            lambda n, m: self.why(n, m) or ("" if b.why(n, m) else f"left out: {b.says}"),
-            f"({self.says} but not {b.says})",
+            lambda n, m: a.why(n, m) or ("" if b.why(n, m) else f"left out: {b.says}"),
+            f"({a.says} but not {b.says})",
+            a.names,
         )
 
 
@@ -66,13 +78,16 @@ def where(at: At) -> Where:
         return at
     if isinstance(at, str):
         says, pattern = f"named {at!r}", re.compile(_regex(at))
-        return Where(lambda n, m: "" if pattern.fullmatch(n) else f"not {says}", says)
+        names = "*" not in at.rpartition(".")[2]
+        return Where(lambda n, m: "" if pattern.fullmatch(n) else f"not {says}", says, lambda n, m: names)
     if isinstance(at, re.Pattern):
-        told = f"matching /{at.pattern}/"
-        return Where(lambda n, m: "" if at.search(n) else f"not {told}", told)
+        says = f"matching /{at.pattern}/"
+        return Where(lambda n, m: "" if at.search(n) else f"not {says}", says)
     if isinstance(at, type):
         return Where(
-            lambda n, m: "" if isinstance(m, at) else f"{type(m).__name__}, not {at.__name__}", f"a {at.__name__}"
+            lambda n, m: "" if isinstance(m, at) else f"{type(m).__name__}, not {at.__name__}",
+            f"a {at.__name__}",
+            lambda n, m: at is not nn.Module,
         )
     if isinstance(at, list) and at:
         union = where(at[0])
@@ -170,18 +185,27 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.Module]) -> Plan:
-    """Plan to put other modules in place of some of a model's.
+    """Plan to replace some of a model's modules.
+
+    Given the name of an activation, ``replace`` changes the activations among the modules that ``at`` selects, and
+    likewise for norms and linear maps. It knows those of torch, transformers, diffusers and the catalogue. It replaces a
+    class that it does not know, and functions such as ``Sigmoid`` that are gates more often than activations, only where
+    ``at`` names the module or the class: ``"**.act"`` does, ``"**"`` does not.
 
     Args:
         model: Any module; it is left as it is.
         at: Which modules, as ``where`` reads it.
-        with_: The name of a norm or activation (see ``slots.Swap``), or a function that gets the old module (of the copy)
-            and returns the new one. A module that occurs at several places is replaced at all of them by one new module.
-            What was replaced by name is in the recipe: ``save`` and ``load`` rebuild it.
+        with_: The name of a norm, activation or linear map (see ``swap.Swap``), or a function that gets the old module (of
+            the copy) and returns the new one. A module that occurs at several places is replaced at all of them by one new
+            module. What was replaced by name is in the recipe: ``save`` and ``load`` rebuild it.
+
+    Returns:
+        The plan. Its ``skipped`` rows name what stays and why; activations that are function calls, which cannot be
+        replaced, are among them.
 
     Raises:
-        ValueError: Nothing is meant, or nothing that is meant can be exchanged; no such name.
-        TypeError: ``with_`` returns something that is no module (when the plan is applied).
+        ValueError: ``at`` selects nothing that can be replaced, or there is no such name.
+        TypeError: ``with_`` returns something that is not a module (when the plan is applied).
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.LayerNorm(2))
@@ -193,18 +217,25 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
         >>> replace(net, at=nn.ReLU, with_=lambda old: nn.Tanh()).apply()[1]
         Tanh()
     """
-    found = select(model, at)
+    condition, found = where(at), select(model, at)
     swap = Swap(with_) if isinstance(with_, str) else None
-    refused = {n: why for n, m in found if swap and (why := swap.refuses(m))}
+    refused = {n: why for n, why in bypassed(model).items() if n in found.chosen}
+    if swap:
+        whys = {n: swap.refuses(m, condition.names(n, m)) for n, m in found if n not in refused}
+        refused |= {n: why for n, why in whys.items() if why}
+    calls = [Row(n or type(m).__name__, type(m).__name__, why) for n, m, why in out_of_reach(model)]
+    calls = calls if swap and swap.slot == "activation" else []
     meant = [n for n in found.chosen if n not in refused]
     if not meant:
-        told = "; ".join(f"{n}: {why}" for n, why in list(refused.items())[:3])
-        raise ValueError(f"replace: nothing that is meant can become {with_!r} ({told}).")
+        reasons = sorted([*refused.items(), *((r.name, r.why) for r in calls)], key=lambda r: " is no " in r[1])
+        shown = "; ".join(f"{n}: {why}" for n, why in reasons[:3])
+        raise ValueError(f"replace: nothing that `at` selects can become {with_!r} ({shown}).")
     inner = {n: o for n in meant for o in meant if n.startswith(f"{o}.")}
     skipped = [
         *found.skipped,
         *(Row(n, type(found.chosen[n]).__name__, why) for n, why in refused.items()),
         *(Row(n, type(found.chosen[n]).__name__, f"within {o}, which is replaced") for n, o in inner.items()),
+        *calls,
     ]
     chosen = [n for n in meant if n not in inner]
     owners: dict[int, str] = {}
@@ -222,10 +253,10 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
     def build() -> nn.Module:
         new = copy.deepcopy(model)
         if swap:
-            recipe.record(new, REPLACE, {"with_": swap.spec}, {"with": swap.spec, "places": chosen})
+            record(new, REPLACE, {"with_": swap.spec}, {"with": swap.spec, "places": chosen})
         exchange(new, chosen, swap or with_)  # type: ignore[arg-type]
         if not swap:
-            recipe.rebase(new)
+            rebase(new)
         return new
 
     return Plan(REPLACE, {"with_": swap.spec} if swap else {}, touched, skipped, build)
@@ -236,7 +267,7 @@ def exchange(model: nn.Module, names: list[str], make: Callable[[nn.Module], nn.
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
-    near = next(model.parameters(), None)
+    near, changed = next(model.parameters(), None), set()
     for name in names:
         old = model.get_submodule(name)
         new = make(old)
@@ -246,4 +277,6 @@ def exchange(model: nn.Module, names: list[str], make: Callable[[nn.Module], nn.
             new = new.to(like.device, like.dtype if like.is_floating_point() else None).train(old.training)
         for place in places[id(old)]:
             put(model, place, new)
+        changed.add(id(new))
+    unfuse(model, changed)
     return model

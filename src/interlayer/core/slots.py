@@ -11,8 +11,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from interlayer import catalog
 
@@ -67,11 +66,15 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         return name, {}
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("only keyword options")
+        if any(k.arg is None for k in call.keywords):
             raise ValueError("only keyword options")
         return name.strip(), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"slots: {spec!r} does not read as name(option=value, ...): {error}.") from error
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(
+            f"slots: {spec[:80]!r} does not read as name(option=value, ...): {str(error) or 'nested too deeply'}."
+        ) from error
 
 
 def resolve(slot: str, name: str) -> Callable[..., Any]:
@@ -191,75 +194,3 @@ def norms(model: str, spec: Any, axis: str) -> Callable[..., nn.Module]:
             f"{'batchnorm' if axis == 'channels' else 'layernorm'!r}."
         )
     return factory("norm", spec)
-
-
-class Swap:
-    """A norm or an activation by name, made to take the place of one in any model; ``select.replace`` uses it.
-
-    A norm takes over width, eps, gain and bias of the old one as far as it has them, so that a trained model stays as
-    near to itself as the new norm allows.
-
-    Args:
-        spec: What fills the slot ``norm`` or ``activation``, such as ``"rmsnorm"`` or ``"helu(alpha=0.1)"``.
-
-    Raises:
-        ValueError: The name fills neither slot.
-
-    Examples:
-        >>> new = Swap("rmsnorm")(nn.LayerNorm(16, eps=1e-3))
-        >>> new.width, new.eps
-        (16, 0.001)
-        >>> Swap("relu").refuses(nn.Linear(2, 2))
-        'Linear is no activation'
-    """
-
-    def __init__(self, spec: str) -> None:
-        self.spec = spec
-        name = parse_spec(spec)[0]
-        system = catalog.load().get(name)
-        fits = [s for s in ("norm", "activation") if name in catalog.builtins(s) or (system and system.slot == s)]
-        if not fits:
-            names = {n for s in ("norm", "activation") for n in catalog.builtins(s)}
-            names |= {s.slug for s in catalog.load().values() if s.slot in ("norm", "activation")}
-            raise ValueError(
-                f"slots: no norm or activation is called {name!r}.{catalog.nearest(name, names)} There are {sorted(names)}."
-            )
-        self.slot = fits[0]
-
-    def refuses(self, old: nn.Module) -> str:
-        """Why ``old`` cannot be exchanged; empty if it can."""
-        axis = _normalised(old)
-        if self.slot == "activation":
-            weights = any(p.ndim > 1 for p in old.parameters()) or next(old.children(), None) is not None
-            return f"{type(old).__name__} is no activation" if weights or axis else ""
-        if not axis:
-            return f"{type(old).__name__} is no norm over one axis"
-        wanted = normed_axis(self.spec) or axis
-        return "" if axis == wanted else f"{type(old).__name__} normalises {axis}, {self.spec} {wanted}"
-
-    def __call__(self, old: nn.Module) -> nn.Module:
-        """What takes the place of ``old``."""
-        if self.slot == "activation":
-            return fill("activation", self.spec)
-        weight = getattr(old, "weight", None)
-        sizes: Any = getattr(old, "normalized_shape", None) or (getattr(old, "num_features", 0),)
-        width = weight.numel() if isinstance(weight, Tensor) else sizes[0]
-        eps = next((e for e in (getattr(old, n, None) for n in ("eps", "variance_epsilon")) if e is not None), None)
-        new = fill("norm", self.spec, width=width, **({} if eps is None else {"eps": eps}))
-        with torch.no_grad():
-            for name in ("weight", "bias"):
-                a, b = getattr(new, name, None), getattr(old, name, None)
-                if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
-                    a.copy_(b)
-        return new
-
-
-def _normalised(module: nn.Module) -> str:
-    """What a norm takes its statistics over: features of the last axis, or each channel of axis 1; empty for others."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "channels"
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return "features" if len(module.normalized_shape) == 1 else ""
-    weight = getattr(module, "weight", None)
-    named = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))  # of other libraries
-    return "features" if named and isinstance(weight, Tensor) and weight.ndim == 1 else ""

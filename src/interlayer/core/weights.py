@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from interlayer.core import recipe
+from interlayer.core.record import BAKE, record, steps
 
 
 class Masked(nn.Module):
@@ -149,8 +149,8 @@ def bake(model: nn.Module) -> nn.Module:
     if not any(_parts(m, n) for m in model.modules() for n in _named(m) if _all_ours(m, n)):
         raise ValueError(f"weights.bake: {type(model).__name__} has no masked, low-rank or shifted weights.")
     new = strip(copy.deepcopy(model))
-    if recipe.steps(new):
-        recipe.record(new, recipe.BAKE, {}, {})
+    if steps(new):
+        record(new, BAKE, {}, {})
     return new
 
 
