@@ -38,6 +38,11 @@ def test_toml_reads_and_writes_back(tmp_path):
         ('arms = ["plain", "plain"]', ["'plain'", "name of its own"]),
         ("steps = 5\nseconds = 2", ["steps and seconds", "give one"]),
         ("steps = = 5", ["not a TOML file", "line 2"]),
+        ("lr = inf", ["line 2", "'lr'", "finite number", "inf"]),
+        ("rates = [nan]", ["'rates'", "finite number", "nan"]),
+        ("seconds = inf", ["'seconds'", "finite number", "inf"]),
+        ("steps = inf", ["'steps'", "finite number", "inf"]),
+        ("weight_decay = inf", ["'weight_decay'", "finite number"]),
     ],
 )
 def test_mistakes_name_the_key_and_what_was_wanted(tmp_path, line, words):
@@ -46,6 +51,22 @@ def test_mistakes_name_the_key_and_what_was_wanted(tmp_path, line, words):
     with pytest.raises(StudyError) as error:
         StudySpec.from_toml(path)
     assert all(word in str(error.value) for word in ["study.toml", *words])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'task = "d\xe9j\xe0"\n', "not a TOML file: it is not UTF-8"),
+        (b"arms = " + b"[" * 5000, "not a TOML file: it is nested too deeply"),
+        (b"steps = " + b"9" * 5000, "not a TOML file"),
+    ],
+)
+def test_files_that_are_no_toml_are_one_clear_error(tmp_path, content, words):
+    path = tmp_path / "study.toml"
+    path.write_bytes(content)
+    with pytest.raises(StudyError, match=words) as error:
+        StudySpec.from_toml(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
 def test_missing_file_is_told(tmp_path):

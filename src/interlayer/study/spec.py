@@ -38,7 +38,7 @@ class StudyError(ValueError):
 class ArmSpec(BaseModel):
     """One arm: a name for the report and what it is made of."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1, description="how the arm is called in the report")
     use: str = Field(min_length=1, description='what the arm is made of, such as "plain" or "denseformer+lr=0.002"')
@@ -53,7 +53,7 @@ class StudySpec(BaseModel):
         ['plain', 'rezero']
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     task: str = Field(
         default="stdlib-bytes",
@@ -270,11 +270,15 @@ def _plain(text: str) -> str:
 def _read(path: Path) -> tuple[str, dict[str, Any]]:
     if not path.is_file():
         raise StudyError(f"{path}: there is no such study file.")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         return text, tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise StudyError(f"{path}: not a TOML file: {error}.") from None
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path}: not a TOML file: it is not UTF-8 (byte {error.start}).") from None
+    except RecursionError:
+        raise StudyError(f"{path}: not a TOML file: it is nested too deeply.") from None
+    except ValueError as error:  # a syntax error, or a number too long to read
+        raise StudyError(f"{path}: not a TOML file: {str(error).rstrip('.')}.") from None
 
 
 def _told(error: Any, source: str, text: str) -> str:
