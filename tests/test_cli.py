@@ -63,6 +63,34 @@ def test_version_and_module_entry():
     assert re.fullmatch(r"interlayer \d+\.\d+\.\d+\n", out)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["--model", "mine", "--plan"],
+            "--model 'mine'; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH",
+        ),
+        (["--model", "mine", "--out", "o"], "--model 'mine'"),
+        (["--model", "mine:", "--plan"], "--model 'mine:'"),
+        (["--model", "mine.net()", "--plan"], "--model 'mine.net()'"),
+        (["--model", "mine:net", "--data", "mine", "--plan"], "--data 'mine'; wanted package.module:function."),
+        (["--model", "mine:net", "--plan", "-o", "sparsity"], "option 'sparsity' is not name=value"),
+    ],
+)
+def test_apply_imports_nothing_before_it_complains(tmp_path, arguments, says):
+    (tmp_path / "mine.py").write_text("open('imported', 'w').close()\n", encoding="utf-8")
+    code = "import sys; from interlayer.cli import app\ntry: app(sys.argv[1:])\nfinally: print(sorted({'torch', 'mine'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "apply", "lamp", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("interlayer: apply: ") and says in done.stderr
+    assert done.stdout == "[]\n" and not (tmp_path / "imported").exists()
+
+
 def test_apply_plans_and_saves(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from interlayer.models import MLP\ndef net():\n    return MLP(8, 3, depth=2, width=16)\n", encoding="utf-8"

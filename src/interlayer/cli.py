@@ -248,16 +248,27 @@ def apply_(
         )
     if not plan and out is None:
         _stop("apply: where to? Give --out DIR, or --plan to see what would be done.")
+    if not (model.startswith("hf:") or Path(model).is_dir() or _is_function(model)):
+        _stop(f"apply: --model {model!r}; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH.")
+    if data and not _is_function(data):
+        _stop(f"apply: --data {data!r}; wanted package.module:function.")
+    options = _told(lambda: _options(option or []))
     from interlayer.core import recipe
 
     transform = _told(system.resolve)()
     the_model = _told(lambda: _model(model))
     batches = _told(lambda: _call(data)) if data else None
-    planned = _told(lambda: transform.plan(the_model, batches, **_options(option or [])))
+    planned = _told(lambda: transform.plan(the_model, batches, **options))
     typer.echo(str(planned))
     if not plan and out is not None:
         _told(lambda: recipe.save(planned.apply(), out))
         typer.echo(f"saved to {out}")
+
+
+def _is_function(text: str) -> bool:
+    """Whether a text has the form ``package.module:function``."""
+    module, _, name = text.partition(":")
+    return all(part.isidentifier() for part in (*module.split("."), name))
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
