@@ -155,7 +155,10 @@ def compare(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The base: transformer, vit, mlp, convnet, ..., or package.module:function.")
+        str | None,
+        typer.Option(
+            help="The base: transformer, vit, mlp, convnet, ..., package.module:function, a saved folder, or hf:NAME."
+        ),
     ] = None,
     arms: Annotated[
         str | None,
@@ -172,9 +175,12 @@ def compare(
     rates: Annotated[str | None, typer.Option(help="Comma-separated learning rates to try for each arm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps for each run.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Training time for each run, instead of steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples in one training step.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the trained weights of every arm and seed.")] = False,
     workers: Annotated[int | None, typer.Option(help="Runs at a time, each in a process of its own.")] = None,
     storage: Annotated[
-        str | None, typer.Option(help="Database URL for the records; SQLite in the output folder unless told.")
+        str | None, typer.Option(help="Database URL for the records; defaults to SQLite in the output folder.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for records and report.")] = None,
     allow_equal: Annotated[
@@ -195,8 +201,9 @@ def compare(
         "task": task, "base": model, "arms": arms, "seeds": seeds, "steps": steps, "seconds": seconds,
         "workers": workers, "storage": storage, "out": str(out) if out else None, "lr": lr,
         "rates": rates.split(",") if rates else None, "allow_equal": allow_equal or None,
+        "batch_size": batch_size, "device": device, "keep": keep or None,
     }  # fmt: skip
-    spec = _told(lambda: StudySpec.from_cli_values(study, {k: v for k, v in given.items() if v is not None}))
+    spec = _told(lambda: StudySpec.from_values(study, {k: v for k, v in given.items() if v is not None}))
     result = _told(lambda: run_study(spec, resume=resume))
     if not result.finished:
         raise typer.Exit(1)
@@ -287,7 +294,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _call(path: str) -> Any:
-    from interlayer.study.arms import load_object
+    from interlayer.study.objects import load_object
 
     return load_object(path)()
 

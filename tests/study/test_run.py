@@ -49,14 +49,6 @@ def trials(out):
     return optuna.load_study(study_name=name, storage=storage).get_trials()
 
 
-def test_same_study_twice_gives_the_same_losses_with_any_number_of_workers(tmp_path):
-    one, _ = run(tmp_path / "a")
-    two, _ = run(tmp_path / "b", workers=2)
-    assert losses(one) == losses(two)
-    assert one.finished and len(set(losses(one).values())) == 4
-    assert [r.record.train for r in one.runs] == [r.record.train for r in two.runs]
-
-
 def test_arms_of_a_seed_see_the_same_batches(tmp_path, monkeypatch):
     monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
     run(tmp_path, base="toy_models:watched", seeds=1, steps=5, evaluations=1)

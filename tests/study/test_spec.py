@@ -77,11 +77,11 @@ def test_missing_file_is_told(tmp_path):
 def test_command_line_goes_over_the_file_and_the_default(tmp_path):
     path = tmp_path / "study.toml"
     path.write_text(GOOD)
-    spec = StudySpec.from_cli_values(path, {"seconds": 2.0, "seeds": 1})
+    spec = StudySpec.from_values(path, {"seconds": 2.0, "seeds": 1})
     assert (spec.seconds, spec.steps, spec.seeds, spec.base) == (2.0, None, 1, "mlp(depth=3)")
-    assert StudySpec.from_cli_values(None, {}) == StudySpec.default()
-    assert StudySpec.from_cli_values(None, {"steps": 10}).steps == 10
-    own = StudySpec.from_cli_values(None, {"task": "digits", "arms": ["plain", "rezero"]})
+    assert StudySpec.from_values(None, {}) == StudySpec.default()
+    assert StudySpec.from_values(None, {"steps": 10}).steps == 10
+    own = StudySpec.from_values(None, {"task": "digits", "arms": ["plain", "rezero"]})
     assert own.base is None and len(own.arms) == 2
 
 

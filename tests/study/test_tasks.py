@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from interlayer.study import tasks
+from interlayer.study import TensorTask, tasks
 from interlayer.study.spec import StudyError
 
 
@@ -99,7 +99,7 @@ def test_nan_in_a_users_data_is_told():
     with pytest.raises(
         StudyError, match="'mine': 2 of the 30 numbers in the validation inputs are NaN or infinite; leave"
     ):
-        tasks.TensorTask("mine", (x.nan_to_num(0, 0), y), (x, y))
+        TensorTask("mine", (x.nan_to_num(0, 0), y), (x, y))
 
 
 @pytest.mark.parametrize(

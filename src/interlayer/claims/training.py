@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from interlayer.claims.harness import Scale
 from interlayer.core.extra import extra_loss
 from interlayer.core.pairing import Streams, clip_gradients, paired
-from interlayer.study import tasks
+from interlayer.study import Task, tasks
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @cache
-def task(name: str) -> tasks.Task:
+def task(name: str) -> Task:
     """A built-in task, loaded once; on the CPU, also where models are only built on ``meta``."""
     with torch.device("cpu"):
         return tasks.load(name)

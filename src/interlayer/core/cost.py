@@ -44,7 +44,7 @@ def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any 
     return int(2 * batch * heads * length * key[2] * (width + value[3]))
 
 
-def flops(model: nn.Module, *inputs: Any) -> int:
+def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> int:
     """FLOPs of one forward pass in evaluation mode; a multiply-add is two.
 
     Examples:
@@ -56,7 +56,7 @@ def flops(model: nn.Module, *inputs: Any) -> int:
     own = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
     try:
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=own) as counter:
-            model(*inputs)
+            model(*inputs, **keywords)
     finally:
         model.train(was)
     return int(counter.get_total_flops())

@@ -1,8 +1,12 @@
-"""What a model must know of a task to be built for it."""
+"""What a model must know of a task to be built for it; and how a model is called with a batch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
 
 KINDS = ("tokens", "image", "vector", "series")
 OUTPUTS = ("tokens", "classes", "values")
@@ -51,3 +55,38 @@ class DataShape:
         if self.kind == "image":
             return self.channels * self.height * self.width
         return self.features * max(self.length, 1)
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with a batch's inputs: a mapping gives keyword arguments, as Hugging Face's models want them.
+
+    Examples:
+        >>> import torch
+        >>> run(nn.Bilinear(2, 2, 1), {"input1": torch.zeros(3, 2), "input2": torch.zeros(3, 2)}).shape
+        torch.Size([3, 1])
+    """
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def answer(outputs: Any) -> Tensor:
+    """The prediction in what a model returns: the tensor itself, ``logits`` or ``sample``, or the first item of a tuple.
+
+    Raises:
+        TypeError: There is no such tensor.
+
+    Examples:
+        >>> import torch
+        >>> answer((torch.ones(1), None)), answer({"logits": torch.ones(1), "loss": None})
+        (tensor([1.]), tensor([1.]))
+    """
+    found = outputs
+    if not isinstance(found, Tensor):
+        named = dict(found) if isinstance(found, Mapping) else vars(found) if hasattr(found, "__dict__") else {}
+        first = found[0] if isinstance(found, tuple | list) and found else None
+        found = next((named[k] for k in ("logits", "sample") if isinstance(named.get(k), Tensor)), first)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the model returned {type(outputs).__name__}; wanted a tensor, a tuple that begins with one, or an object "
+            "with logits."
+        )
+    return found

@@ -6,8 +6,21 @@ result = compare(StudySpec(task="digits", arms=["plain", "rezero", "norm=rmsnorm
 """
 
 from interlayer.study.engine import Result, Run
+from interlayer.study.loaders import LoaderTask
 from interlayer.study.run import compare, report
 from interlayer.study.spec import ArmSpec, StudyError, StudySpec
-from interlayer.study.tasks import Task, TensorTask, TextTask
+from interlayer.study.task import Task, TensorTask, TextTask
 
-__all__ = ["ArmSpec", "Result", "Run", "StudyError", "StudySpec", "Task", "TensorTask", "TextTask", "compare", "report"]
+__all__ = [
+    "ArmSpec",
+    "LoaderTask",
+    "Result",
+    "Run",
+    "StudyError",
+    "StudySpec",
+    "Task",
+    "TensorTask",
+    "TextTask",
+    "compare",
+    "report",
+]

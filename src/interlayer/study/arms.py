@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ast
-import inspect
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-from interlayer import catalog, models
+from interlayer import catalog
 from interlayer.core.data import DataShape
 from interlayer.core.slots import parse_spec
+from interlayer.models import BASES
+from interlayer.study import bases
+from interlayer.study.objects import Objects
 from interlayer.study.spec import StudyError, split_top
 
 TRAINING = ("lr", "weight_decay", "warmup", "schedule")
@@ -27,7 +26,7 @@ class Arm:
 
     Args:
         name: Name in the report.
-        base: What ``build`` starts from.
+        base: What ``build`` starts from; see ``bases.make``.
         options: Sizes and slots that the arm changes.
         training: Training settings of its own (``lr``, ``weight_decay``, ``warmup``, ``schedule``).
         rule: Learning rule and its options, in place of back-propagation with AdamW.
@@ -35,7 +34,7 @@ class Arm:
     """
 
     name: str
-    base: str
+    base: Any
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     rule: tuple[str, Mapping[str, Any]] | None = None
@@ -43,24 +42,17 @@ class Arm:
 
     def build(self, shape: DataShape) -> nn.Module:
         """The arm's model for data of that shape."""
-        if is_path(self.base):
-            name, own = _call_parts(self.base)
-            model = call(load_object(name), name, shape, {**own, **self.options})
-            if not isinstance(model, nn.Module):
-                raise TypeError(
-                    f"arm {self.name!r}: {self.base} gave a {type(model).__name__}; wanted a torch.nn.Module."
-                )
-            return model
-        return models.build(self.base, shape, **self.options)
+        return bases.make(self.base, shape, self.options)
 
 
-def parse(name: str, use: str, base: str) -> Arm:
+def parse(name: str, use: str, base: str, given: Objects | None = None) -> Arm:
     """Read an arm's text.
 
     Args:
         name: Name in the report.
         use: Terms joined by ``+``: ``plain``, a slug with options, another base, ``key=value``, or ``package.module:function``.
         base: The study's base.
+        given: Objects that stand behind texts; a mapping holds options.
 
     Raises:
         StudyError: A term that means nothing, or two that cannot be together.
@@ -68,17 +60,24 @@ def parse(name: str, use: str, base: str) -> Arm:
     options: dict[str, Any] = {}
     training: dict[str, Any] = {}
     rule = transform = None
-    model = base
+    given = given or Objects()
+    model = given.get_or_text(base)
     for term in split_top(use, "+"):
         key, equals, value = term.partition("=")
-        if equals and "(" not in key:
+        thing = given.get_or_text(term)
+        if isinstance(thing, Mapping):
+            for option, what in thing.items():
+                _put(training if option in TRAINING else options, option, what, name)
+        elif thing is not term:
+            model = thing
+        elif equals and "(" not in key:
             target = training if key.strip() in TRAINING else options
             _put(target, key.strip(), _literal(value.strip()), name)
-        elif is_path(term) or parse_spec(term)[0] in models.BASES:
+        elif bases.is_base(term):
             model = term
         elif term != "plain":
             slug, own = parse_spec(term)
-            system = _system(slug, name, model)
+            system = _system(slug, name)
             if system.kind == "model" or (system.network and not system.slot):
                 model = term
             elif system.kind == "layer":
@@ -112,11 +111,11 @@ def _put(target: dict[str, Any], key: str, value: Any, arm: str) -> None:
     target[key] = value
 
 
-def _system(slug: str, arm: str, base: str) -> catalog.System:
+def _system(slug: str, arm: str) -> catalog.System:
     systems = catalog.load()
     if slug not in systems:
         raise StudyError(
-            f"arm {arm!r}: there is no system {slug!r}.{catalog.nearest(slug, ['plain', *models.BASES, *systems])} "
+            f"arm {arm!r}: there is no system {slug!r}.{catalog.nearest(slug, ['plain', *BASES, *systems])} "
             "An arm is plain, a slug, key=value, package.module:function, or several joined by +."
         )
     return systems[slug]
@@ -127,45 +126,3 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def is_path(text: str) -> bool:
-    """Whether a text is of the form ``package.module:function``, perhaps with options in brackets."""
-    module, colon, function = text.partition("(")[0].partition(":")
-    return bool(colon) and all(p.isidentifier() for p in (*module.split("."), function.strip()))
-
-
-def _call_parts(text: str) -> tuple[str, dict[str, Any]]:
-    return parse_spec(text)
-
-
-def load_object(path: str) -> Any:
-    """Import ``package.module:name``; the current folder is looked in too.
-
-    Raises:
-        StudyError: No such module, or it has no such name.
-    """
-    module, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise StudyError(f"{path}: there is no module {module!r} here ({os.getcwd()}) or installed.") from error
-    if not hasattr(found, name):
-        raise StudyError(f"{path}: module {module!r} has no {name!r}.{catalog.nearest(name, dir(found))}")
-    return getattr(found, name)
-
-
-def call(make: Callable[..., Any], path: str, shape: DataShape, options: Mapping[str, Any]) -> Any:
-    """Call a user's model function with the data's shape and the arm's options."""
-    names = inspect.signature(make).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in names.values()):
-        for key in options:
-            if key not in names:
-                raise StudyError(
-                    f"{path} takes no {key!r}; it takes {list(names)}. Add it as a keyword to offer that slot."
-                )
-    return make(shape, **options)

@@ -7,9 +7,11 @@ never overwritten: whatever finished stays.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
+import shutil
 import socket
 import sqlite3
 import time
@@ -27,9 +29,10 @@ from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from interlayer import __version__
-from interlayer.study import tasks
-from interlayer.study.spec import SEARCH_SEED, StudySpec
+from interlayer.core.extras import need
+from interlayer.study.spec import SEARCH_SEED, StudySpec, plain, shown
 from interlayer.study.stats import LEVEL, Interval, interval, paired, sequential
+from interlayer.study.task import Task
 from interlayer.study.train import Record
 
 HEARTBEAT, GRACE = 5, 30  # seconds
@@ -82,6 +85,22 @@ class Result:
         """Whether every run finished, and not all diverged. A diverged run counts as finished; one that raised does not."""
         states = {run.state for run in self.runs}
         return "done" in states and states <= {"done", "diverged"}
+
+    def frame(self) -> Any:
+        """The runs as a ``pandas.DataFrame``: arm, seed, state, learning rate, steps, seconds, metrics, costs and error.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        from interlayer.study.report import columns
+
+        return need("pandas", "frames", "Result.frame").DataFrame(columns(self))
+
+    def _repr_html_(self) -> str:
+        """The table for a notebook."""
+        from interlayer.study.report import html
+
+        return html(self)
 
     def of(self, arm: str) -> list[Run]:
         """The runs of an arm."""
@@ -144,31 +163,52 @@ class Engine:
 
     def __init__(self, spec: StudySpec, higher: bool, *, resume: bool = True, name: str = "") -> None:
         self.spec, self.name = spec, name or spec.identity
+        self.checkpoints = spec.folder / "checkpoints" / self.name
+        self.uses = {arm.name: arm.use for arm in spec.arms}
         self.storage = open_storage(spec.url)
         with quiet():
-            if not resume and self.name in [s.study_name for s in self.storage.get_all_studies()]:
-                optuna.delete_study(study_name=self.name, storage=self.storage)
+            if not resume:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+                if self.name in [s.study_name for s in self.storage.get_all_studies()]:
+                    optuna.delete_study(study_name=self.name, storage=self.storage)
             direction = optuna.study.StudyDirection.MAXIMIZE if higher else optuna.study.StudyDirection.MINIMIZE
             self.study = optuna.create_study(
                 study_name=self.name, storage=self.storage, direction=direction, load_if_exists=True
             )
         self.closed: set[int] = set()  # trials whose worker died under this very process
 
-    def note(self, task: tasks.Task, base: str) -> None:
+    def note(self, task: Task, base: str) -> None:
         """Write down what is run, for the report and the dashboard."""
         about = {k: getattr(task, k) for k in ("name", "metric", "higher", "unit", "item", "about")}
         spec = self.spec.model_dump(mode="json", exclude={"storage"})  # its URL may hold a password
-        values = {"spec": spec, "about": about, "base": base, "started": time.time()}
+        values = {"spec": spec, "about": about, "base": shown(base), "started": time.time()}
         for key, value in values.items():
             self.study.set_user_attr(key, value)
+
+    def checkpoint(self, trial: FrozenTrial) -> Path:
+        """Where a run keeps its state, so that one that is cut off goes on from there."""
+        a = trial.user_attrs
+        digest = hashlib.blake2b(repr((_key(trial), a.get("use"))).encode(), digest_size=6).hexdigest()
+        return self.checkpoints / f"{digest}.pt"
+
+    def weights(self, trial: FrozenTrial) -> Path | None:
+        """Where the model of a judged run is saved."""
+        a = trial.user_attrs
+        return self.spec.folder / "weights" / plain(a["arm"]) / f"seed-{a['seed']}" if a["phase"] == "run" else None
 
     def write(self, key: str, value: Any) -> None:
         """Write down one more fact on the study."""
         self.study.set_user_attr(key, value)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """All trials in some states (in all, without any)."""
-        return self.study.get_trials(deepcopy=False, states=states or None)
+        """All trials in some states (in all, without any), but for those of an arm whose name now means another arm."""
+        found = self.study.get_trials(deepcopy=False, states=states or None)
+        return [t for t in found if self._means(t)]
+
+    def _means(self, trial: FrozenTrial) -> bool:
+        """Whether the trial's arm is still made of the same."""
+        arm, use = trial.user_attrs.get("arm", ""), trial.user_attrs.get("use")
+        return use is None or self.uses.get(arm, use) == use
 
     def queue(self, phase: str, wanted: list[tuple[str, int, float | None]]) -> None:
         """Queue each (arm, seed, learning rate) that is not done, running or queued; one that raised is tried again.
@@ -181,11 +221,12 @@ class Engine:
         for arm, seed, lr in wanted:
             if (phase, arm, seed, None if phase == "run" else lr) not in there:
                 params = {} if lr is None else {"lr": lr}
-                self.study.enqueue_trial(params, user_attrs={"phase": phase, "arm": arm, "seed": seed, "lr": lr})
+                attrs = {"phase": phase, "arm": arm, "use": self.uses[arm], "seed": seed, "lr": lr}
+                self.study.enqueue_trial(params, user_attrs=attrs)
 
     def refuse(self, arm: str, seed: int, found: dict[str, str]) -> None:
         """Record an arm that cannot be trained as failed."""
-        attrs = {"phase": "run", "arm": arm, "seed": seed, "lr": None, "where": where(), **found}
+        attrs = {"phase": "run", "arm": arm, "use": self.uses[arm], "seed": seed, "lr": None, "where": where(), **found}
         known = self._last().get(("run", arm, seed, None))
         if known is None or (known.state == TrialState.FAIL and known.user_attrs.get("error") != found["error"]):
             self.study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attrs))
@@ -242,7 +283,7 @@ class Engine:
         for key, dead in killed.items():
             if key in alive or self._last()[key].user_attrs.get("kind", "killed") != "killed":
                 continue
-            attrs = {k: dead[-1].user_attrs[k] for k in ("phase", "arm", "seed", "lr")}
+            attrs = {k: dead[-1].user_attrs.get(k) for k in ("phase", "arm", "use", "seed", "lr")}
             here = sum(t.number in self.closed for t in dead)
             if here >= KILLS:
                 text = f"its process was killed {here} times; perhaps memory ran out (workers = {self.spec.workers})"

@@ -159,7 +159,11 @@ def _what(result: Result) -> str:
         items["Machine" + (f" {i + 1}" if len(places) > 1 else "")] = text
     rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in items.items())
     toml = spec.model_copy(update={"storage": None}).to_toml()
-    again = f"interlayer compare --study {shlex.quote(str(result.out / 'study.toml'))}"
+    again = (
+        f"interlayer compare --study {shlex.quote(str(result.out / 'study.toml'))}"
+        if spec.from_text
+        else "interlayer.compare(...) again, with the same objects"
+    )
     measured = (
         "Costs are counted, not estimated. FLOPs: one forward pass by PyTorch's counter, a multiply-add is two. Step time: median of the "
         "run's training steps without evaluation, while the other workers were busy too. Peak memory: most bytes of tensors alive at once in "

@@ -6,6 +6,7 @@ import csv
 import math
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from typing import Any
 
 from rich import box
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from interlayer.study.engine import Result
-from interlayer.study.page import page
+from interlayer.study.page import headline, page
 from interlayer.study.stats import LEVEL, Interval, critical, interval
 
 
@@ -154,17 +155,44 @@ def note(result: Result) -> str:
     return text
 
 
+def columns(result: Result) -> dict[str, list[Any]]:
+    """The runs as columns; None where a run has no such value."""
+    runs = result.runs
+    found: dict[str, list[Any]] = {
+        "arm": [r.arm for r in runs],
+        "seed": [r.seed for r in runs],
+        "state": [r.state for r in runs],
+        "lr": [r.lr for r in runs],
+        "steps": [r.record.steps for r in runs],
+        "seconds": [r.record.seconds for r in runs],
+    }
+    for metric in dict.fromkeys(k for r in runs for k in r.record.metrics):
+        found[metric] = [r.record.metrics.get(metric) for r in runs]
+    for key in ("parameters", "flops", "step_time", "peak_memory", "kept"):
+        found[key] = [r.record.cost.get(key) for r in runs]
+    found["error"] = [r.error.partition("\n")[0] or None for r in runs]
+    return found
+
+
+def html(result: Result) -> str:
+    """The table and what its intervals are, for a notebook."""
+    lines = [cells(row, result) for row in rows(result)]
+    head = "".join(f"<th>{escape(h)}</th>" for h in lines[0])
+    body = "".join(f"<tr>{''.join(f'<td>{escape(v)}</td>' for v in line.values())}</tr>" for line in lines)
+    return (
+        f"<p><b>{escape(headline(result, rows(result))[0])}</b></p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f"<p>{escape(note(result))}</p><p>Report: <code>{escape(str(result.out / 'report.html'))}</code></p>"
+    )
+
+
 def csv_files(result: Result) -> None:
     """``results.csv``: a line for each run. ``curves.csv``: a line for each value of each curve."""
     metrics = list(dict.fromkeys(k for r in result.runs for k in r.record.metrics))
-    costs = ["parameters", "flops", "step_time", "peak_memory", "kept"]
+    table = columns(result)
     with (result.out / "results.csv").open("w", newline="", encoding="utf-8") as file:
         sheet = csv.writer(file)
-        sheet.writerow(["arm", "seed", "state", "lr", "steps", "seconds", *metrics, *costs, "error"])
-        for r in result.runs:
-            shown: list[Any] = [r.arm, r.seed, r.state, r.lr or "", r.record.steps, r.record.seconds]
-            shown += [r.record.metrics.get(m, "") for m in metrics] + [r.record.cost.get(c, "") for c in costs]
-            sheet.writerow([*shown, r.error.splitlines()[0] if r.error else ""])
+        sheet.writerow(table)
+        sheet.writerows(["" if v is None else v for v in line] for line in zip(*table.values(), strict=True))
     with (result.out / "curves.csv").open("w", newline="", encoding="utf-8") as file:
         sheet = csv.writer(file)
         sheet.writerow(["arm", "seed", "step", "split", "metric", "value"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import threading
 import time
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
@@ -25,41 +27,78 @@ from interlayer.core.pairing import Paired, shared
 from interlayer.study import tasks
 from interlayer.study.arms import Arm, parse
 from interlayer.study.engine import HEARTBEAT, Engine, Result, open_storage, where
+from interlayer.study.loaders import LoaderTask
+from interlayer.study.objects import Objects, shown
 from interlayer.study.progress import Progress
-from interlayer.study.spec import SEARCH_SEED, StudyError, StudySpec
+from interlayer.study.spec import SEARCH_SEED, ArmSpec, StudyError, StudySpec
+from interlayer.study.task import Task
 from interlayer.study.train import Diverged, Record, check, device_of, takes_lr, train
 
 Tell = Callable[[dict[str, Any]], None]
 
 
-def compare(spec: StudySpec, *, console: Console | None = None, resume: bool = True) -> Result:
+def compare(
+    spec: StudySpec | None = None,
+    *,
+    model: Any = None,
+    task: Any = None,
+    arms: Any = None,
+    console: Console | None = None,
+    resume: bool = True,
+    **settings: Any,
+) -> Result:
     """Train all arms side by side and report; runs that the storage already has are not run again.
 
     Args:
-        spec: What is compared.
+        spec: The whole study as data; or leave it out and give the parts:
+        model: The model that the arms change: a text as in ``StudySpec.base``, a class or function that makes one (called with
+            the data's shape if it has a first argument without default or one called ``shape``), or a module (its weights are
+            where every seed begins).
+        task: A text as in ``StudySpec.task``, a ``Task``, a pair of DataLoaders or other iterables of batches, a pair of
+            (inputs, targets) as tensors or arrays, or a function that gives one of these.
+        arms: A list of texts, classes, functions, modules and (name, one of these) pairs, or a mapping from names; a mapping in
+            an arm's place has options, such as ``{"norm": "rmsnorm"}``.
         console: Where progress and the table go.
         resume: Go on with the records there are; otherwise they are deleted and everything runs anew.
+        **settings: Other fields of ``StudySpec``: ``steps``, ``seeds``, ``lr``, ``out``, ...
+
+    Returns:
+        The outcome. A notebook shows its table; ``frame()`` gives the runs as a data frame.
 
     Raises:
         StudyError: The study as such cannot be run. What is wrong with one arm is that arm's result.
 
     Examples:
         >>> result = compare(StudySpec(task="digits", arms=["plain", "rezero"], steps=100))  # doctest: +SKIP
+        >>> result = compare(model=Net, task=(train_loader, validation_loader),
+        ...                  arms=["plain", "norm=rmsnorm", "activation=smelu"], steps=500)  # doctest: +SKIP
     """
     from interlayer.study.report import write
 
+    parts = {"base": model, "task": task, "arms": arms, **settings}
+    if spec is None:
+        spec, given = _of_parts({k: v for k, v in parts.items() if v is not None})
+    elif wrong := [k for k, v in parts.items() if v is not None]:
+        raise StudyError(f"compare: {', '.join(wrong)} beside a StudySpec; give one or the other.")
+    else:
+        given = Objects()
     console = console or Console()
-    task = tasks.load(spec.task)
+    task = tasks.load(spec.task, given)
+    if isinstance(task, LoaderTask) and "batch_size" in spec.model_fields_set:
+        raise StudyError(
+            f"batch_size: the batches of task {task.name!r} come from its own loaders; set their size there."
+        )
     device_of(spec)
     base = spec.base or task.base
     spec.folder.mkdir(parents=True, exist_ok=True)
     engine = Engine(spec, task.higher, resume=resume)
     engine.note(task, base)
     (spec.folder / "study.toml").write_text(spec.model_copy(update={"storage": None}).to_toml(), encoding="utf-8")
-    built = {a.name: _checked(partial(_read_and_check, a.name, a.use, base, task, spec)) for a in spec.arms}
+    built = {a.name: _checked(partial(_read_and_check, a.name, a.use, base, given, task, spec)) for a in spec.arms}
     checked, share = _against_baseline(built, spec)
     engine.write("shared", share)
     arms = {name: found for name, found in checked.items() if isinstance(found, Arm)}
+    sent = task if spec.task in given else None
     with Progress(console, spec, task.unit if task.metric == "loss" else task.metric) as progress:
 
         def refuse(name: str, found: dict[str, str]) -> None:
@@ -75,7 +114,7 @@ def compare(spec: StudySpec, *, console: Console | None = None, resume: bool = T
         fixed = {name: arm.training.get("lr") or spec.lr for name, arm in arms.items()}
         searched = [name for name, lr in fixed.items() if lr is None and takes_lr(arms[name])]
         engine.queue("search", [(name, SEARCH_SEED, lr) for lr in spec.rates for name in searched])
-        _work(engine, arms, task, base, progress)
+        _work(engine, arms, task, sent, progress)
         rates = {name: engine.best(name) if name in searched else fixed[name] for name in arms}
         for name in [n for n in searched if rates[n] is None]:
             refuse(name, {"error": "every learning rate diverged or failed", "traceback": "", "kind": "diverged"})
@@ -83,11 +122,37 @@ def compare(spec: StudySpec, *, console: Console | None = None, resume: bool = T
         for look in spec.looks:
             going = list(arms) if look == spec.looks[0] else _undecided(engine.result(), arms)
             engine.queue("run", [(name, seed, rates[name]) for seed in range(look) for name in going])
-            _work(engine, arms, task, base, progress)
+            _work(engine, arms, task, sent, progress)
             _score_diverged(engine, task, progress)
     result = engine.result()
     write(result, console)
     return result
+
+
+def _of_parts(parts: dict[str, Any]) -> tuple[StudySpec, Objects]:
+    """A study from Python: its text, and the objects behind that text."""
+    given = Objects()
+    for key in ("base", "task"):
+        if key in parts:
+            parts[key] = given.text(parts[key], "data" if isinstance(parts[key], tuple | list) else "")
+    arms = parts.get("arms")
+    if isinstance(arms, Mapping):
+        parts["arms"] = [{"name": name, "use": given.text(what, name)} for name, what in arms.items()]
+    elif isinstance(arms, list | tuple):
+        parts["arms"] = [_arm(what, given) for what in arms]
+    return StudySpec.from_values(None, parts), given
+
+
+def _arm(what: Any, given: Objects) -> Any:
+    if isinstance(what, str | ArmSpec):
+        return what
+    if isinstance(what, Mapping) and set(what) == {"name", "use"}:
+        return {"name": what["name"], "use": given.text(what["use"], what["name"])}
+    if isinstance(what, tuple) and len(what) == 2 and isinstance(what[0], str):
+        return {"name": what[0], "use": given.text(what[1], what[0])}
+    use = given.text(what)
+    name = ", ".join(f"{k}={v}" for k, v in what.items()) if isinstance(what, Mapping) else shown(use)
+    return {"name": name, "use": use}
 
 
 def _against_baseline(
@@ -124,7 +189,7 @@ def _undecided(result: Result, arms: Mapping[str, Arm]) -> list[str]:
     return [result.spec.baseline, *found] if found and result.spec.baseline in arms else []
 
 
-def _score_diverged(engine: Engine, task: tasks.Task, progress: Progress) -> None:
+def _score_diverged(engine: Engine, task: Task, progress: Progress) -> None:
     """Note what a trivial predictor scores, if a run diverged: that is its score too."""
     if "trivial" in engine.study.user_attrs or all(r.state != "diverged" for r in engine.result().runs):
         return
@@ -142,7 +207,7 @@ def report(source: str | Path, *, console: Console | None = None, out: str | Pat
     Args:
         source: A study's folder, or the URL of its database (the study last run there).
         console: Where the table goes.
-        out: Folder to write to; the study's own unless told.
+        out: Folder to write to; defaults to the study's own.
     """
     from interlayer.study.report import write
 
@@ -171,8 +236,10 @@ def report(source: str | Path, *, console: Console | None = None, out: str | Pat
     return result
 
 
-def _read_and_check(name: str, use: str, base: str, task: tasks.Task, spec: StudySpec) -> tuple[Arm, Paired[Any]]:
-    arm = parse(name, use, base)
+def _read_and_check(
+    name: str, use: str, base: str, given: Objects, task: Task, spec: StudySpec
+) -> tuple[Arm, Paired[Any]]:
+    arm = parse(name, use, base, given)
     return arm, check(arm, task, spec)
 
 
@@ -187,7 +254,7 @@ def _sentence(error: BaseException) -> str:
     return str(error) if isinstance(error, StudyError | Diverged) else f"{type(error).__name__}: {error}"
 
 
-def serve(engine: Engine, arms: dict[str, Arm], task: tasks.Task, tell: Tell) -> None:
+def serve(engine: Engine, arms: dict[str, Arm], task: Task, tell: Tell) -> None:
     """Take queued trials and run them until none can be taken."""
     while (trial := engine.claim(set(arms))) is not None:
         attrs = trial.user_attrs
@@ -206,7 +273,10 @@ def serve(engine: Engine, arms: dict[str, Arm], task: tasks.Task, tell: Tell) ->
         begin = time.perf_counter()
         with _beating(engine, trial):
             try:
-                train(arm, task, engine.spec, seed, lr=lr, tell=told, record=record)
+                train(
+                    arm, task, engine.spec, seed, lr=lr, tell=told, record=record, checkpoint=engine.checkpoint(trial),
+                    keep=engine.weights(trial) if engine.spec.keep else None,
+                )  # fmt: skip
             except Exception as error:
                 put("record", _finite(record.data()))
                 kind = "diverged" if isinstance(error, Diverged) else "failed"
@@ -254,7 +324,7 @@ def _beating(engine: Engine, trial: FrozenTrial) -> Iterator[None]:
         thread.join()
 
 
-def _work(engine: Engine, arms: dict[str, Arm], task: tasks.Task, base: str, progress: Progress) -> None:
+def _work(engine: Engine, arms: dict[str, Arm], task: Task, sent: Task | None, progress: Progress) -> None:
     """Run all open trials of these arms, here or in worker processes; wait for those that other machines run."""
     waiting = False
     while True:
@@ -272,16 +342,23 @@ def _work(engine: Engine, arms: dict[str, Arm], task: tasks.Task, base: str, pro
             torch.set_num_threads(engine.spec.threads)
             serve(engine, arms, task, progress.tell)
         else:
-            _processes(engine, arms, progress, min(engine.spec.workers, queued))
+            _processes(engine, arms, sent, progress, min(engine.spec.workers, queued))
 
 
-def _processes(engine: Engine, arms: dict[str, Arm], progress: Progress, count: int) -> None:
+def _processes(engine: Engine, arms: dict[str, Arm], sent: Task | None, progress: Progress, count: int) -> None:
+    try:  # by value where it was defined in a notebook or a script
+        content = cloudpickle.dumps((engine.spec, engine.name, arms, sent))
+    except Exception as error:
+        raise StudyError(
+            f"the model or the task cannot be sent to worker processes ({_sentence(error)}); set workers=1, or define them in a "
+            "module and name it, as package.module:function."
+        ) from error
     queued = len(engine.trials(TrialState.WAITING))
     context = multiprocessing.get_context("spawn")
     workers = {}
     for _ in range(count):
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_worker, args=(there, engine.spec, engine.name, arms), daemon=True)
+        process = context.Process(target=_worker, args=(there, content), daemon=True)
         process.start()
         there.close()
         workers[here] = process
@@ -312,12 +389,13 @@ def _processes(engine: Engine, arms: dict[str, Arm], progress: Progress, count: 
             engine.closed.add(trial.number)
 
 
-def _worker(pipe: Connection, spec: StudySpec, name: str, arms: dict[str, Arm]) -> None:
+def _worker(pipe: Connection, content: bytes) -> None:
     """A worker process; it ends with its parent, however that ends."""
+    spec, name, arms, sent = pickle.loads(content)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     torch.set_num_threads(spec.threads)
-    task = tasks.load(spec.task)
+    task = sent or tasks.load(spec.task)
     serve(Engine(spec, task.higher, name=name), arms, task, pipe.send)
     pipe.close()

@@ -28,6 +28,7 @@ from interlayer.study.stats import looks
 __all__ = ["ArmSpec", "StudyError", "StudySpec", "split_top"]
 
 
+GIVEN = "python:"  # what a text begins with that stands for an object of Python; see `study.objects`
 SEARCH_SEED = 1000  # of the search for learning rates; judged seeds start at 0
 
 
@@ -61,8 +62,8 @@ class StudySpec(BaseModel):
     )
     base: str | None = Field(
         default=None,
-        description='the backbone that the arms change, such as "transformer(depth=6)", or package.module:function; '
-        "the task's usual one unless told",
+        description='the model that the arms change: a backbone such as "transformer(depth=6)", package.module:function, '
+        "a saved folder, or hf:NAME; defaults to the task's usual one",
     )
     arms: tuple[ArmSpec, ...] = Field(
         default=(ArmSpec(name="plain", use="plain"),),
@@ -93,14 +94,17 @@ class StudySpec(BaseModel):
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay of matrices")
     clip: PositiveFloat = Field(default=1.0, description="largest norm of the gradient")
     evaluations: PositiveInt = Field(default=8, description="how often a run is evaluated, the last time at its end")
+    keep: bool = Field(
+        default=False, description="whether the trained weights of every arm and seed are kept, in `out`/weights"
+    )
     allow_equal: bool = Field(default=False, description="whether arms may equal the baseline, as in an A/A study")
     workers: PositiveInt = Field(default=1, description="runs at a time, each in a process of its own")
     threads: PositiveInt = Field(default=1, description="threads of each worker")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the models are trained")
     storage: str | None = Field(
-        default=None, description="URL of the database with the records; SQLite in `out` unless told"
+        default=None, description="URL of the database with the records; defaults to SQLite in `out`"
     )
-    out: Path | None = Field(default=None, description="folder of the records and the report; runs/TASK unless told")
+    out: Path | None = Field(default=None, description="folder of the records and the report; defaults to runs/TASK")
 
     @field_validator("arms", mode="before")
     @classmethod
@@ -144,9 +148,14 @@ class StudySpec(BaseModel):
         return next((arm.name for arm in self.arms if arm.use == "plain"), self.arms[0].name)
 
     @property
+    def from_text(self) -> bool:
+        """Whether the text of the study is all of it, with no object of Python behind it."""
+        return not any(text.startswith(GIVEN) for text in (self.task, self.base or "", *(a.use for a in self.arms)))
+
+    @property
     def folder(self) -> Path:
         """Where the records and the report go."""
-        return self.out or Path("runs") / _plain(self.task)
+        return self.out or Path("runs") / plain(shown(self.task))
 
     @property
     def url(self) -> str:
@@ -158,7 +167,7 @@ class StudySpec(BaseModel):
         """Name of the study in its storage. Everything but its arms and a plain number of seeds makes it another study."""
         free = {"arms", "workers", "storage", "out", "allow_equal"} | (set() if self.until_decided else {"seeds"})
         same = json.dumps(self.model_dump(mode="json", exclude=free), sort_keys=True)
-        return f"{_plain(self.task)}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
+        return f"{plain(self.task)}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -206,8 +215,8 @@ class StudySpec(BaseModel):
         return cls.parse(values, str(path), text)
 
     @classmethod
-    def from_cli_values(cls, study: str | Path | None = None, values: Mapping[str, Any] | None = None) -> StudySpec:
-        """A study from command-line values, on top of a TOML file, or of the default study if neither is given."""
+    def from_values(cls, study: str | Path | None = None, values: Mapping[str, Any] | None = None) -> StudySpec:
+        """A study from values of the command line or of Python, on top of a TOML file, or of the default study if there is none."""
         values = dict(values or {})
         if study is not None:
             text, base = _read(Path(study))
@@ -262,7 +271,16 @@ def split_top(text: str, at: str) -> list[str]:
     return [p.strip() for p in parts if p.strip()]
 
 
-def _plain(text: str) -> str:
+def shown(text: str) -> str:
+    """A text of the records as people read it: an object's without the digest of its content.
+
+    >>> shown("python:Net-01234567"), shown("mlp(depth=2)")
+    ('Net', 'mlp(depth=2)')
+    """
+    return re.sub(rf"{GIVEN}([\w-]+?)-[0-9a-f]{{8}}", r"\1", text)
+
+
+def plain(text: str) -> str:
     """A text as part of a file name."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-")
 

@@ -1,232 +1,26 @@
-"""Tasks: real data with a fixed split, a loss and a judgement. The built-in ones need no network."""
+"""The built-in tasks, real data that needs no network; and the task that a study names."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import random
 import sysconfig
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from interlayer.catalog import nearest
-from interlayer.core.data import DataShape
 from interlayer.core.extras import need
-from interlayer.study.arms import is_path, load_object
+from interlayer.study.loaders import LoaderTask
+from interlayer.study.objects import Objects, is_path, load_object, shown
 from interlayer.study.spec import StudyError
-
-Batch = tuple[Tensor, Tensor]
-
-
-class Task(ABC):
-    """What is learned. A task of your own gives ``shape`` and ``batches``, and others only if its loss is unusual.
-
-    Attributes:
-        name: Name in the report.
-        shape: What a model must know of the data.
-        metric: The metric by which arms are compared; ``evaluate`` gives it.
-        higher: Whether more of it is better.
-        unit: What ``loss`` is measured in.
-        base: The backbone that is usual for it.
-        about: One line on the data for the report.
-    """
-
-    name: str
-    shape: DataShape
-    metric: str = "loss"
-    higher: bool = False
-    unit: str = "nats"
-    base: str = "mlp"
-    about: str = ""
-
-    @abstractmethod
-    def batches(self, seed: int, batch_size: int, split: str = "train") -> Iterator[Batch]:
-        """Batches of (inputs, targets): without end and in the seed's order for ``train``; once through for ``validation``."""
-
-    @property
-    def item(self) -> str:
-        """What costs are counted per: token or sample."""
-        return "token" if self.shape.outputs == "tokens" else "sample"
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, or mean squared error where values are predicted."""
-        if self.shape.outputs == "values":
-            return F.mse_loss(outputs, targets)
-        return F.cross_entropy(outputs.reshape(-1, outputs.shape[-1]), targets.reshape(-1))
-
-    def evaluate(
-        self, predict: Callable[[Tensor], Tensor], batch_size: int, device: torch.device | str = "cpu"
-    ) -> dict[str, float]:
-        """Loss over the validation split, and accuracy or bits per token with it."""
-        loss, hits, count = 0.0, 0, 0
-        for inputs, targets in self.batches(0, batch_size, "validation"):
-            outputs, targets = predict(inputs.to(device)), targets.to(device)
-            loss += float(self.loss(outputs, targets)) * len(targets)
-            count += len(targets)
-            if self.shape.outputs == "classes":
-                hits += int((outputs.argmax(-1) == targets).sum())
-        found = {"loss": loss / count}
-        if self.shape.outputs == "classes":
-            found["accuracy"] = hits / count
-        if self.shape.outputs == "tokens":
-            found["bits"] = found["loss"] / math.log(2)
-        return found
-
-    def trivial(self) -> dict[str, float]:
-        """Scores of a predictor that ignores its inputs: the frequencies of the training targets, or their mean.
-
-        A run that diverged counts as one. A task with targets of another structure gives scores of its own here.
-        """
-        batches = list(itertools.islice(self.batches(0, 64, "train"), 64))
-        targets = torch.cat([targets for _, targets in batches])
-        if self.shape.outputs == "values":
-            answer = targets.float().mean(0)
-        else:
-            counts = torch.bincount(targets.flatten(), minlength=self.shape.classes or self.shape.vocab) + 1
-            answer = (counts / counts.sum()).log()
-        dims = 2 if self.shape.outputs == "tokens" else 1
-        return self.evaluate(lambda x: answer.expand(*x.shape[:dims], *answer.shape), 64)
-
-
-class TensorTask(Task):
-    """A task whose data fits into memory as two pairs of tensors.
-
-    Args:
-        name: Name in the report.
-        train: Inputs and targets to learn from.
-        validation: Inputs and targets to be judged on.
-        shape: Shape of the data; told from the tensors unless given.
-        base: The usual backbone.
-        about: One line on the data.
-
-    Examples:
-        >>> x, y = torch.randn(20, 3), torch.arange(20) % 2
-        >>> TensorTask("mine", (x, y), (x, y)).shape.classes
-        2
-    """
-
-    def __init__(
-        self,
-        name: str,
-        train: Batch,
-        validation: Batch,
-        *,
-        shape: DataShape | None = None,
-        base: str = "",
-        about: str = "",
-    ) -> None:
-        self.name, self.data = name, {"train": train, "validation": validation}
-        for split, (x, y) in self.data.items():
-            if len(x) != len(y) or not len(x):
-                raise StudyError(
-                    f"task {name!r}: {split} has {len(x)} inputs and {len(y)} targets; wanted as many, and some."
-                )
-            for what, t in (("inputs", x), ("targets", y)):
-                if bad := int((~torch.isfinite(t)).sum()):
-                    raise StudyError(
-                        f"task {name!r}: {bad} of the {t.numel()} numbers in the {split} {what} are NaN or infinite; "
-                        "leave those samples out or fill them in."
-                    )
-        self.shape = shape or _shape(name, *train)
-        self.base = base or {"tokens": "encoder", "image": "convnet"}.get(self.shape.kind, "mlp")
-        if self.shape.outputs == "tokens":
-            self.base = "transformer"
-        self.about = about or f"{len(train[0])} training and {len(validation[0])} validation samples."
-        if self.shape.outputs == "classes":
-            self.metric, self.higher = "accuracy", True
-        if self.shape.outputs == "values":
-            self.unit = "squared error"
-
-    def batches(self, seed: int, batch_size: int, split: str = "train") -> Iterator[Batch]:
-        """Shuffled epochs without end, or the validation samples in order."""
-        x, y = self.data[split]
-        if split != "train":
-            yield from zip(x.split(256), y.split(256), strict=True)
-            return
-        order = torch.Generator().manual_seed(seed)
-        size = min(batch_size, len(x))
-        while True:
-            for index in torch.randperm(len(x), generator=order).split(size):
-                if len(index) == size:
-                    yield x[index], y[index]
-
-
-def _shape(name: str, x: Tensor, y: Tensor) -> DataShape:
-    """The shape of a user's tensors."""
-    whole = not x.is_floating_point()
-    if whole and x.dim() == 2 and y.dim() == 2 and not y.is_floating_point():
-        return DataShape("tokens", "tokens", vocab=int(max(x.max(), y.max())) + 1, length=x.shape[1])
-    kind = "tokens" if whole else {2: "vector", 3: "series", 4: "image"}.get(x.dim(), "")
-    if not kind:
-        raise StudyError(
-            f"task {name!r}: inputs {tuple(x.shape)}; wanted [N, F], [N, S, F], [N, C, H, W] or integers [N, S]."
-        )
-    sizes: dict[str, int] = {
-        "tokens": lambda: {"vocab": int(x.max()) + 1, "length": x.shape[1]},
-        "vector": lambda: {"features": x.shape[1]},
-        "series": lambda: {"length": x.shape[1], "features": x.shape[2]},
-        "image": lambda: {"channels": x.shape[1], "height": x.shape[2], "width": x.shape[3]},
-    }[kind]()
-    if y.is_floating_point():
-        return DataShape(kind, "values", classes=y.shape[1] if y.dim() > 1 else 1, **sizes)
-    return DataShape(kind, "classes", classes=int(y.max()) + 1, **sizes)
-
-
-class TextTask(Task):
-    """Causal language modelling of bytes: predict each next byte of windows of ``length``.
-
-    Args:
-        name: Name in the report.
-        train: Text to learn from.
-        validation: Text to be judged on; the first ``windows`` windows of it count.
-        length: Bytes in a window.
-        windows: Most validation windows.
-        about: One line on the data.
-    """
-
-    base = "transformer"
-    unit = "nats per byte"
-    windows: ClassVar[int] = 128
-
-    def __init__(self, name: str, train: bytes, validation: bytes, *, length: int = 128, about: str = "") -> None:
-        self.name = name
-        self.shape = DataShape("tokens", "tokens", vocab=256, length=length)
-        for split, text in (("training", train), ("validation", validation)):
-            if len(text) <= length:
-                raise StudyError(f"task {name!r}: only {len(text)} bytes of {split} text; wanted more than {length}.")
-        self.text = {
-            s: torch.frombuffer(bytearray(t), dtype=torch.uint8)
-            for s, t in (("train", train), ("validation", validation))
-        }
-        self.about = about or f"{len(train):,} bytes of training and {len(validation):,} of validation text."
-
-    def batches(self, seed: int, batch_size: int, split: str = "train") -> Iterator[Batch]:
-        """Random windows without end, or evenly spread validation windows."""
-        text, length = self.text[split], self.shape.length
-        offsets = torch.arange(length + 1)
-
-        def cut(starts: Tensor) -> Batch:
-            window = text[starts[:, None] + offsets].long()
-            return window[:, :-1], window[:, 1:]
-
-        last = len(text) - length - 1
-        if split != "train":
-            count = min(self.windows, last // length + 1)
-            yield from map(cut, torch.linspace(0, last, count).long().split(16))
-            return
-        order = torch.Generator().manual_seed(seed)
-        while True:
-            yield cut(torch.randint(last + 1, (batch_size,), generator=order))
+from interlayer.study.task import Task, TensorTask, TextTask
 
 
 @cache
@@ -380,17 +174,22 @@ BUILTIN: dict[str, Callable[[], Task]] = {
 }
 
 
-def load(name: str) -> Task:
+def load(name: str, given: Objects | None = None) -> Task:
     """The task that a study names.
 
     Args:
         name: ``digits``, ``mnist1d``, ``stdlib-bytes``, ``photos``, ``series``; ``package.module:function`` that gives a ``Task`` or
             ``((train inputs, targets), (validation inputs, targets))``; ``file:PATH`` (its bytes; the last tenth is for
             validation); ``hf:NAME[:CONFIG][:COLUMN]`` (a text column of a Hugging Face data set, or a saved folder).
+        given: Objects that stand behind names: a ``Task``, a pair of loaders or of (inputs, targets), or a function that
+            gives one of these.
 
     Raises:
         StudyError: Nothing of that name, or what it gives is no task.
     """
+    thing = (given or Objects()).get_or_text(name)
+    if thing is not name:
+        return _of(shown(name), thing)
     if name in BUILTIN:
         return BUILTIN[name]()
     if name.startswith("file:"):
@@ -403,19 +202,37 @@ def load(name: str) -> Task:
     if name.startswith("hf:"):
         return _hugging_face(name)
     if is_path(name):
-        given = load_object(name)()
-        if isinstance(given, Task):
-            return given
-        try:
-            (x, y), (v, w) = given
-            return TensorTask(name, (x, y), (v, w))
-        except (TypeError, AttributeError) as error:
-            wanted = "a Task or ((inputs, targets), (validation inputs, targets)) of tensors"
-            raise StudyError(f"task {name!r} gave a {type(given).__name__}; wanted {wanted}.") from error
+        return _of(name, load_object(name))
     raise StudyError(
         f"task: there is no task {name!r}.{nearest(name, BUILTIN)} There are {', '.join(BUILTIN)}, and your own as "
         "package.module:function, file:PATH or hf:NAME."
     )
+
+
+def _of(name: str, thing: Any) -> Task:
+    """A task from what a user gave."""
+    if callable(thing) and not isinstance(thing, Task):
+        thing = thing()
+    if isinstance(thing, Task):
+        return thing
+    if not isinstance(thing, tuple | list) or len(thing) != 2:
+        got = f"{type(thing).__name__} of {len(thing)}" if isinstance(thing, tuple | list) else type(thing).__name__
+        raise StudyError(
+            f"task {name!r}: got a {got}; wanted a Task, (training loader, validation loader), or ((inputs, targets), "
+            "(validation inputs, targets)) of tensors or arrays."
+        )
+    if all(isinstance(part, tuple) and len(part) == 2 and all(isinstance(t, ARRAYS) for t in part) for part in thing):
+        (x, y), (v, w) = thing
+        return TensorTask(name, (_tensor(x), _tensor(y)), (_tensor(v), _tensor(w)))
+    return LoaderTask(name, *thing)
+
+
+ARRAYS = (Tensor, np.ndarray)
+
+
+def _tensor(array: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    found = torch.as_tensor(array)
+    return found.float() if found.is_floating_point() else found.long()
 
 
 def _hugging_face(name: str) -> Task:

@@ -6,9 +6,12 @@ import copy
 import inspect
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +19,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from interlayer import catalog
-from interlayer.core import cost
+from interlayer.core import cost, recipe
+from interlayer.core.data import run
 from interlayer.core.extra import extra_loss
 from interlayer.core.kinds import Rule
 from interlayer.core.pairing import Paired, Streams, clip_gradients, paired
 from interlayer.study.arms import Arm
 from interlayer.study.spec import StudyError, StudySpec
-from interlayer.study.tasks import Task
+from interlayer.study.task import Task, moved
+
+CHECKPOINT = 30.0  # seconds of training between two checkpoints
 
 
 class Diverged(RuntimeError):
@@ -70,7 +76,7 @@ def build(arm: Arm, task: Task, seed: int) -> Paired[nn.Module]:
 
     def materialise(model: nn.Module) -> None:
         if any(is_lazy(p) for p in model.parameters()):
-            model(next(task.batches(0, 2, "train"))[0])
+            run(model, next(task.batches(0, 2, "train"))[0])
 
     return paired(lambda: arm.build(task.shape), seed, materialise=materialise)
 
@@ -80,14 +86,14 @@ def check(arm: Arm, task: Task, spec: StudySpec) -> Paired[nn.Module]:
     built = build(arm, task, 0)
     model = copy.deepcopy(built.model)
     inputs, targets = next(task.batches(0, 2, "train"))
-    if isinstance(inputs, Tensor) and not torch.isfinite(inputs).all():
+    if not all(torch.isfinite(t).all() for t in _tensors([inputs])):
         raise StudyError(
             f"task {task.name!r}: its inputs hold NaN or infinite numbers; leave those samples out or fill them in."
         )
     if arm.rule:
         _rule(arm, model, task, arm.training.get("lr")).step((inputs, targets))
         return built
-    loss = task.loss(model(inputs), targets)
+    loss = task.loss(run(model, inputs), targets)
     if loss.dim():
         raise StudyError(f"arm {arm.name!r}: the task's loss has shape {tuple(loss.shape)}; wanted one number.")
     if not any(p.requires_grad for p in model.parameters()):
@@ -106,6 +112,8 @@ def train(
     lr: float | None = None,
     tell: Tell = lambda _: None,
     record: Record | None = None,
+    checkpoint: Path | None = None,
+    keep: Path | None = None,
 ) -> Record:
     """Train and judge one arm with one seed.
 
@@ -120,6 +128,9 @@ def train(
         lr: Peak learning rate; a rule without one of its own takes none.
         tell: Called with each step and evaluation.
         record: Filled on the way, so that a run which fails leaves its curve.
+        checkpoint: File that a long run writes now and then, and goes on from if it is there: the numbers are the same to the
+            last bit as without the interruption. It is deleted at the end.
+        keep: Folder where the trained model is saved.
 
     Raises:
         Diverged: The loss is not finite.
@@ -136,10 +147,18 @@ def train(
     recent: list[float] = []
     limit = spec.budget
     every = max(1, int(limit.get("steps", 0)) // 200)
+    if checkpoint and checkpoint.is_file():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        loop.load(state["loop"])
+        vars(record).update(state["record"])
+        marks, recent, times = marks[len(record.curve) :], state["recent"], state["times"]
+        for _ in range(record.steps):
+            next(batches)
+    saved = record.seconds
     while marks:
         share = record.steps / limit["steps"] if "steps" in limit else record.seconds / limit["seconds"]
         if share < marks[0] - 1e-9:
-            inputs, targets = (t.to(device) for t in next(batches))
+            inputs, targets = moved(next(batches), device)
             begin = time.perf_counter()
             with noise.step(record.steps):
                 loss = loop.step(inputs, targets, share)
@@ -157,6 +176,9 @@ def train(
                 if "steps" in limit
                 else limit["seconds"] - record.seconds
             )
+            if checkpoint and record.seconds - saved >= CHECKPOINT:
+                _save({"loop": loop.state(), "record": record.data(), "recent": recent, "times": times}, checkpoint)
+                saved = record.seconds
             tell({"what": "step", "step": record.steps, "share": share, "loss": loss, "left": max(left, 0.0)})
             continue
         marks.pop(0)
@@ -168,9 +190,21 @@ def train(
         tell({"what": "eval", "step": record.steps, "value": found[task.metric], "last": not marks})
         if not all(math.isfinite(v) for v in found.values()):
             raise Diverged(f"validation gives {found} at step {record.steps}.")
-    record.cost = loop.cost(*(t.to(device) for t in next(task.batches(seed, spec.batch_size, "train"))))
+    if keep:
+        recipe.save(loop.model, keep)
+    record.cost = loop.cost(*moved(next(task.batches(seed, spec.batch_size, "train")), device))
     record.cost["step_time"] = cost.median_time(times)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
     return record
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint; a write that fails or is cut off leaves the earlier one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    torch.save(state, part)
+    part.replace(path)
 
 
 class _Loop:
@@ -194,6 +228,25 @@ class _Loop:
             None if self.rule else torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=(0.9, 0.95))
         )
 
+    def state(self) -> dict[str, Any]:
+        """All that training changes: parameters, buffers (those outside of ``state_dict`` too), moments, the rule's own state."""
+        found = {"model": {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}}
+        if self.rule:
+            return {**found, "rule": self.rule.state_dict()}
+        assert self.optimizer is not None
+        return {**found, "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave."""
+        if self.rule:
+            self.rule.load_state_dict(state["rule"])
+        elif self.optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+        there = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        with torch.no_grad():
+            for name, value in state["model"].items():
+                there[name].copy_(value)
+
     def rate(self, share: float, step: float) -> float:
         """Learning rate at a share of the budget: a linear rise, then half a cosine down to a tenth (or constant)."""
         if share < self.warmup:
@@ -202,7 +255,7 @@ class _Loop:
             return self.lr
         return self.lr * (0.55 + 0.45 * math.cos(math.pi * (share - self.warmup) / (1 - self.warmup)))
 
-    def step(self, inputs: Tensor, targets: Tensor, share: float) -> float:
+    def step(self, inputs: Any, targets: Tensor, share: float) -> float:
         """Learn from one batch; the loss before it."""
         self.model.train()
         if self.rule:
@@ -211,7 +264,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(share, 1 / self.spec.budget["steps"] if "steps" in self.spec.budget else 0.001)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.task.loss(self.model(inputs), targets)
+        loss = self.task.loss(run(self.model, inputs), targets)
         value, more = float(loss.detach()), extra_loss(self.model)
         (loss if more is None else loss + more).backward()
         clip_gradients(self.weights, self.spec.clip)
@@ -223,24 +276,27 @@ class _Loop:
         """The task's judgement, without a trace in the model or in the random numbers."""
         self.model.eval()
         with torch.random.fork_rng(), torch.no_grad():
-            return self.task.evaluate(self.rule.predict if self.rule else self.model, self.spec.batch_size, self.device)
+            predict = self.rule.predict if self.rule else partial(run, self.model)
+            return self.task.evaluate(predict, self.spec.batch_size, self.device)
 
-    def cost(self, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+    def cost(self, inputs: Any, targets: Tensor) -> dict[str, float]:
         """Count on one more step, of which nothing is kept (the run is over)."""
-        items = inputs.numel() if self.task.item == "token" else len(inputs)
+        items = targets.numel() if self.task.item == "token" else len(targets)
+        given: tuple[Any, ...] = () if isinstance(inputs, Mapping) else (inputs,)
+        named = inputs if isinstance(inputs, Mapping) else {}
         found = {
             "parameters": float(cost.parameters(self.model)),
-            "flops": cost.flops(self.model, inputs) / items,
+            "flops": cost.flops(self.model, *given, **named) / items,
         }
         self.model.train()
         if self.optimizer:
             self.optimizer.zero_grad(set_to_none=True)
-            found["kept"] = float(cost.bytes_kept(self.model, lambda: self.task.loss(self.model(inputs), targets)))
+            found["kept"] = float(cost.bytes_kept(self.model, lambda: self.task.loss(run(self.model, inputs), targets)))
             states = list(_tensors(self.optimizer.state))
         else:
             assert self.rule is not None
             states = list(_tensors(self.rule.state_dict()))
-        alive = itertools.chain(self.model.parameters(), self.model.buffers(), states, (inputs, targets))
+        alive = itertools.chain(self.model.parameters(), self.model.buffers(), states, _tensors([inputs, targets]))
         found["peak_memory"] = float(cost.peak_bytes(lambda: self.step(inputs, targets, 1.0), alive, self.device))
         return found
 
@@ -271,14 +327,13 @@ def _rule(arm: Arm, model: nn.Module, task: Task, lr: float | None) -> Rule:
     return make(model, **options)
 
 
-def _transform(arm: Arm, model: nn.Module, data: list[tuple[Tensor, Tensor]], plan_only: bool = False) -> nn.Module:
+def _transform(arm: Arm, model: nn.Module, data: list[tuple[Any, Tensor]], plan_only: bool = False) -> nn.Module:
     assert arm.transform is not None
     slug, options = arm.transform
     plan = catalog.get(slug).resolve()().plan(copy.deepcopy(model), data, **options)
     return model if plan_only else plan.apply()
 
 
-def _first(task: Task, seed: int, spec: StudySpec, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def _first(task: Task, seed: int, spec: StudySpec, device: torch.device) -> list[tuple[Any, Tensor]]:
     """Eight training batches for a transform to calibrate on."""
-    batches: Iterator[tuple[Tensor, Tensor]] = itertools.islice(task.batches(seed, spec.batch_size, "train"), 8)
-    return [(x.to(device), y.to(device)) for x, y in batches]
+    return moved(list(itertools.islice(task.batches(seed, spec.batch_size, "train"), 8)), device)

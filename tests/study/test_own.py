@@ -1,0 +1,298 @@
+"""The user's own models, data and objects in a study; and runs that are cut off and go on."""
+
+import io
+from itertools import islice
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import interlayer
+from interlayer.core.data import DataShape
+from interlayer.study import LoaderTask, StudyError, bases, compare, train
+from interlayer.study.objects import Objects
+
+X, Y = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+SHAPE = DataShape("vector", "classes", classes=3, features=6)
+
+
+class Net(nn.Module):
+    """A model without slots: a norm, an activation, a linear map; it is built without arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.act, self.last = nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.last(self.drop(self.act(self.norm(self.first(x)))))
+
+
+def loaders(batch_size=16):
+    data = TensorDataset(X, Y)
+    return DataLoader(data, batch_size, shuffle=True), DataLoader(data, batch_size)
+
+
+def study(out, **options):
+    settings = {
+        "model": Net,
+        "task": loaders(),
+        "arms": ["plain"],
+        "seeds": 1,
+        "steps": 6,
+        "lr": 1e-2,
+        "evaluations": 2,
+    }
+    return compare(**{**settings, **options}, out=out, console=Console(file=io.StringIO(), width=200))
+
+
+def curves(result, arm="plain"):
+    return [(r.record.train, r.record.curve[-1]["loss"]) for r in result.of(arm)]
+
+
+def errors(result):
+    return {r.arm: r.error for r in result.runs if r.error}
+
+
+def test_a_class_and_loaders_are_compared_and_slots_are_filled_by_replacement(tmp_path):
+    arms = [
+        "plain",
+        "norm=rmsnorm",
+        "smelu",
+        "activation=gelu+norm=rmsnorm",
+        "stream=rezero",
+        "norm=gelu",
+        "linear=nosuch",
+    ]
+    result = study(tmp_path, arms=arms)
+    states = {r.arm: r.state for r in result.runs}
+    assert states == {a: "done" if a in arms[:4] else "failed" for a in arms}
+    assert len({curves(result, a)[0][1] for a in arms[:4]}) == 4
+    assert "Net takes no 'stream'" in errors(result)["stream=rezero"]
+    assert "norm='gelu' names no norm" in errors(result)["norm=gelu"]
+    assert "nosuch" in errors(result)["linear=nosuch"]
+    assert result.about["name"] == "data" and result.base == "Net"
+
+
+def test_functions_instances_tuples_and_mappings_are_arms(tmp_path):
+    def wide(shape, *, width=8):
+        assert shape.features == 6 and shape.classes == 3
+        return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
+
+    trained = Net()
+    arms = {"plain": Net, "wide": wide, "mine": trained, "normed": {"norm": "rmsnorm", "lr": 0.1}, "text": "smelu"}
+    result = study(tmp_path, arms=arms)
+    assert errors(result) == {} and [a.name for a in result.spec.arms] == list(arms)
+    listed = study(tmp_path / "list", arms=[Net, wide, ("mine", trained), {"norm": "rmsnorm"}])
+    assert [a.name for a in listed.spec.arms] == ["Net", "wide", "mine", "norm=rmsnorm"]
+    assert curves(listed, "mine") == curves(result, "mine")
+    before = [p.clone() for p in trained.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, trained.parameters(), strict=True))
+
+
+def test_an_instance_begins_at_its_weights_and_a_class_at_those_of_the_seed():
+    torch.manual_seed(5)
+    model = Net()
+    made = bases.make(model, SHAPE, {})
+    assert made is not model and torch.equal(made.first.weight, model.first.weight)
+    assert not torch.equal(bases.make(Net, SHAPE, {}).first.weight, model.first.weight)
+
+
+def test_the_data_is_recognised_and_the_seed_orders_it():
+    train_loader, held = loaders()
+    task = LoaderTask("mine", train_loader, held)
+    assert (task.shape, task.metric, task.about) == (SHAPE, "accuracy", "train: 4 batches, validation: 4 batches.")
+    first, again, other = ([y.tolist() for _, y in islice(task.batches(s, 0), 6)] for s in (0, 0, 1))
+    assert (
+        first == again != other
+        and sorted(y for part in first[:4] for y in part) == sorted(Y.tolist())
+        and first[4:] != first[:2]
+    )
+    state = torch.get_rng_state()
+    next(task.batches(3, 0))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_augmentation_is_alike_for_all_arms(tmp_path):
+    class Noisy(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x + torch.randn(6), y
+
+    noisy = DataLoader(Noisy(X, Y), 16, shuffle=True), DataLoader(TensorDataset(X, Y), 64)
+    result = study(tmp_path, task=noisy, arms={"plain": Net, "again": Net}, allow_equal=True)
+    assert curves(result, "plain") == curves(result, "again")
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (lambda: (iter([(X, Y)]), [(X, Y)]), "can be read only once"),
+        (lambda: ([], [(X, Y)]), "the train loader gave no batch"),
+        (lambda: ([X], [(X, Y)]), "wanted (inputs, targets) or a mapping with labels"),
+        (lambda: [{"x": X}, 3, 4], "wanted a Task"),
+        (lambda: (3, 4), "wanted a DataLoader"),
+        (lambda: ((X, Y[:3]), (X, Y)), "64 inputs and 3 targets"),
+    ],
+)
+def test_data_of_another_form_is_one_clear_error(tmp_path, task, message):
+    with pytest.raises(StudyError) as error:
+        study(tmp_path, task=task())
+    assert message in str(error.value)
+
+
+def test_arrays_and_functions_are_tasks(tmp_path):
+    arrays = (X.double().numpy(), Y.int().numpy())
+    assert errors(study(tmp_path, task=(arrays, arrays), batch_size=8)) == {}
+    assert errors(study(tmp_path / "f", task=loaders)) == {}
+    with pytest.raises(StudyError, match="come from its own loaders"):
+        study(tmp_path / "g", batch_size=8)
+    with pytest.raises(StudyError, match="beside a StudySpec"):
+        compare(interlayer.StudySpec(), model=Net)
+    with pytest.raises(StudyError, match="Did you mean 'steps'"):
+        study(tmp_path / "h", stesp=3)
+
+
+def test_what_cannot_be_built_says_how(tmp_path):
+    def needs(shape, width):
+        return Net()
+
+    def wrong():
+        return 3
+
+    found = errors(study(tmp_path, arms={"plain": Net, "needs": needs, "wrong": wrong, "number": 3}))
+    assert "needs needs width" in found["needs"] and "gave a int" in found["wrong"] and "got int" in found["number"]
+
+
+def test_the_same_objects_go_on_and_changed_ones_start_anew(tmp_path):
+    first = study(tmp_path, arms={"plain": Net, "mine": {"norm": "rmsnorm"}})
+    again = study(tmp_path, arms={"plain": Net, "mine": {"norm": "rmsnorm"}})
+    assert [r.record.seconds for r in again.runs] == [r.record.seconds for r in first.runs]
+    changed = study(tmp_path, arms={"plain": Net, "mine": {"activation": "gelu"}})
+    assert changed.of("plain")[0].record.seconds == first.of("plain")[0].record.seconds
+    assert curves(changed, "mine") != curves(first, "mine")
+    with pytest.raises(StudyError, match="given as an object of Python"):
+        compare(first.spec, console=Console(file=io.StringIO()))
+
+
+def test_the_text_of_an_object_is_its_content():
+    given = Objects()
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert given.text(one) == given.text(one) != given.text(other) and given.text("mlp") == "mlp"
+    with torch.no_grad():
+        before, _ = given.text(one), one.weight.zero_()
+    assert given.text(one) != before and given.get_or_text(before) is one
+    texts = {given.text(f, "f") for f in (lambda: 1, lambda: 2, Net, X, X.numpy(), loaders(), loaders(8))}
+    assert len(texts) == 7
+
+
+def test_hugging_face_models_and_their_batches(tmp_path):
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = hf.GPT2Config(
+        vocab_size=20, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    gpt = hf.GPT2LMHeadModel(config)
+    ids = torch.randint(0, 20, (12, 8))
+    data = [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in ids.split(4)]
+    arms = {"plain": gpt, "rms": {"norm": "rmsnorm"}, "smelu": "smelu"}
+    result = study(tmp_path / "lm", model=gpt, task=(data, data), arms=arms, steps=4, evaluations=1)
+    assert errors(result) == {} and len({curves(result, a)[0][1] for a in arms}) == 3
+    with torch.no_grad():
+        own = sum(float(gpt(**b).loss) for b in data) / 3
+    assert result.of("plain")[0].record.train[0][1] == pytest.approx(own, rel=0.1)
+    gpt.save_pretrained(tmp_path / "saved")
+    pairs = [(b["input_ids"], b["labels"]) for b in data]
+    for base in (str(tmp_path / "saved"), f"hf:{tmp_path / 'saved'}"):
+        saved = study(tmp_path / "again", model=base, task=(pairs, pairs), steps=2, evaluations=1)
+        assert errors(saved) == {}
+    classes = [(part, torch.arange(4) % 2) for part in ids.split(4)]
+    headed = study(tmp_path / "head", model=f"hf:{tmp_path / 'saved'}", task=(classes, classes), steps=2)
+    assert "pad" in errors(headed)["plain"].lower() or headed.finished  # GPT-2 has no padding token of its own
+
+
+def test_a_folder_that_save_wrote_is_a_base(tmp_path):
+    interlayer.save(interlayer.MLP(6, 3, depth=1, width=4), tmp_path / "mlp")
+    result = study(tmp_path / "out", model=str(tmp_path / "mlp"), arms=["plain", "activation=gelu"], keep=True)
+    assert errors(result) == {}
+    kept = interlayer.load(tmp_path / "out" / "weights" / "activation-gelu" / "seed-0")
+    loss = F.cross_entropy(kept(X), Y).item()
+    assert loss == pytest.approx(result.values("activation=gelu", "loss")[0], rel=1e-5)
+
+
+def test_a_result_shows_itself_and_gives_a_data_frame(tmp_path):
+    result = study(tmp_path, arms=["plain", "norm=rmsnorm"], seeds=2)
+    page = result._repr_html_()
+    assert page.count("<tr>") == 3 and "norm=rmsnorm" in page and "±" in page and "<script" not in page
+    frame = result.frame()
+    assert list(frame["arm"]) == ["plain"] * 2 + ["norm=rmsnorm"] * 2 and (frame["loss"] > 0).all()
+
+
+class Stop(Exception):
+    """Cuts a run off."""
+
+
+@pytest.mark.parametrize("arm", ["plain", "scalable-ff"])
+def test_a_run_that_is_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, arm):
+    """Dropout, moments, batch statistics and a rule's state are all there."""
+    from interlayer.models.classic import ResNet18
+    from interlayer.study.arms import parse
+    from interlayer.study.spec import StudySpec
+
+    images = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    task = LoaderTask("mine", [(images[:16], Y[:16]), (images[16:], Y[16:32])], [(images, Y[:32])])
+    given = Objects()
+    base = given.text(
+        lambda: nn.Sequential(ResNet18(1, 3, width=4), nn.Dropout(0.1)) if arm == "plain" else ResNet18(1, 3, width=4)
+    )
+    spec = StudySpec(task="digits", steps=6, evaluations=2, lr=1e-2)
+    read = parse(arm, arm, base, given)
+    monkeypatch.setattr(train, "CHECKPOINT", 0.0)
+    whole = train.train(read, task, spec, 0, lr=1e-2)
+    path, steps = tmp_path / "run.pt", []
+
+    def tell(event, at=4):
+        steps.append(event["step"])
+        if event["step"] == at and event["what"] == "step":
+            raise Stop
+
+    with pytest.raises(Stop):
+        train.train(read, task, spec, 0, lr=1e-2, tell=tell, checkpoint=path)
+    assert path.is_file()
+    again = train.train(read, task, spec, 0, lr=1e-2, tell=lambda e: tell(e, 0), checkpoint=path)
+    assert steps[:6] == [1, 2, 3, 3, 4, 5] and not path.exists()
+    assert again.train == whole.train and again.metrics == whole.metrics
+    timeless = [[{k: v for k, v in p.items() if k != "seconds"} for p in r.curve] for r in (again, whole)]
+    assert timeless[0] == timeless[1]
+
+
+def test_worker_processes_give_the_same_numbers_and_get_what_is_defined_here(tmp_path):
+    class Local(nn.Module):
+        """No module has it, so that it is sent by value."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(self.norm(self.first(x)).relu())
+
+    settings = {"model": Local, "arms": ["plain", "norm=rmsnorm"], "seeds": 2}
+    one, two = study(tmp_path / "a", **settings), study(tmp_path / "b", **settings, workers=2)
+    assert curves(one) == curves(two) and curves(one, "norm=rmsnorm") == curves(two, "norm=rmsnorm")
+    assert one.finished and len(set(map(str, curves(one) + curves(one, "norm=rmsnorm")))) == 4
+    with pytest.raises(StudyError, match="cannot be sent to worker processes"):
+        study(tmp_path / "c", model=Local, task=lambda: LoaderTask("mine", [(X, Y)], Lock()), workers=2)
+
+
+class Lock(list):
+    """Batches that no other process can have."""
+
+    def __init__(self):
+        super().__init__([(X, Y)])
+
+    def __reduce__(self):
+        raise TypeError("not to be copied")
