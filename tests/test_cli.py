@@ -79,7 +79,11 @@ def test_version_and_module_entry():
 )
 def test_apply_imports_nothing_before_it_complains(tmp_path, arguments, says):
     (tmp_path / "mine.py").write_text("open('imported', 'w').close()\n", encoding="utf-8")
-    code = "import sys; from interlayer.cli import app\ntry: app(sys.argv[1:])\nfinally: print(sorted({'torch', 'mine'} & set(sys.modules)))"
+    code = (
+        "import sys; from interlayer.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "finally: print(sorted({'torch', 'mine'} & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "apply", "lamp", *arguments],
         cwd=tmp_path,

@@ -85,7 +85,7 @@ def test_killed_study_goes_on_where_it_was(tmp_path, workers):
     code = f"from interlayer.study import *\nif __name__ == '__main__': compare(StudySpec(**{spec!r}))"
     script = tmp_path / "start.py"
     script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
         [sys.executable, script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -17,25 +17,29 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from interlayer import __version__
 from interlayer.core.extras import need
-from interlayer.study.spec import SEARCH_SEED, StudySpec, plain, shown
+from interlayer.study.spec import SEARCH_SEED, StudyError, StudySpec, plain, shown
 from interlayer.study.stats import LEVEL, Interval, interval, paired, sequential
 from interlayer.study.task import Task
 from interlayer.study.train import Record
 
 HEARTBEAT, GRACE = 5, 30  # seconds
+TRIES = 10  # to open a database that other processes open at the same moment
+DRIVERS = {"psycopg": '"psycopg[binary]"', "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}  # as pip calls them
 KILLS = 2  # a run whose process was killed this often is reported as failed
 
 
@@ -129,17 +133,62 @@ class Result:
 
 
 def open_storage(url: str) -> RDBStorage:
-    """The database of the records, with heartbeats; SQLite in write-ahead mode, so that processes don't wait long."""
+    """The database of the records, with heartbeats; SQLite in write-ahead mode, so that processes don't wait long.
+
+    Raises:
+        ImportError: The database needs a driver that is not installed; the message names it.
+    """
+    for tried in range(TRIES):
+        try:
+            return _open(url)
+        except (DBAPIError, StorageInternalError, sqlite3.OperationalError):
+            if tried + 1 == TRIES:
+                raise
+            time.sleep(0.1 * (tried + 1))  # another process is making the tables of a new database
+    raise AssertionError
+
+
+def _open(url: str) -> RDBStorage:
     arguments = {}
     if url.startswith("sqlite:///"):
         path = Path(url.removeprefix("sqlite:///"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with sqlite3.connect(path, timeout=60) as file:
+        with closing(sqlite3.connect(path, timeout=60)) as file:
             file.execute("PRAGMA journal_mode=WAL")
-        file.close()
         arguments = {"connect_args": {"timeout": 60}}
-    with quiet():
-        return RDBStorage(url, engine_kwargs=arguments, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+    try:
+        with quiet():
+            return RDBStorage(url, engine_kwargs=arguments, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+    except ImportError as error:
+        driver = getattr(error.__cause__, "name", None) or "its driver"
+        raise ImportError(
+            f"study: the database {hidden(url)} needs the Python package {driver!r}: "
+            f"pip install {DRIVERS.get(driver, driver)}."
+        ) from error
+
+
+@contextmanager
+def plain_errors(url: str) -> Iterator[None]:
+    """What goes wrong in the database as one ``StudyError``: a broken file, a full disk, a server that is away."""
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError, sqlite3.Error) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        why = str(cause).partition("\n")[0].rstrip(".")
+        raise StudyError(
+            f"study: the records in {hidden(url)} cannot be read or written: {why}. "
+            "Free space, move a broken file away, or name another database (--storage)."
+        ) from error
+
+
+def hidden(url: str) -> str:
+    """A database URL without its password; the path of a file."""
+    try:
+        return url.removeprefix("sqlite:///") if url.startswith("sqlite:") else make_url(url).render_as_string()
+    except ArgumentError:
+        return url
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -26,7 +26,7 @@ from interlayer.core.equal import difference
 from interlayer.core.pairing import Paired, shared
 from interlayer.study import tasks
 from interlayer.study.arms import Arm, parse
-from interlayer.study.engine import HEARTBEAT, Engine, Result, open_storage, where
+from interlayer.study.engine import HEARTBEAT, Engine, Result, open_storage, plain_errors, where
 from interlayer.study.loaders import LoaderTask
 from interlayer.study.objects import Objects, shown
 from interlayer.study.progress import Progress
@@ -73,16 +73,19 @@ def compare(
         >>> result = compare(model=Net, task=(train_loader, validation_loader),
         ...                  arms=["plain", "norm=rmsnorm", "activation=smelu"], steps=500)  # doctest: +SKIP
     """
-    from interlayer.study.report import write
-
     parts = {"base": model, "task": task, "arms": arms, **settings}
+    given = Objects()
     if spec is None:
-        spec, given = _of_parts({k: v for k, v in parts.items() if v is not None})
+        spec = _of_parts({k: v for k, v in parts.items() if v is not None}, given)
     elif wrong := [k for k, v in parts.items() if v is not None]:
         raise StudyError(f"compare: {', '.join(wrong)} beside a StudySpec; give one or the other.")
-    else:
-        given = Objects()
-    console = console or Console()
+    with plain_errors(spec.url):
+        return _compare(spec, given, console or Console(), resume)
+
+
+def _compare(spec: StudySpec, given: Objects, console: Console, resume: bool) -> Result:
+    from interlayer.study.report import write
+
     task = tasks.load(spec.task, given)
     if isinstance(task, LoaderTask) and "batch_size" in spec.model_fields_set:
         raise StudyError(
@@ -129,9 +132,8 @@ def compare(
     return result
 
 
-def _of_parts(parts: dict[str, Any]) -> tuple[StudySpec, Objects]:
-    """A study from Python: its text, and the objects behind that text."""
-    given = Objects()
+def _of_parts(parts: dict[str, Any], given: Objects) -> StudySpec:
+    """A study from Python as text; the objects behind that text are put into ``given``."""
     for key in ("base", "task"):
         if key in parts:
             parts[key] = given.text(parts[key], "data" if isinstance(parts[key], tuple | list) else "")
@@ -140,7 +142,7 @@ def _of_parts(parts: dict[str, Any]) -> tuple[StudySpec, Objects]:
         parts["arms"] = [{"name": name, "use": given.text(what, name)} for name, what in arms.items()]
     elif isinstance(arms, list | tuple):
         parts["arms"] = [_arm(what, given) for what in arms]
-    return StudySpec.from_values(None, parts), given
+    return StudySpec.from_values(None, parts)
 
 
 def _arm(what: Any, given: Objects) -> Any:
@@ -207,8 +209,16 @@ def report(source: str | Path, *, console: Console | None = None, out: str | Pat
     Args:
         source: A study's folder, or the URL of its database (the study last run there).
         console: Where the table goes.
-        out: Folder to write to; defaults to the study's own.
+        out: Folder to write to. Defaults to the study's own.
+
+    Raises:
+        StudyError: There are no records, or they cannot be read.
     """
+    with plain_errors(str(source)):
+        return _report(source, console or Console(), out)
+
+
+def _report(source: str | Path, console: Console, out: str | Path | None) -> Result:
     from interlayer.study.report import write
 
     url = str(source)
@@ -232,7 +242,7 @@ def report(source: str | Path, *, console: Console | None = None, out: str | Pat
     result.spec = StudySpec.model_validate(last.user_attrs["spec"])
     spec.folder.mkdir(parents=True, exist_ok=True)
     result.out = spec.folder
-    write(result, console or Console())
+    write(result, console)
     return result
 
 
@@ -257,44 +267,44 @@ def _sentence(error: BaseException) -> str:
 def serve(engine: Engine, arms: dict[str, Arm], task: Task, tell: Tell) -> None:
     """Take queued trials and run them until none can be taken."""
     while (trial := engine.claim(set(arms))) is not None:
-        attrs = trial.user_attrs
-        arm, seed, lr = arms[attrs["arm"]], attrs["seed"], attrs["lr"]
-        label = {"arm": arm.name, "seed": seed, "lr": lr if attrs["phase"] == "search" else None}
+        with suppress(UpdateFinishedTrialError):  # it was taken for dead, closed, and is run again
+            _run_one(engine, trial, arms[trial.user_attrs["arm"]], task, tell)
 
-        def told(event: dict[str, Any], label: dict[str, Any] = label, trial: FrozenTrial = trial) -> None:
-            if event["what"] == "eval":
-                engine.storage.set_trial_intermediate_value(trial._trial_id, int(event["step"]), event["value"])
-            tell({**event, **label})
 
-        tell({"what": "start", **label})
-        record = Record()
-        put = partial(engine.storage.set_trial_user_attr, trial._trial_id)
-        put("where", where())
-        begin = time.perf_counter()
-        with _beating(engine, trial):
-            try:
-                train(
-                    arm, task, engine.spec, seed, lr=lr, tell=told, record=record, checkpoint=engine.checkpoint(trial),
-                    keep=engine.weights(trial) if engine.spec.keep else None,
-                )  # fmt: skip
-            except Exception as error:
-                put("record", _finite(record.data()))
-                kind = "diverged" if isinstance(error, Diverged) else "failed"
-                engine.close(trial, kind, _sentence(error), traceback.format_exc())
-                tell({"what": kind, "error": _sentence(error), **label})
-                continue
-            except BaseException:  # stopped by hand, perhaps in a notebook that lives on
-                engine.close(trial, "killed", "stopped")
-                raise
-            put("record", record.data())
-            put("wall", time.perf_counter() - begin)
-            try:
-                engine.storage.set_trial_state_values(
-                    trial._trial_id, TrialState.COMPLETE, [record.metrics[task.metric]]
-                )
-            except UpdateFinishedTrialError:  # it was taken for dead and is run again
-                continue
-        tell({"what": "done", "metrics": record.metrics, **label})
+def _run_one(engine: Engine, trial: FrozenTrial, arm: Arm, task: Task, tell: Tell) -> None:
+    attrs = trial.user_attrs
+    seed, lr = attrs["seed"], attrs["lr"]
+    label = {"arm": arm.name, "seed": seed, "lr": lr if attrs["phase"] == "search" else None}
+
+    def told(event: dict[str, Any]) -> None:
+        if event["what"] == "eval":
+            engine.storage.set_trial_intermediate_value(trial._trial_id, int(event["step"]), event["value"])
+        tell({**event, **label})
+
+    tell({"what": "start", **label})
+    record = Record()
+    put = partial(engine.storage.set_trial_user_attr, trial._trial_id)
+    put("where", where())
+    begin = time.perf_counter()
+    with _beating(engine, trial):
+        try:
+            train(
+                arm, task, engine.spec, seed, lr=lr, tell=told, record=record, checkpoint=engine.checkpoint(trial),
+                keep=engine.weights(trial) if engine.spec.keep else None,
+            )  # fmt: skip
+        except Exception as error:
+            put("record", _finite(record.data()))
+            kind = "diverged" if isinstance(error, Diverged) else "failed"
+            engine.close(trial, kind, _sentence(error), traceback.format_exc())
+            tell({"what": kind, "error": _sentence(error), **label})
+            return
+        except BaseException:  # stopped by hand, perhaps in a notebook that lives on
+            engine.close(trial, "killed", "stopped")
+            raise
+        put("record", record.data())
+        put("wall", time.perf_counter() - begin)
+        engine.storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [record.metrics[task.metric]])
+    tell({"what": "done", "metrics": record.metrics, **label})
 
 
 def _finite(data: Any) -> Any:
