@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from interlayer.version import __version__
 
-# Public names and where they live; each is imported when it is first asked for, so `import interlayer` stays light.
-_WHERE = {
-    "Transformer": "models",
-    "Encoder": "models",
-    "VisionTransformer": "models",
-    "MLP": "models",
-    "ConvNet": "models",
-    "build": "models",
-    "save": "core.recipe",
-    "load": "core.recipe",
-    "replace": "core.select",
-    "compare": "study",
-    "StudySpec": "study",
-}
-__all__ = [  # noqa: PLE0604 (the names of _WHERE are strings)
+if TYPE_CHECKING:
+    from interlayer.core.recipe import load, save
+    from interlayer.core.select import replace
+    from interlayer.models import MLP, ConvNet, Encoder, Transformer, VisionTransformer, build
+    from interlayer.study import StudySpec, compare
+
+__all__ = [
+    "MLP",
+    "ConvNet",
+    "Encoder",
+    "StudySpec",
+    "Transformer",
+    "VisionTransformer",
     "__version__",
-    *_WHERE,
+    "build",
+    "compare",
+    "load",
+    "replace",
+    "save",
 ]
+
+# Where the names live that are imported when they are first used, so that `import interlayer` stays light.
+_WHERE = {
+    "core.recipe": ("load", "save"),
+    "core.select": ("replace",),
+    "models": ("MLP", "ConvNet", "Encoder", "Transformer", "VisionTransformer", "build"),
+    "study": ("StudySpec", "compare"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(f"interlayer.{_WHERE[name]}"), name)
+    for module, names in _WHERE.items():
+        if name in names:
+            return getattr(import_module(f"interlayer.{module}"), name)
     raise AttributeError(f"module 'interlayer' has no attribute {name!r}")
 
 

@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-import interlayer
 from interlayer import catalog
 from interlayer.core import select, weights
 from interlayer.core.extras import need
 from interlayer.core.kinds import Transform
 from interlayer.core.record import BAKE, REPLACE, note, notes_on, own_class, rebase, record, scrub, steps
 from interlayer.core.swap import Swap
+from interlayer.version import __version__
 
 __all__ = ["BAKE", "REPLACE", "load", "rebase", "record", "save", "steps"]
 
@@ -74,7 +74,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         else:
             first[id(tensor)] = name
             tensors[name] = tensor.detach().cpu().contiguous().clone()
-    content = {"format": FORMAT, "interlayer": interlayer.__version__, **notes_on(model), "shared": shared}
+    content = {"format": FORMAT, "interlayer": __version__, **notes_on(model), "shared": shared}
     fresh = {name: target / f"{name}.tmp" for name in (WEIGHTS, RECIPE)}
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def _read(source: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"recipe.load: {path} has format {repr(got)[:80]}; interlayer {interlayer.__version__} reads {FORMAT}. "
+            f"recipe.load: {path} has format {repr(got)[:80]}; interlayer {__version__} reads {FORMAT}. "
             "Load it with the version of interlayer that it names."
         )
     base, shared = content.get("base"), content.get("shared")

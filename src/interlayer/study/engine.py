@@ -30,12 +30,12 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from interlayer import __version__
 from interlayer.core.extras import need
 from interlayer.study.spec import SEARCH_SEED, StudyError, StudySpec, plain, shown
 from interlayer.study.stats import LEVEL, Interval, interval, paired, sequential
 from interlayer.study.task import Task
 from interlayer.study.train import Record
+from interlayer.version import __version__
 
 HEARTBEAT, GRACE = 5, 30  # seconds
 TRIES = 10  # to open a database that other processes open at the same moment
