@@ -1,3 +1,4 @@
+import ast
 import dataclasses
 import subprocess
 import sys
@@ -34,6 +35,9 @@ def test_idea_and_options_are_read_from_the_source():
     assert dense.idea.startswith("After a block comes a depth-weighted average")
     assert dense.options["dilation"] == "1"
     assert dense.resolve().__name__ == "DenseFormer"
+    for system in catalog.load().values():
+        doc = (ast.get_docstring(system._class) if system._class else None) or ""
+        assert system.idea == " ".join(doc.split("\n\n")[0].split()) and bool(system.idea) == bool(system.code)
 
 
 def test_unknown_and_planned_systems_are_told():

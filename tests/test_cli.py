@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,31 @@ def test_list_filters_and_counts():
     assert all(r["room"].startswith("layers.") and r["kind"] == "layer" for r in layers)
     assert [r["slug"] for r in json.loads(run(app, ["list", "modulo permutation", "--json"]).stdout)] == ["git-rebasin"]
     assert "rezero" in run(app, ["list", "--room", "layers.stream"]).stdout
+
+
+def test_list_shows_what_is_ready_first_and_says_what_is_planned():
+    result = run(app, ["list"])
+    states = [line.split()[0] for line in result.stdout.splitlines()]
+    assert len(states) == 212 and states == sorted(states, key=("ready", "partial", "planned").index)
+    assert re.search(r"212 systems: \d+ ready, \d+ partial, \d+ planned\.\nPlanned: no code yet", result.stderr)
+    assert "Planned" not in run(app, ["list", "--state", "ready"]).stderr
+    assert [r["state"] for r in json.loads(run(app, ["list", "--json"]).stdout)] == states
+
+
+def test_list_without_options_is_the_same_in_less_time():
+    """The parser of options is not loaded; a closed pipe is no error."""
+    whole = subprocess.run([sys.executable, "-m", "interlayer", "list"], capture_output=True, text=True, check=True)
+    parsed = run(app, ["list"])
+    assert (whole.stdout, whole.stderr) == (parsed.stdout, parsed.stderr)
+    code = "import sys; sys.argv = ['interlayer', 'list']; from interlayer.cli import main; main(); sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        cut = subprocess.run(
+            [sys.executable, "-m", "interlayer", "list"], stdout=closed, stderr=subprocess.PIPE, check=False
+        )
+    assert cut.stderr == b"" and cut.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -48,13 +49,13 @@ def list_(
     text: Annotated[str, typer.Argument(help="Show only systems whose slug, title or works-line holds this.")] = "",
     room: Annotated[str, typer.Option(help="Only this room, for example layers.stream, or a wing: layers.")] = "",
     kind: Annotated[str, typer.Option(help="layer, model, transform, rule or probe.")] = "",
-    state: Annotated[str, typer.Option(help="planned, partial or ready.")] = "",
+    state: Annotated[str, typer.Option(help="ready, partial or planned.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
     taxonomy: Annotated[
         bool, typer.Option("--taxonomy", help="The tree of Transformer variants, with a part for each.")
     ] = False,
 ) -> None:
-    """Show what there is and whether it works."""
+    """Show what there is, what is ready first; planned systems have no code yet."""
     if taxonomy:
         _tree(as_json)
         return
@@ -73,6 +74,7 @@ def list_(
         and (not kind or s.kind == kind)
         and (not state or s.state == state)
     ]
+    rows.sort(key=lambda s: catalog.STATES.index(s.state))
     if as_json:
         keys = ("slug", "title", "room", "kind", "state", "slot", "paper")
         typer.echo(json.dumps([{k: getattr(s, k) for k in keys} for s in rows], ensure_ascii=False, indent=1))
@@ -81,7 +83,9 @@ def list_(
     for s in rows:
         typer.echo(f"{s.state:<8} {s.slug:<{wide}}  {s.kind:<9} {s.room:<19} {s.title}")
     counts = {st: sum(s.state == st for s in rows) for st in catalog.STATES}
-    typer.echo(f"{len(rows)} systems: " + ", ".join(f"{n} {st}" for st, n in counts.items()), err=True)
+    typer.echo(f"{len(rows)} systems: " + ", ".join(f"{n} {st}" for st, n in counts.items()) + ".", err=True)
+    if counts["planned"] and not state:
+        typer.echo("Planned: no code yet. `interlayer list --state ready` shows what works.", err=True)
 
 
 def _tree(as_json: bool) -> None:
@@ -339,7 +343,14 @@ def _stop(message: str) -> None:
 
 def main() -> None:
     """Entry point of the command."""
-    app()
+    if sys.argv[1:] != ["list"]:
+        app()
+        return
+    try:
+        list_()  # without options it needs no parser, whose converter takes longer to load than all the rest
+        sys.stdout.flush()
+    except BrokenPipeError:  # `interlayer list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
