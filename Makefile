@@ -1,5 +1,6 @@
 # Two commands: `make demo` (set-up and the main job) and `make test` (set-up and tests).
-PYTHON ?= python3.11
+# The first Python that runs here; another one by `make PYTHON=...`.
+PYTHON ?= $(or $(shell for v in 3.11 3.12 3.13; do python$$v -c "" 2>/dev/null && echo python$$v && break; done),python3)
 VENV := .venv
 BIN := $(VENV)/bin
 SET_UP := $(VENV)/.set-up
