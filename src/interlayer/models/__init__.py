@@ -60,7 +60,7 @@ BASES = {
     "transformer": (_transformer, {("tokens", "tokens")}),
     "encoder": (_encoder, {("tokens", "classes")}),
     "vit": (_vit, {("image", "classes")}),
-    "mlp": (_mlp, {("image", "classes"), ("vector", "classes"), ("vector", "values"), ("series", "values")}),
+    "mlp": (_mlp, {(kind, out) for kind in ("image", "vector", "series") for out in ("classes", "values")}),
     "convnet": (_convnet, {("image", "classes")}),
     "resnet18": (_resnet18, {("image", "classes")}),
     "mobilenetv3": (_mobilenet, {("image", "classes")}),
