@@ -1,11 +1,14 @@
+import inspect
 from itertools import pairwise
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from interlayer.core.wiring import Wiring, trace
+from interlayer.core.wiring import Wiring, run, trace
 
 
 def shaken(model: nn.Module) -> nn.Module:
@@ -22,19 +25,21 @@ def shaken(model: nn.Module) -> nn.Module:
 def assert_preserved(model: nn.Module, wiring: Wiring, *args, tolerance: float = 1e-9, **kwargs) -> None:
     """Every group alone, then all at once: weights change, outputs do not."""
 
-    def run(state):
-        with torch.no_grad():
-            out = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
-        return getattr(out, "logits", out)
+    @torch.no_grad()
+    def out(state):
+        found = run(model, state, *args, **kwargs)
+        for name in ("logits", "sample"):
+            found = getattr(found, name, found)
+        return found
 
     state = model.state_dict()
-    expected = run(state)
+    expected = out(state)
     assert "changed the output" not in str(wiring)  # the rules were right; the last check had nothing to drop
     turns = [{name: torch.arange(g.size).roll(1)} for name, g in wiring.groups.items()]
     for perms in [*turns, wiring.random(1), wiring.random(2)]:
         moved = wiring.permute(state, perms)
         assert any(not torch.equal(moved[k], state[k]) for k in state)
-        assert (run(moved) - expected).abs().max() <= tolerance * expected.abs().max()
+        assert (out(moved) - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def sizes(wiring: Wiring, inside: bool = False) -> list[int]:
@@ -218,6 +223,49 @@ def test_vit():
     assert_preserved(model, wiring, x)
 
 
+# The sizes of the groups that lie in no other, and of those inside their units.
+WIRED = {
+    "twice": ([6, 6], []),
+    "tied": ([6], []),
+    "functional": ([8], []),
+    "unnamed": ([7], []),
+    "lstm": ([6, 6], []),
+    "mha": ([2, 8], [4] * 4),
+    "gpt2": ([2] * 4 + [16] + [64] * 4, [8] * 16),
+    "llama": ([2] * 4 + [8] * 4 + [16] + [24] * 4, []),  # one head of keys and values; rotary fixes queries and keys
+    "mixtral": ([2] * 4 + [8] * 4 + [16] + [24] * 4, []),  # experts are ranked, their hidden units are alike
+    "mamba": ([4] * 4 + [16] + [32] * 4, []),
+    "bert": ([2] * 4 + [16] * 2 + [24] * 4, [8] * 16),
+    "vit": ([2] * 4 + [16] + [24] * 4, [8] * 16),
+    "resnet": ([4] * 4 + [8] * 4, []),
+    "t5": ([2] * 6 + [16] + [24] * 8, [8] * 48),  # its heads share one bias in each stack
+    "bart": ([2] * 12 + [15] + [24] * 8, [8] * 48),  # Bart reads one unit of its embedding alone
+    "unet": ([2] * 3 + [4] * 20 + [16] * 4 + [32] * 2 + [64] * 4, [2] * 18 + [4] * 92 + [6] * 2),
+    "dit": ([2] * 4 + [16] * 8 + [64] * 4, [8] * 16),
+}
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_families(name):
+    model, batch = families.model(name), families.batch(name)
+    if name != "mixtral":  # its grouped products have no float64
+        shaken(model)
+        double = {k: v.double() if v.is_floating_point() else v for k, v in as_keywords(model, batch).items()}
+    else:
+        double = batch
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    output = "logits" if hasattr(model, "generate") else None
+    wiring = trace(model, output=output, **double)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    outer, inner = WIRED[name]
+    assert sorted(sizes(wiring)) == outer and sorted(sizes(wiring, inside=True)) == inner
+    assert_preserved(model, wiring, tolerance=1e-6 if name in ("llama", "t5", "mamba", "mixtral") else 1e-9, **double)
+
+
+def as_keywords(model, batch):
+    return batch if isinstance(batch, dict) else {next(iter(inspect.signature(model.forward).parameters)): batch}
+
+
 class Odd(nn.Module):
     def __init__(self, what):
         super().__init__()
@@ -253,6 +301,11 @@ def test_what_tells_units_apart_fixes_them_with_a_reason(what, why):
         (lambda h: h.unflatten(-1, (3, 2)).softmax(-1).flatten(-2), [3]),  # blocks, and units inside
         (lambda h: torch.einsum("bi,bj->bj", h.exp(), h), [6]),
         (lambda h: torch.zeros_like(h) + h, [6]),
+        (lambda h: F.glu(torch.cat([h, h.tanh()], -1)), [6]),
+        (lambda h: F.prelu(h, torch.full((1,), 0.3, dtype=h.dtype)), [6]),
+        (lambda h: h * h.unflatten(-1, (3, 2)).amax(1).topk(1).values, [3]),  # the units inside a block are ranked
+        (lambda h: torch.stack([h, h.exp()]).sum(0), [6]),
+        (lambda h: torch.stack([h[:, :3], h[:, 3:]], 1).flatten(1), [3, 3]),
     ],
 )
 def test_what_keeps_units_alike(what, found):
@@ -260,6 +313,189 @@ def test_what_keeps_units_alike(what, found):
     wiring = trace(model, x)
     assert sorted(sizes(wiring)) == found
     assert_preserved(model, wiring, x)
+
+
+class Wrapped(nn.Module):
+    """A layer between two others, with its output reduced to [B, width] after flattening what lies behind it."""
+
+    def __init__(self, before, layer, after, pick=lambda out: out):
+        super().__init__()
+        self.before, self.layer, self.after, self.pick = before, layer, after, pick
+
+    def forward(self, x):
+        return self.after(self.pick(self.layer(self.before(x))))
+
+
+def conv(a, b):
+    return nn.Conv2d(a, b, 1)
+
+
+LAYERS = {
+    "prelu": (lambda: Wrapped(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 2)), (3, 4), [6], []),
+    "glu": (lambda: Wrapped(nn.Linear(4, 12), nn.GLU(), nn.Linear(6, 2)), (3, 4), [6], []),
+    "gru cell": (lambda: Wrapped(nn.Linear(4, 5), nn.GRUCell(5, 6), nn.Linear(6, 2)), (3, 4), [5, 6], []),
+    "lstm cell": (
+        lambda: Wrapped(nn.Linear(4, 5), nn.LSTMCell(5, 6), nn.Linear(6, 2), lambda out: out[0]),
+        (3, 4),
+        [5, 6],
+        [],
+    ),
+    "gru": (
+        lambda: Wrapped(nn.Linear(4, 5), nn.GRU(5, 6, 2, bidirectional=True), nn.Linear(12, 2), lambda out: out[0]),
+        (3, 2, 4),
+        [5, 6, 6, 6, 6],
+        [],
+    ),
+    "pixel shuffle": (lambda: nn.Sequential(conv(2, 12), nn.PixelShuffle(2), conv(3, 2)), (1, 2, 3, 3), [3], []),
+    "pixel unshuffle": (lambda: nn.Sequential(conv(2, 3), nn.PixelUnshuffle(2), conv(12, 2)), (1, 2, 4, 4), [3], []),
+    "channel shuffle": (lambda: nn.Sequential(conv(2, 6), nn.ChannelShuffle(3), conv(6, 2)), (1, 2, 3, 3), [6], []),
+    "channel shuffle between groups": (
+        lambda: nn.Sequential(conv(2, 6), nn.ChannelShuffle(3), nn.Conv2d(6, 6, 1, groups=2), conv(6, 2)),
+        (1, 2, 3, 3),
+        [2, 3],
+        [3, 3],
+    ),
+    "weight norm": (
+        lambda: nn.Sequential(weight_norm(nn.Linear(4, 6)), nn.ReLU(), weight_norm(nn.Linear(6, 2))),
+        (3, 4),
+        [6],
+        [],
+    ),
+    "spectral norm": (
+        lambda: nn.Sequential(spectral_norm(nn.Linear(4, 6)), nn.ReLU(), spectral_norm(nn.Linear(6, 2))),
+        (3, 4),
+        [6],
+        [],
+    ),
+    "spectral norm of kernels": (
+        lambda: nn.Sequential(spectral_norm(nn.Conv2d(2, 5, 3)), nn.ReLU(), spectral_norm(nn.Conv2d(5, 2, 3))),
+        (1, 2, 6, 6),
+        [5],
+        [],
+    ),
+    "max pool 3d": (
+        lambda: nn.Sequential(nn.Conv3d(2, 5, 1), nn.MaxPool3d(2), nn.Upsample(scale_factor=2), nn.Conv3d(5, 2, 1)),
+        (1, 2, 4, 4, 4),
+        [5],
+        [],
+    ),
+    "upsampling in 1d": (
+        lambda: nn.Sequential(nn.Conv1d(2, 5, 1), nn.MaxPool1d(2), nn.Upsample(scale_factor=2), nn.Conv1d(5, 2, 1)),
+        (1, 2, 4),
+        [5],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    make, shape, outer, inner = LAYERS[name]
+    model, x = shaken(make()), torch.randn(shape, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert sorted(sizes(wiring)) == outer and sorted(sizes(wiring, inside=True)) == inner
+    assert_preserved(model, wiring, x)
+
+
+def test_weights_that_only_met_zeros_stay():
+    """A cell's first step says nothing of how its recurrent columns are used in the second."""
+    cell = shaken(nn.Sequential(nn.Linear(4, 5), nn.GRUCell(5, 6), nn.Linear(6, 2)))
+    wiring = trace(cell, torch.randn(3, 4, dtype=torch.float64))
+    assert wiring.fixed["1.weight_hh", 1] == "met only a constant"
+
+
+def test_embedding_bag():
+    model = shaken(nn.Sequential(nn.EmbeddingBag(9, 6), nn.Linear(6, 2)))
+    ids = torch.randint(9, (2, 4))
+    wiring = trace(model, ids)
+    assert sizes(wiring) == [6] and wiring.fixed["0.weight", 0] == "is indexed by data"
+    assert_preserved(model, wiring, ids)
+
+
+class Branch(nn.Module):
+    """Two ways from the first layer to the last, chosen by the data."""
+
+    def __init__(self, chooses=lambda x, h: h.sum() > 0):
+        super().__init__()
+        self.enter, self.a, self.b, self.chooses = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2), chooses
+
+    def forward(self, x):
+        h = self.enter(x)
+        return (self.a if self.chooses(x, h) else self.b)(h)
+
+
+@pytest.mark.parametrize(
+    "chooses", [lambda x, h: h.sum() > 0, lambda x, h: x.max().item() > 0.5, lambda x, h: torch.equal(h, h.relu())]
+)
+def test_a_choice_by_data_is_refused(chooses):
+    with pytest.raises(ValueError, match=r"reads a Python value off its activations \(aten.(_local_scalar|equal)"):
+        trace(Branch(chooses), torch.randn(3, 4))
+
+
+def test_unused_parameters_are_refused():
+    with pytest.raises(ValueError, match="2 parameters of Branch are not used by this forward pass"):
+        trace(Branch(lambda x, h: len(x) > 2), torch.randn(3, 4))
+
+
+def test_values_read_off_masks_and_weights_are_no_choice_by_data():
+    class Masked(Odd):
+        def forward(self, x, mask):
+            h = super().forward(x)
+            return h if mask.all() and self.b.bias.sum().item() < 1e9 else h * mask[:, None]
+
+    wiring = trace(Masked(F.relu), torch.randn(3, 4), torch.ones(3, dtype=torch.bool))
+    assert sizes(wiring) == [6]
+
+
+def test_the_output_that_counts():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return {"hidden": (h := self.a(x).relu()), "scores": self.b(h)}
+
+    model, x = shaken(Two()), torch.randn(3, 4, dtype=torch.float64)
+    assert not trace(model, x).groups
+    for output in ("scores", lambda out: out["scores"]):
+        assert sizes(trace(model, x, output=output)) == [6]
+    with pytest.raises(TypeError, match="with hidden, scores; wanted one with 'logits'"):
+        trace(model, x, output="logits")
+    with pytest.raises(TypeError, match="no tensor in the output that counts"):
+        trace(model, x, output=lambda out: "nothing")
+
+
+class Unseen(nn.Module):
+    """Reads one activation where no operator sees it: the check at the end finds that units are not alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.heads, self.b = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.a(x)
+        inner = self.heads(x).unflatten(-1, (3, 2)).softmax(-1)
+        return self.b(
+            (h + float(h.detach().numpy()[0, 0])) * (inner * float(inner.detach().numpy()[0, 0, 0])).flatten(-2)
+        )
+
+
+def test_groups_that_change_the_output_are_dropped_with_those_inside():
+    model, x = shaken(Unseen()), torch.randn(3, 4, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert not wiring.groups and wiring.fixed["a.weight", 0] == "permuting it changed the output"
+    assert wiring.fixed["heads.weight", 0] == "permuting it changed the output"
+
+
+def test_the_sound_groups_stay_when_another_is_dropped():
+    model = shaken(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Odd(lambda h: h + float(h.detach().numpy()[0, 0]))))
+    model[2].a = nn.Linear(5, 6).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    wiring = trace(model, x)
+    assert sizes(wiring) == [5] and wiring.fixed["2.a.weight", 0] == "permuting it changed the output"
+    moved = wiring.permute(model.state_dict(), wiring.random(1))
+    assert torch.allclose(run(model, moved, x), model(x), rtol=1e-9)
 
 
 def test_training_mode_and_weights_are_left_alone():

@@ -7,29 +7,45 @@ same knowledge.
 
 How. Every axis of every parameter starts with one *index* for each of its positions. While the model runs, each tensor
 carries, for each of its axes, the indices of the positions there; an operator that adds, multiplies or contracts two
-axes makes their indices equal. Splitting an axis (heads) makes each of its indices a pair (head, place in the head), and
-joining axes (flatten) makes pairs again. What reaches an input, an output, data-dependent indexing or an operator without
-a rule gets marks that tell its positions apart, so it can't be permuted. Indices that nothing tells apart are a group.
-The groups are checked by running the permuted model once.
+axes makes their indices equal. Splitting an axis (heads) makes each of its indices a pair (head, position in the head),
+and joining axes (flatten) makes pairs again. What reaches an input, an output, data-dependent indexing or an operator
+without a rule gets marks that distinguish its positions, so it can't be permuted. Indices that nothing distinguishes form
+a group. The groups are checked by running the permuted model once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from interlayer.core.wiring.groups import Group, Member, Wiring, checked, collect
+from interlayer.core import taps
+from interlayer.core.wiring.groups import Group, Member, Wiring, checked, collect, run
 from interlayer.core.wiring.labels import tensors
 from interlayer.core.wiring.tracer import Tracer
 
-__all__ = ["Group", "Member", "Wiring", "trace"]
+__all__ = ["Group", "Member", "Wiring", "run", "trace"]
 
 
-def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Wiring:
+def trace(model: nn.Module, *inputs: Any, output: str | Callable[[Any], Any] | None = None, **kwargs: Any) -> Wiring:
     """Run ``model(*inputs, **kwargs)`` once in evaluation mode and return its wiring. The model is left as it was.
+
+    Args:
+        model: Any module that runs.
+        inputs: Its positional arguments.
+        output: What the model is for, where it returns more than that: the name of a field (``"logits"``) or a function
+            of the output. Units may be reordered in the rest, such as an encoder's states that are returned beside the
+            logits. By default everything that the model returns counts.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        ValueError: One pass does not show the whole function: a Python value was read off an activation, or a parameter
+            was not used. What the other branch, or the unused parameter, shares with the rest can't be known.
+        TypeError: The output that counts holds no tensor.
 
     Examples:
         >>> from torch import nn
@@ -39,30 +55,72 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Wiring:
         >>> [(g.size, [(m.name, m.dim) for m in g.members]) for g in wiring.groups.values()]
         [(8, [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])]
     """
-    training = [(m, m.training) for m in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    hooks: list[Any] = []
-    try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer is one operator; its parts have rules
-        tracer = Tracer(model)
+    with taps.at_rest(model), torch.no_grad(), _parts():
+        tracer = Tracer(model, (inputs, kwargs))
         hooks = [
             module.register_forward_hook(partial(tracer.seen, name), with_kwargs=False)
             for name, module in model.named_modules()
             if name and not any(module.children())
         ]
-        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        try:
             with tracer:
-                output = model(*inputs, **kwargs)
-            while hooks:
-                hooks.pop().remove()
-            for leaf in tensors(output):
-                tracer.fix_all(leaf, "reaches the output")
-            wiring = collect(tracer)
-            return checked(wiring, model, inputs, kwargs, output)
+                whole = model(*inputs, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        _whole(tracer, model)
+        expected = counted(whole, output)
+        for leaf in expected:
+            tracer.fix_all(leaf, "reaches the output")
+        return checked(
+            collect(tracer), model, lambda state: counted(run(model, state, *inputs, **kwargs), output), expected
+        )
+
+
+def _whole(tracer: Tracer, model: nn.Module) -> None:
+    """Raise unless the pass showed the whole function."""
+    name = type(model).__name__
+    if tracer.decisions:
+        raise ValueError(
+            f"trace: {name} reads a Python value off its activations ({', '.join(sorted(tracer.decisions))}), so what it "
+            "computes depends on the data; wanted the same operators for every input. Make the choice with tensor "
+            "operations (torch.where), or trace the part of the model that makes none."
+        )
+    unused = [n for n, p in model.named_parameters() if p.numel() and n not in tracer.used]
+    if unused:
+        raise ValueError(
+            f"trace: {len(unused)} parameters of {name} are not used by this forward pass, such as {unused[0]!r}; wanted "
+            "all, for what they share with the others can't be known. Give inputs that use them, or delete them."
+        )
+
+
+def counted(whole: Any, output: str | Callable[[Any], Any] | None) -> list[Tensor]:
+    """The tensors of a model's output that count; see ``trace``."""
+    if isinstance(output, str):
+        fields = dict(whole) if isinstance(whole, Mapping) else vars(whole) if hasattr(whole, "__dict__") else {}
+        if output not in fields:
+            raise TypeError(
+                f"trace: the model returns {type(whole).__name__} with {', '.join(fields) or 'no fields'}; wanted one with "
+                f"{output!r}. Name a field of the output, or give a function of it."
+            )
+        whole = fields[output]
+    elif output is not None:
+        whole = output(whole)
+    found = tensors(whole)
+    if not found:
+        raise TypeError(f"trace: no tensor in the output that counts ({type(whole).__name__}). Name another one.")
+    return found
+
+
+@contextmanager
+def _parts() -> Iterator[None]:
+    """Run layers as the operators that they consist of, which have rules, and not as one fused operator."""
+    attention, recurrence = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for hook in hooks:
-            hook.remove()
-        for module, mode in training:
-            module.training = mode
+        torch.backends.mha.set_fastpath_enabled(attention)
+        torch.backends.mkldnn.enabled = recurrence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.core.wiring.indices import Array, Axis, Keys
-from interlayer.core.wiring.labels import Labelling, tensors
+from interlayer.core.wiring.labels import Labelling
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +105,12 @@ def collect(tr: Labelling) -> Wiring:
         return out
 
     keys = {axis: located(places) for axis, places in tr.axes.items() if axis[0] in tr.used}
+    homes: dict[int, set[Axis]] = defaultdict(set)  # the axes that an index locates something on
+    for axis, located_by in keys.items():
+        for b in {b for key in located_by for b in key}:
+            homes[b].add(axis)
+    # Such as the recurrent weights of a cell at its first step: nothing says what else moves with their columns.
+    ix.pin({i for i in tr.idle if all(len(homes[b]) < 2 for b in ix.expand(i))}, "met only a constant")
     basics = sorted({b for places in keys.values() for key in places for b in key} - ix.constant_ids)
 
     chains: dict[int, tuple[int, ...]] = {}  # an index and what it lives in, innermost first
@@ -197,15 +203,34 @@ def collect(tr: Labelling) -> Wiring:
     return Wiring(groups, fixed, tr.aliases)
 
 
-def checked(wiring: Wiring, model: nn.Module, inputs: Any, kwargs: Any, expected: Any) -> Wiring:
+def run(model: nn.Module, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """``model(*args, **kwargs)`` with the weights of ``state``; the model keeps its own.
+
+    Like ``torch.func.functional_call`` without ties, but a module that is registered at two places gets its weights
+    under the first name alone: given both, torch leaves it with one of ``state``'s in the end.
+    """
+    own = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name in (*module._parameters, *module._buffers)
+    }
+    given = {name: t for name, t in state.items() if name in own}
+    return torch.func.functional_call(model, given, args, kwargs, tie_weights=False)
+
+
+def checked(
+    wiring: Wiring,
+    model: nn.Module,
+    outputs: Callable[[Mapping[str, Tensor]], Sequence[Tensor]],
+    expected: Sequence[Tensor],
+) -> Wiring:
     """Run the permuted model; drop groups whose permutation changes the output."""
     state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     perms = wiring.random()
 
     def kept(names: Iterable[str]) -> bool:
         moved = wiring.permute(state, {n: perms[n] for n in names})
-        out = torch.func.functional_call(model, moved, inputs, kwargs, tie_weights=False)
-        for a, b in zip(tensors(expected), tensors(out), strict=True):
+        for a, b in zip(expected, outputs(moved), strict=True):
             if a.is_floating_point():
                 size = a.abs().max() if a.numel() else 1.0
                 if not (a - b).abs().le((1e-3 if a.dtype.itemsize >= 4 else 5e-2) * size + 1e-12).all():
@@ -223,12 +248,13 @@ def checked(wiring: Wiring, model: nn.Module, inputs: Any, kwargs: Any, expected
     dropped = set(bad(list(wiring.groups)))
     if not dropped:
         return wiring
-    groups = {
-        n: g for n, g in wiring.groups.items() if n not in dropped and (not g.parent or g.parent[0] not in dropped)
-    }
+    groups: dict[str, Group] = {}
+    for n, g in wiring.groups.items():  # parents come first
+        if n not in dropped and (not g.parent or g.parent[0] in groups):
+            groups[n] = g
     moved = {(m.name, m.dim) for g in groups.values() for m in g.members}
     fixed = dict(wiring.fixed)
-    for n, g in wiring.groups.items():
+    for n, g in reversed(wiring.groups.items()):
         if n not in groups:
             why = "permuting it changed the output" if n in dropped else "is inside a group that was dropped"
             fixed |= {(m.name, m.dim): why for m in g.members if (m.name, m.dim) not in moved}

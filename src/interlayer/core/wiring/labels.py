@@ -41,6 +41,7 @@ class Labelling:
         self.outputs: dict[tuple[str, int], Array | None] = {}  # (module, axis); None if it differs along another axis
         self.aliases: dict[str, str] = {}
         self.used: set[str] = set()
+        self.idle: set[int] = set()  # indices that were contracted with a constant
         self.weights: dict[str, Tensor] = {}
         names: dict[int, str] = {}
         for name, t in model.state_dict(keep_vars=True).items():
@@ -110,6 +111,12 @@ class Labelling:
             self.ix.unite(x, y)
         return a if a.size <= b.size else b
 
+    def contract(self, a: Label, b: Label, dim: int) -> None:
+        """Tie two axes that are summed over; note units that were multiplied by a constant alone."""
+        self.tie(a, b, dim)
+        if isinstance(a, str) != isinstance(b, str):
+            self.idle.update(int(i) for label in (a, b) if isinstance(label, np.ndarray) for i in label.ravel())
+
     def collapse(self, labels: Labels, dims: Iterable[int]) -> Labels:
         """An operator mixes along ``dims``: other axes can no longer be ordered differently at each place there."""
         out = list(labels)
@@ -136,8 +143,8 @@ class Labelling:
         if a == 1 or b == 1:
             new = inner if a == 1 else outer
             new = joined(new) if isinstance(new, np.ndarray) else new
-        elif not isinstance(outer, np.ndarray) and not isinstance(inner, np.ndarray):
-            new = None if outer is None or inner is None else FREE
+        elif outer is inner is None or (isinstance(outer, str) and isinstance(inner, str)):
+            new = None if outer is None else FREE
         else:
             sizes = [1] * len(shape)
             sizes[p], sizes[p + 1] = a, b
@@ -151,8 +158,7 @@ class Labelling:
                 x = int(outer[where]) if isinstance(outer, np.ndarray) else None
                 y = int(inner[where]) if isinstance(inner, np.ndarray) else None
                 if x is None:
-                    assert y is not None
-                    x = self.ix.new(y, tag) if outer is not None else self.ix.constant(a, where[p])
+                    x = self.ix.new(-1 if y is None else y, tag) if outer is not None else self.ix.constant(a, where[p])
                 if y is None:
                     y = self.ix.new(x, tag) if inner is not None else self.ix.constant(b, where[p + 1])
                 flat[where] = self.ix.pack((x, y))
@@ -186,9 +192,7 @@ class Labelling:
                     common = set(places[0]).intersection(*places[1:])
                     out[(*where, 0)] = self.ix.pack([x for x in places[0] if x in common])
                     inn[where] = [self.ix.pack([x for x in place if x not in common]) for place in places]
-                outer, inner = (
-                    self._slim(np.moveaxis(x, (-2, -1), (p, p + 1)), d) for x, d in ((out, p), (inn, p + 1))
-                )
+                outer, inner = (self.slim(np.moveaxis(x, (-2, -1), (p, p + 1)), d) for x, d in ((out, p), (inn, p + 1)))
             else:
                 self.fix(label, p, "is cut in a way that does not fit an earlier one")
                 outer = inner = None
@@ -218,7 +222,7 @@ class Labelling:
                 return False
         return False
 
-    def _slim(self, label: Array, dim: int) -> Label:
+    def slim(self, label: Array, dim: int) -> Label:
         """Drop what the label does not depend on; an axis of constants is fixed."""
         label = np.vectorize(self.ix.find, otypes=[np.int64])(label)
         for d in range(label.ndim):

@@ -7,6 +7,7 @@ if there are several).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -74,14 +75,13 @@ def _reshaped(tr: Labelling, labels: Labels, old: list[int], new: list[int]) -> 
     return labels
 
 
-def _moved(tr: Labelling, x: Tensor, order: Sequence[int]) -> Labels:
-    labels = tr.get(x)
-    order = [d % x.ndim for d in order]
+def _moved(labels: Labels, order: Sequence[int]) -> Labels:
+    order = [d % len(labels) for d in order]
     return [np.transpose(lab, order) if isinstance(lab := labels[d], np.ndarray) else lab for d in order]
 
 
 def _permute(tr: Labelling, out: Tensor, x: Tensor, dims: Sequence[int]) -> Labels:
-    return _moved(tr, x, dims)
+    return _moved(tr.get(x), dims)
 
 
 def _transpose(tr: Labelling, out: Tensor, x: Tensor, a: int = 0, b: int = 1) -> Labels:
@@ -89,7 +89,37 @@ def _transpose(tr: Labelling, out: Tensor, x: Tensor, a: int = 0, b: int = 1) ->
         return tr.get(x)
     order = list(range(x.ndim))
     order[a], order[b] = order[b], order[a]
-    return _moved(tr, x, order)
+    return _moved(tr.get(x), order)
+
+
+def _shuffled(tr: Labelling, x: Tensor, cut: Sequence[int], order: Sequence[int], out: Tensor) -> Labels:
+    """Cut axes, reorder them, and join them again."""
+    labels = _moved(_reshaped(tr, tr.get(x), list(x.shape), list(cut)), order)
+    return _reshaped(tr, labels, [cut[d] for d in order], list(out.shape))
+
+
+def _pixel_shuffle(tr: Labelling, out: Tensor, x: Tensor, r: int) -> Labels:
+    *batch, _, height, width = x.shape
+    n = len(batch)
+    order = [*range(n), n, n + 3, n + 1, n + 4, n + 2]  # channel, row, row inside, column, column inside
+    return _shuffled(tr, x, [*batch, out.shape[n], r, r, height, width], order, out)
+
+
+def _pixel_unshuffle(tr: Labelling, out: Tensor, x: Tensor, r: int) -> Labels:
+    *batch, channels, height, width = x.shape
+    n = len(batch)
+    order = [*range(n), n, n + 2, n + 4, n + 1, n + 3]
+    return _shuffled(tr, x, [*batch, channels, height // r, r, width // r, r], order, out)
+
+
+def _channel_shuffle(tr: Labelling, out: Tensor, x: Tensor, groups: int) -> Labels:
+    return _taken(tr, tr.get(x), 1, np.arange(x.shape[1]).reshape(groups, -1).T.ravel())
+
+
+def _glu(tr: Labelling, out: Tensor, x: Tensor, dim: int = -1) -> Labels:
+    dim, half = dim % x.ndim, out.shape[dim]
+    values, gates = (_taken(tr, tr.get(x), dim, np.arange(half) + start) for start in (0, half))
+    return [tr.tie(a, b, d) for d, (a, b) in enumerate(zip(values, gates, strict=True))]
 
 
 def _unsqueeze(tr: Labelling, out: Tensor, x: Tensor, dim: int) -> Labels:
@@ -123,11 +153,11 @@ def _taken(tr: Labelling, labels: Labels, dim: int, places: Any) -> Labels:
     """Only some places of an axis, in some order: they are told apart from the others."""
     label = labels[dim]
     if isinstance(label, np.ndarray):
-        axis = [int(i) for i in np.moveaxis(label, dim, 0).reshape(label.shape[dim], -1).ravel()]
-        part = set(np.moveaxis(label, dim, 0)[places].ravel().tolist())
-        if len(part) < len(set(axis)):
+        along = np.moveaxis(label, dim, 0)
+        axis, part = ({tr.ix.find(i) for i in found.ravel().tolist()} for found in (along, along[places]))
+        if len(part) < len(axis):
             inside = [tr.ix.expand(i) for i in part]
-            outside = [tr.ix.expand(i) for i in set(axis) - part]
+            outside = [tr.ix.expand(i) for i in axis - part]
             tag = tr.ix.tag("is one of few selected places" if len(part) == 1 else "")
             for slot in range(min(map(len, inside + outside))):
                 chosen = {p[slot] for p in inside}
@@ -214,8 +244,20 @@ def _cat(tr: Labelling, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) ->
 
 
 def _stack(tr: Labelling, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Labels:
+    """Each part keeps its own units; they are tied where an operator mixes along the new axis."""
+    dim %= out.ndim
     parts = [_unsqueeze(tr, out, t, dim) for t in tensors]
-    return _joined(tr, parts, [1] * len(parts), dim % out.ndim)
+    made: Labels = [FREE] * out.ndim
+    for d in range(out.ndim):
+        own = [part[d] for part in parts]
+        arrays = [lab for lab in own if isinstance(lab, np.ndarray)]
+        if len(arrays) == len(own) and len({lab.shape for lab in arrays}) == 1:
+            made[d] = tr.slim(np.concatenate(arrays, axis=dim), d)
+        else:
+            for label in own:
+                made[d] = tr.tie(made[d], label, d)
+    made[dim] = None
+    return made
 
 
 def _pad(tr: Labelling, out: Tensor, x: Tensor, pad: Sequence[int], value: Any = 0) -> Labels:
@@ -267,7 +309,7 @@ def _bmm(tr: Labelling, out: Tensor, a: Tensor, b: Tensor) -> Labels:
     # b transposed has the rank and the batch axes of a, with the contracted axis last
     other = [np.transpose(lab, swap) if isinstance(lab := right[d], np.ndarray) else lab for d in swap]
     batch: Labels = [tr.tie(left[d], other[d], d) for d in range(rank - 2)]
-    tr.tie(left[-1], other[-1], rank - 1)
+    tr.contract(left[-1], other[-1], rank - 1)
     rows = tr.collapse(left, [rank - 1])[rank - 2]
     columns = tr.collapse(other, [rank - 1])[rank - 2]
     columns = np.transpose(columns, swap) if isinstance(columns, np.ndarray) else columns
@@ -285,9 +327,26 @@ def _plus(tr: Labelling, out: Tensor, labels: Labels, bias: Tensor) -> Labels:
     return [tr.tie(lab, FREE if sizes[d] == 1 else extra[d], d) for d, lab in enumerate(labels)]
 
 
+def _grouped_mm(
+    tr: Labelling, out: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any
+) -> Labels:
+    """[n, k] x [experts, k, m], where ``offsets`` cuts the n rows into one run for each expert."""
+    if a.ndim != 2 or b.ndim != 3:
+        raise Unknown
+    left, right = tr.get(a), tr.get(b)
+    tr.fix(left[0], 0, "is shared out over experts")
+    tr.fix(right[0], 0, "is an expert's place")
+    left = [
+        lab.reshape(1, *lab.shape) if isinstance(lab, np.ndarray) else lab for lab in (None, *tr.collapse(left, [0, 1]))
+    ]
+    right = _moved(tr.collapse(right, [0, 1, 2]), [0, 2, 1])
+    tr.tie(left[2], right[2], 2)
+    return [None, lab.reshape(1, -1) if isinstance(lab := right[1], np.ndarray) else lab]
+
+
 def _mv(tr: Labelling, out: Tensor, a: Tensor, v: Tensor) -> Labels:
     left = tr.get(a)
-    tr.tie(left[1], _lead(tr.get(v), 2)[1], 1)
+    tr.contract(left[1], _lead(tr.get(v), 2)[1], 1)
     return _dropped([tr.collapse(left, [1])[0], None], [1])
 
 
@@ -372,9 +431,17 @@ def _group_norm(
     return [labels]
 
 
-def _spatial(tr: Labelling, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Pooling and resizing: batch and channels pass, the rest is moved over by a window."""
-    keep = x.ndim - (1 if "1d" in str(type(out)) else 2) if x.ndim < 4 else 2
+def _weight_norm(tr: Labelling, out: Any, v: Tensor, g: Tensor, dim: int = 0) -> list[Labels]:
+    """``g v / |v|``, the norm over all axes but one."""
+    labels = tr.get(v)
+    labels[dim] = tr.tie(labels[dim], tr.get(g)[dim], dim)
+    mixed = tr.collapse(labels, [d for d in range(v.ndim) if d != dim])
+    return [labels, [lab if d == dim else None for d, lab in enumerate(mixed)]]
+
+
+def _spatial(dims: int, tr: Labelling, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Pooling and resizing over the last axes: batch and channels pass, the rest is moved over by a window."""
+    keep = x.ndim - dims
     labels = tr.get(x)
     for d in range(keep, x.ndim):
         tr.fix(labels[d], d, "is moved over by a window")
@@ -393,6 +460,36 @@ def _embedding(tr: Labelling, out: Tensor, w: Tensor, ids: Tensor, *_: Any, **__
             ids.ndim :
         ],
     ]
+
+
+def _embedding_bag(
+    tr: Labelling, out: Sequence[Tensor], w: Tensor, ids: Tensor, *rest: Any, **options: Any
+) -> list[Labels]:
+    for t in tensors((rest, options)):
+        tr.fix_all(t, "weighs or bounds a bag")
+    return [[None, _embedding(tr, w[ids], w, ids)[-1]]]
+
+
+def _topk(tr: Labelling, out: Sequence[Tensor], x: Tensor, k: int, dim: int = -1, *_: Any, **__: Any) -> list[Labels]:
+    labels = tr.get(x)
+    dim %= x.ndim
+    tr.fix(labels[dim], dim, "is ranked")
+    labels = [None if d == dim else lab for d, lab in enumerate(tr.collapse(labels, [dim]))]
+    return [labels, list(labels)]
+
+
+def _index_put(
+    tr: Labelling, out: Tensor, x: Tensor, indices: Sequence[Tensor | None], values: Tensor, *_: Any
+) -> Labels:
+    where = [d for d, i in enumerate(indices) if i is not None]
+    if where != [0] or values.ndim != x.ndim:
+        raise Unknown
+    tr.fix_all(indices[0], "is used as an index")  # type: ignore[arg-type]
+    mine, new = tr.get(x), tr.get(values)
+    for labels in (mine, new):
+        tr.fix(labels[0], 0, "is indexed by data")
+    mine, new = (tr.collapse(labels, [0]) for labels in (mine, new))
+    return [None, *(tr.tie(a, b, d + 1) for d, (a, b) in enumerate(zip(mine[1:], new[1:], strict=True)))]
 
 
 def _index(tr: Labelling, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> Labels:
@@ -433,7 +530,7 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"), _free),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"), _reshape),
     **dict.fromkeys(("transpose", "t"), _transpose),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk"), _split),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "logsumexp", "any", "all"), _reduce),
     **dict.fromkeys(("var", "std", "var_mean", "std_mean"), _var),
     **dict.fromkeys(("linalg_vector_norm", "norm"), _norm_p),
@@ -443,13 +540,17 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(
         ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_no_update"), _batch_norm),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
-    **dict.fromkeys(
-        ("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d",
-         "upsample_bilinear2d", "max_pool2d", "mkldnn_max_pool2d"), _spatial),
+    **{name.format(n): partial(_spatial, n) for n in (1, 2, 3) for name in (
+        "max_pool{}d", "max_pool{}d_with_indices", "avg_pool{}d", "adaptive_avg_pool{}d", "_adaptive_avg_pool{}d",
+        "adaptive_max_pool{}d", "mkldnn_max_pool{}d", "upsample_nearest{}d", "_upsample_nearest_exact{}d")},
+    **{f"upsample_{kind}": partial(_spatial, int(kind[-2])) for kind in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")},
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _channel_shuffle),
     "permute": _permute, "unsqueeze": _unsqueeze, "squeeze": _squeeze, "expand": _expand, "select": _select, "slice": _slice,
-    "unbind": _unbind, "flip": _flip, "cat": _cat, "stack": _stack, "constant_pad_nd": _pad, "mv": _mv, "dot": _dot,
+    "unbind": _unbind, "flip": _flip, "cat": _cat, "stack": _stack, "constant_pad_nd": _pad, "mv": _mv, "dot": _dot, "vdot": _dot,
     "convolution": _convolution, "native_group_norm": _group_norm, "embedding": _embedding, "index": _index,
-    "index_select": _index_select, "copy": _copy,
+    "index_select": _index_select, "copy": _copy, "_prelu_kernel": _pointwise, "glu": _glu, "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_unshuffle, "_weight_norm_interface": _weight_norm, "_grouped_mm": _grouped_mm, "topk": _topk,
+    "_embedding_bag": _embedding_bag, "index_put": _index_put,
 }  # fmt: skip
 FROM_NOTHING = (_free, _expand)  # these give labels to results of tensors that carry none
 

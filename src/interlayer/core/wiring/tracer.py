@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +15,20 @@ from interlayer.core.wiring.rules import FROM_NOTHING, rule_of
 
 
 class Tracer(Labelling, TorchDispatchMode):
-    """Carries labels through every operator that the forward pass runs."""
+    """Carries labels through every operator that the forward pass runs.
+
+    Args:
+        model: What will run.
+        inputs: What goes in, in any nesting. Tensors computed from it are followed: a Python value that is read off one
+            of them is a decision by data.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        super().__init__(model)
+        # Tensors that depend on the inputs, by id: True once real numbers are involved. Masks and shapes of token ids
+        # are read in Python by many models, to no effect on the function; activations are not.
+        self.data = {id(t): t.is_floating_point() for t in tensors(inputs)}
+        self.decisions: set[str] = set()
 
     def seen(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         """Hook: note the indices of a module's output."""
@@ -31,12 +45,14 @@ class Tracer(Labelling, TorchDispatchMode):
             if name is not None:
                 self.used.add(name)
         rule = rule_of(func)
+        if torch.Tag.data_dependent_output in func.tags and any(self.data.get(id(t)) for t in given):
+            self.decisions.add(str(func))
         busy = any(lab is not None for t in given for lab in self.get(t))
         before = [(t, self.get(t)) for t in given] if func._schema.is_mutable else []
         out = func(*args, **kwargs)
         outs = tensors(out)
         made: Any = None
-        if rule is not None and (busy or rule in FROM_NOTHING):
+        if rule is not None and outs and (busy or rule in FROM_NOTHING):
             try:
                 made = rule(self, out, *args, **kwargs)
             except Unknown:
@@ -51,16 +67,30 @@ class Tracer(Labelling, TorchDispatchMode):
             self.put(t, labels)
         for t in outs[len(made) :]:
             self.put(t, [None] * t.ndim)
+        if sources := [self.data[id(t)] for t in given if id(t) in self.data]:
+            for t in outs if not before else [*outs, before[0][0]]:
+                self.data[id(t)] = self.data.get(id(t), False) or any(sources) or t.is_floating_point()
         if before and outs:
             self._written(outs[0], before)
         return out
 
     def _written(self, t: Tensor, before: list[tuple[Tensor, Labels]]) -> None:
-        """An in-place write ends what was said to be constant in tensors that share the memory."""
+        """After an in-place write, tensors that share the memory are no longer constant where it was not.
+
+        Units written where they cannot be followed are told apart by their position.
+        """
         old = next((labels for u, labels in before if u is t), [])
-        if any(isinstance(o, str) and not isinstance(n, str) for o, n in zip(old, self.labels[id(t)], strict=False)):
+        ended = [
+            n for o, n in zip(old, self.labels[id(t)], strict=False) if isinstance(o, str) and not isinstance(n, str)
+        ]
+        memory, same = t.untyped_storage().data_ptr(), view_key(t)
+        sharing = [u for u in self.alive if ended and u is not t and u.untyped_storage().data_ptr() == memory]
+        others = [u for u in sharing if view_key(u) != same]
+        if others and any(isinstance(n, np.ndarray) for n in ended):
             self.fix_all(t, "is written in place into a constant")
-            memory = t.untyped_storage().data_ptr()
-            for other in self.alive:
-                if other.untyped_storage().data_ptr() == memory:
-                    self.labels[id(other)] = [None] * other.ndim
+            self.labels[id(t)] = [None] * t.ndim
+        for u in sharing:
+            if view_key(u) == same:
+                self.labels[id(u)] = list(self.labels[id(t)])
+        for u in others:
+            self.labels[id(u)] = [None if isinstance(label, str) else label for label in self.labels[id(u)]]
