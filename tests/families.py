@@ -7,6 +7,7 @@ tensor that counts. Weights are drawn large enough for every block to matter.
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTForImageClassification,
 )
+
+from interlayer.core import recipe
+from interlayer.core.kinds import Transform
+from interlayer.testing.common import picture, same, unchanged
+from interlayer.testing.transforms import carried
 
 WIDE = {"initializer_range": 0.2}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 24, **WIDE}
@@ -152,25 +158,20 @@ NAMES = tuple(BUILD)
 
 
 @functools.cache
-def _built(name: str) -> nn.Module:
+def _built(name: str, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(sum(name.encode()))
+        torch.manual_seed(seed)
         return BUILD[name]().eval()
 
 
 def model(name: str) -> nn.Module:
     """A copy of the family's model, in eval mode."""
-    return copy.deepcopy(_built(name))
+    return copy.deepcopy(_built(name, 0))
 
 
 def other(name: str) -> nn.Module:
     """A second model of the same structure with other weights."""
-    twin = model(name)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in twin.parameters():
-            p.add_(0.5 * (p.std() if p.numel() > 1 else 1.0) * torch.randn(p.shape, generator=generator))
-    return twin
+    return copy.deepcopy(_built(name, 1))
 
 
 def batch(name: str) -> Any:
@@ -207,3 +208,30 @@ def output(net: nn.Module, given: Any) -> Tensor:
     for name in ("logits", "sample", "last_hidden_state"):
         out = getattr(out, name, out)
     return out
+
+
+def transformed(transform: Transform, name: str, folder: Path, *others: nn.Module) -> nn.Module:
+    """What a transform makes of a family, after checking what must hold for each.
+
+    The model and the others stay as they were; the result comes back from ``recipe.load`` with the same numbers, and from
+    ``from_pretrained`` too or refuses; where it generates, the cache changes no token.
+    """
+    net, given = model(name), batch(name)
+    before = [picture(m) for m in (net, *others)]
+    new = transform.plan(net, given, others=others).apply()
+    for seen, m in zip(before, (net, *others), strict=True):
+        unchanged(seen, m, f"{transform.slug} on {name}")
+    out = output(new.eval(), given)
+    assert out.isfinite().all()
+    recipe.save(new, folder)
+    same(
+        output(recipe.load(folder, base=functools.partial(model, name) if name in PLAIN else None), given), out, "load"
+    )
+    if name not in PLAIN:
+        carried(new, given)
+    if hasattr(new, "generate") and new.can_generate():
+        ids = given["input_ids"]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        tokens = [new.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=c) for c in (True, False)]
+        assert torch.equal(*tokens)
+    return new

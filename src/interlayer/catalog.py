@@ -116,11 +116,10 @@ class System:
 
     @property
     def options(self) -> dict[str, str]:
-        """Keyword options of the constructor (or of ``plan``) with their defaults, read from the source."""
+        """Keyword options of the constructor with their defaults, read from the source."""
         node = self._class
-        wanted = "plan" if self.kind == "transform" else "__init__"
         for f in node.body if node else ():
-            if isinstance(f, ast.FunctionDef) and f.name == wanted:
+            if isinstance(f, ast.FunctionDef) and f.name == "__init__":
                 pairs = zip(f.args.kwonlyargs, f.args.kw_defaults, strict=True)
                 return {a.arg: ast.unparse(d) if d else "required" for a, d in pairs}
         return {}

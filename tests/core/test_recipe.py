@@ -106,13 +106,13 @@ def test_ties_made_after_building_come_back(tmp_path):
 
 def test_steps_are_kept_through_copies_saves_and_loads(tmp_path):
     model = base_net()
-    plan_structure = {"modules": ["0"]}
+    plan_structure = {"masks": ["0.weight"]}
     weights.mask(model[0], "weight", torch.rand(3, 3) > 0.5)
     recipe.record(model, "lamp", {"sparsity": 0.5}, plan_structure)
-    plan_structure["modules"].append("2")  # the record is a copy
+    plan_structure["masks"].append("2.weight")  # the record is a copy
     recipe.save(model, tmp_path)
     new = recipe.load(tmp_path, base=base_net)
-    assert recipe.steps(new) == [{"system": "lamp", "options": {"sparsity": 0.5}, "structure": {"modules": ["0"]}}]
+    assert recipe.steps(new) == [{"system": "lamp", "options": {"sparsity": 0.5}, "structure": {"masks": ["0.weight"]}}]
     same(model, new)
     baked = weights.bake(model)
     recipe.save(baked, tmp_path)

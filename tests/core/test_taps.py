@@ -59,6 +59,24 @@ def test_patch_by_tensor_number_and_function_is_exact():
     torch.testing.assert_close(seen["blocks.0"][:, 1], 2 * model.blocks[0].inner(x)[:, 1])
 
 
+def test_changes_of_one_module_act_in_their_order():
+    model, x = nn.Sequential(nn.Linear(3, 3)), torch.randn(4, 3)
+    plain = model(x)
+
+    def triple(h):
+        return 3 * h
+
+    def more(h):
+        return h + 1
+
+    with taps.patch(model, {"0": triple, "*": more}):
+        torch.testing.assert_close(model(x), 3 * plain + 1)
+    with taps.patch(model, {"*": more, "0": triple}):
+        torch.testing.assert_close(model(x), 3 * (plain + 1))
+    with taps.patch(model, {"0": 7.0, "*": triple}):
+        torch.testing.assert_close(model(x), torch.full((4, 3), 21.0))
+
+
 def test_patched_output_keeps_the_container():
     Named = namedtuple("Named", "a b")
     old, new = Named(None, [torch.zeros(2), 3]), torch.ones(2)
@@ -117,7 +135,15 @@ def test_at_rest_puts_everything_back():
 def test_feed_takes_tensors_mappings_pairs_and_lists():
     model = nn.Linear(2, 1)
     x = torch.randn(3, 2)
-    for data, times in ((x, 1), ((x, 0), 1), ({"input": x}, 1), ([x, x], 2), ([(x, 0)], 1), ([{"input": x}], 1)):
+    for data, times in (
+        (x, 1),
+        ((x, 0), 1),
+        (({"input": x}, 0), 1),
+        ({"input": x}, 1),
+        ([x, x], 2),
+        ([(x, 0)], 1),
+        ([{"input": x}], 1),
+    ):
         outs = list(taps.feed(model, data))
         assert len(outs) == times and torch.equal(outs[0], model(x))
 

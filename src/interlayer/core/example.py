@@ -37,11 +37,11 @@ class Example:
     Args:
         make: Builds the component, drawing from torch's global generator.
         inputs: Makes the inputs, drawing from the same.
-        options: Keyword options for a transform's ``plan``, or a function of the model that gives them.
+        others: The other models that a transform's ``plan`` takes, made from the first.
         odd: Inputs of odd sizes, such as a prime length, where the layer allows several.
-        wrong: Inputs of a wrong shape, which must raise ``ValueError`` or ``TypeError``; one feature more unless told.
+        wrong: Inputs of a wrong shape, which must raise ``ValueError`` or ``TypeError``. Defaults to one feature more.
         hf: The inputs of a transform with an unmodified Hugging Face model in place of the plain one.
-        nothing: Inputs of a transform in which there is nothing to do; a model without parameters unless told.
+        nothing: Inputs of a transform in which there is nothing to do. Defaults to a model without parameters.
         train: For a model: gives ``(score, trivial)``, two losses of which the first must be the lower, after a real
             training run.
         planted: For a probe: whether its finding has what the example planted.
@@ -50,7 +50,7 @@ class Example:
 
     make: Callable[[], Any]
     inputs: Callable[[], tuple[Any, ...]]
-    options: Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]] = field(default_factory=dict)
+    others: Callable[[nn.Module], tuple[nn.Module, ...]] = lambda model: ()
     odd: Callable[[], tuple[Any, ...]] | None = None
     wrong: Callable[[], tuple[Any, ...]] | None = None
     hf: Callable[[], tuple[Any, ...]] | None = None

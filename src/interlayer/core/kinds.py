@@ -6,7 +6,7 @@ A layer or a model is an ordinary ``torch.nn.Module`` and needs no base class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -50,22 +50,41 @@ class Plan:
 
 
 class Transform(ABC):
-    """Something done to a trained model: ``plan(model, data, **options)``, then ``apply()``.
+    """Something done to a trained model: options in the constructor, ``plan(model, data)``, then ``apply()``.
 
-    A subclass names its catalogue ``slug`` and gives two methods. ``plan`` decides. ``restore`` puts the structure of a
-    saved result (the JSON-able dict that ``plan(...).apply()`` recorded with ``recipe.record``) onto a fresh base model,
-    in place and without data, so that the saved weights fit.
+    A subclass names its catalogue ``slug``, takes its options as keywords that all have defaults, and gives two methods.
+    ``plan`` decides. ``restore`` puts the structure of a saved result (the JSON-able dict that ``plan(...).apply()``
+    recorded with ``recipe.record``) onto a fresh base model, in place and without data, so that the saved weights fit.
     """
 
     slug: ClassVar[str]
 
     @abstractmethod
-    def plan(self, model: nn.Module, data: Any = None, **options: Any) -> Plan:
-        """Say what will be touched and what will not, and why. Never changes ``model``. Nothing to do is an error."""
+    def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
+        """Say what will be touched and what will not, and why. Never changes ``model``. Nothing to do is an error.
+
+        Args:
+            model: The trained model.
+            data: Batches as ``taps.feed`` takes them, where the method needs any.
+            others: Further trained models, where the method takes any (merging).
+        """
 
     @abstractmethod
     def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         """Rebuild on ``model`` (a base with fresh weights) the structure that ``apply`` recorded; return the model."""
+
+    def take(self, others: Sequence[nn.Module], count: int) -> Sequence[nn.Module]:
+        """The other models, which must be ``count``.
+
+        Raises:
+            ValueError: There are more or fewer.
+        """
+        if len(others) != count:
+            raise ValueError(
+                f"{self.slug}: {len(others)} other models; wanted {count or 'none'}. "
+                + ("Pass them as others=(model, ...)." if count else "Leave out others.")
+            )
+        return others
 
 
 class Rule(ABC):

@@ -201,12 +201,20 @@ def feed(model: nn.Module, data: Any) -> Iterator[Any]:
     Args:
         model: Any module.
         data: One batch or an iterable of batches. A batch is a tensor, a mapping of keyword arguments (Hugging Face),
-            or a tuple whose first item is the input (the rest are targets).
+            or a tuple whose first item is one of these (the rest are targets).
     """
     if isinstance(data, Tensor | Mapping | tuple):
         data = (data,)
     for batch in data:
-        if isinstance(batch, Mapping):
-            yield model(**batch)
-        else:
-            yield model(batch[0] if isinstance(batch, tuple | list) else batch)
+        args, kwargs = arguments(batch)
+        yield model(*args, **kwargs)
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a model is called on a batch: its positional and its keyword arguments; targets are left out.
+
+    >>> arguments({"input_ids": 1}), arguments(("inputs", "targets"))
+    (((), {'input_ids': 1}), (('inputs',), {}))
+    """
+    inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})

@@ -330,7 +330,7 @@ def _rule(arm: Arm, model: nn.Module, task: Task, lr: float | None) -> Rule:
 def _transform(arm: Arm, model: nn.Module, data: list[tuple[Any, Tensor]], plan_only: bool = False) -> nn.Module:
     assert arm.transform is not None
     slug, options = arm.transform
-    plan = catalog.get(slug).resolve()().plan(copy.deepcopy(model), data, **options)
+    plan = catalog.get(slug).resolve()(**options).plan(copy.deepcopy(model), data)
     return model if plan_only else plan.apply()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interlayer.core import recipe
+from interlayer.core import recipe, taps
 from interlayer.core.example import Example
 from interlayer.core.kinds import Plan, Transform
 from interlayer.testing.common import finite, make, picture, require, same, seeded, unchanged
@@ -28,9 +28,9 @@ def _given(inputs: Callable[[], tuple[Any, ...]], seed: int = 100) -> Given:
 def _plan(example: Example, model: nn.Module, data: Any) -> Plan:
     transform = make(example.make)
     require(isinstance(transform, Transform), f"make() gave {type(transform).__name__}; wanted a Transform")
-    options = make(lambda: example.options(model) if callable(example.options) else example.options)
+    others = make(lambda: example.others(model))
     with seeded(5):
-        return transform.plan(model, data, **options)
+        return transform.plan(model, data, others=others)
 
 
 def _result(example: Example, model: nn.Module, data: Any) -> nn.Module:
@@ -125,6 +125,49 @@ def _fresh(model: nn.Module) -> nn.Module:
     return base
 
 
+def pretrained(example: Example) -> None:
+    """``save_pretrained`` and ``from_pretrained`` give the same numbers, or ``save_pretrained`` refuses with the way out."""
+    require(example.hf is not None, "the example has no hf inputs")
+    assert example.hf is not None
+    model, data = _given(example.hf)
+    carried(_result(example, model, data), data)
+
+
+def carried(result: nn.Module, data: Any) -> str:
+    """The refusal of a Hugging Face or diffusers model to be saved in its own format; empty where it comes back whole.
+
+    Args:
+        result: What a transform made of the model.
+        data: One batch, as ``taps.feed`` takes it.
+
+    Raises:
+        AssertionError: The model came back with other numbers, or refused without a way out.
+    """
+    held: Any = result
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            held.save_pretrained(folder)
+        except ValueError as error:
+            require("interlayer.save" in str(error), f"save_pretrained refuses without the way out: {error}")
+            return str(error)
+        again = type(held).from_pretrained(folder)
+    with torch.no_grad():
+        outputs = [next(taps.feed(m.eval(), data)) for m in (held, again)]
+    same(outputs[0], outputs[1], "the model that from_pretrained gives")
+    return ""
+
+
+def others(example: Example) -> None:
+    """Other models that the transform does not take are a ValueError, not ignored."""
+    model, data = _given(example.inputs)
+    given = make(lambda: example.others(model))
+    try:
+        make(example.make).plan(model, data, others=(*given, copy.deepcopy(model)))
+    except ValueError:
+        return
+    raise AssertionError(f"a plan with {len(given) + 1} other models instead of {len(given)} raises no ValueError")
+
+
 def seed(example: Example) -> None:
     """The same seed gives the same result, to the bit."""
     first, second = (list(_result(example, *_given(example.inputs)).state_dict().values()) for _ in range(2))
@@ -152,6 +195,8 @@ TRANSFORM: dict[str, Callable[[Example], None]] = {
     "plain": plain,
     "hf": hf,
     "saved": saved,
+    "pretrained": pretrained,
+    "others": others,
     "seed": seed,
     "nothing": nothing,
 }

@@ -1,6 +1,7 @@
 import copy
 import itertools
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def test_a_shuffled_copy_is_found_back(method):
     other = copy.deepcopy(model)
     other.load_state_dict(wiring.permute(model.state_dict(), wiring.random(3)))
     data = [(x, torch.randint(0, 3, (64,)))]
-    aligned = GitRebasin().plan(model, data, other=other, method=method, merge=None, steps=3).apply()
+    aligned = GitRebasin(method=method, merge=None, steps=3).plan(model, data, others=(other,)).apply()
     assert not same(other, model) and same(aligned, model)
 
 
@@ -61,7 +62,7 @@ def test_the_function_is_preserved_and_both_models_are_left_alone(method):
     a, b = convnet(0).double(), convnet(1).double()
     x = torch.randn(8, 2, 8, 8, dtype=torch.float64)
     before = copy.deepcopy(a), copy.deepcopy(b)
-    plan = GitRebasin().plan(a, [(x, torch.randint(0, 3, (8,)))], other=b, method=method, merge=None, steps=4)
+    plan = GitRebasin(method=method, merge=None, steps=4).plan(a, [(x, torch.randint(0, 3, (8,)))], others=(b,))
     aligned = plan.apply()
     assert {r.what for r in plan.touched} == {"permute 6 units, 7 axes", "permute 8 units, 7 axes"}
     assert any("reaches the output" in r.why for r in plan.skipped)
@@ -78,13 +79,13 @@ def test_weight_matching_on_gpt2_aligns_heads_and_keeps_the_function(tmp_path):
     torch.manual_seed(0)
     a, b = (transformers.GPT2LMHeadModel(config).double().eval() for _ in range(2))
     batch = {"input_ids": torch.randint(0, 30, (2, 6))}
-    aligned = GitRebasin().plan(a, batch, other=b, merge=None).apply()
+    aligned = GitRebasin(merge=None).plan(a, batch, others=(b,)).apply()
     assert torch.allclose(aligned(**batch).logits, b(**batch).logits, rtol=1e-9, atol=1e-12)
     gains = [agreement(a.state_dict(), m.state_dict(), names(a)) for m in (b, aligned)]
     assert gains[1] > gains[0]
-    activation = GitRebasin().plan(a, batch, other=b, merge=None, method="activations").apply()
+    activation = GitRebasin(merge=None, method="activations").plan(a, batch, others=(b,)).apply()
     assert torch.allclose(activation(**batch).logits, b(**batch).logits, rtol=1e-9, atol=1e-12)
-    merged = GitRebasin().plan(a, batch, other=b, merge=0.5).apply()
+    merged = GitRebasin(merge=0.5).plan(a, batch, others=(b,)).apply()
     recipe.save(merged, tmp_path / "merged")
     assert torch.equal(recipe.load(tmp_path / "merged")(**batch).logits, merged(**batch).logits)
 
@@ -134,7 +135,7 @@ def test_a_group_on_both_axes_of_a_weight_never_gets_worse():
     assert min(gains) >= 0 and sum(g > 0.1 for g in gains) >= 2
 
 
-def test_straight_through_returns_the_least_midpoint_loss_met():
+def trained_pair():
     torch.manual_seed(0)
     x = torch.randn(128, 6)
     y = (x[:, 0] * x[:, 1] > 0).long()
@@ -145,9 +146,14 @@ def test_straight_through_returns_the_least_midpoint_loss_met():
             optimiser.zero_grad()
             F.cross_entropy(net(x), y).backward()
             optimiser.step()
+    return a, b, x, y
+
+
+def test_straight_through_returns_the_least_midpoint_loss_met():
+    a, b, x, y = trained_pair()
 
     def midpoint(method, **options):
-        merged = GitRebasin().plan(a, [(x, y)], other=b, method=method, **options).apply()
+        merged = GitRebasin(method=method, **options).plan(a, [(x, y)], others=(b,)).apply()
         return F.cross_entropy(merged(x), y).item()
 
     assert midpoint("straight-through", steps=15, lr=0.05) <= midpoint("straight-through", steps=1)
@@ -211,16 +217,102 @@ def test_counterexample_of_the_paper_has_a_barrier_under_every_permutation():
         assert ends_a == ends_b == 0 and gap > 0.1
 
 
+def test_barrier_subtracts_the_mean_of_both_ends():
+    a, b = (nn.Linear(1, 1, bias=False) for _ in range(2))
+    with torch.no_grad():
+        a.weight.fill_(0.0), b.weight.fill_(1.0)
+    assert barrier(a, b, lambda m: 1 + 4 * m.weight.item()) == pytest.approx(2.0)
+    assert barrier(b, a, lambda m: 1 + 4 * m.weight.item()) == pytest.approx(2.0)
+    bump = barrier(a, b, lambda m: m.weight.item() + 10 * (0.4 < m.weight.item() < 0.6), points=3)
+    assert bump == pytest.approx(0.5 + 10 - 0.5)
+
+
+def test_straight_through_compares_candidates_on_the_first_batch():
+    """A second batch on which everything has a small loss must not decide which candidate is the best."""
+    a, b, x, y = trained_pair()
+    data, judged = [(x, y), (torch.zeros(64, 6), y[:64]), (x[:2], y[:2])], []
+
+    def loss(out, target):
+        value = F.cross_entropy(out, target)
+        if not value.requires_grad:
+            judged.append(value.item())
+        return value
+
+    transform = GitRebasin(method="straight-through", loss=loss, steps=9, lr=3.0)
+    merged = transform.plan(a, data, others=(b,)).apply()
+    assert len(judged) == 9 and len(set(judged)) > 3 and judged[-1] > min(judged)
+    assert F.cross_entropy(merged(x), y).item() == pytest.approx(min(judged), rel=1e-5)
+
+
+def test_activation_matching_says_what_it_cannot_see():
+    a, b, x = families.model("unnamed"), families.other("unnamed"), families.batch("unnamed")
+    with pytest.raises(ValueError, match=r"no module of Unnamed gives out the units.*Use method='weights'"):
+        GitRebasin(method="activations").plan(a, x, others=(b,))
+    half = [nn.Sequential(net, nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for net in (a, b)]
+    plan = GitRebasin(method="activations").plan(half[0], x, others=(half[1],))
+    assert "1.weight:0" in [r.name for r in plan.touched]
+    assert {r.name: r.why for r in plan.skipped}["0.kernel:1"].startswith("no module gives out their activations")
+
+
+# Families whose units activation matching cannot see, with the reason.
+UNSEEN = {"unnamed": "no module of Unnamed gives out the units of a group"}
+MATCHED = [
+    *(("weights", name) for name in families.NAMES),
+    *(("activations", name) for name in (*families.PLAIN, "gpt2", "vit")),
+]
+
+
+@pytest.mark.parametrize(("method", "name"), MATCHED)
+def test_families(method, name, tmp_path):
+    other, given = families.other(name), families.batch(name)
+    transform = GitRebasin(method=method, merge=None, output="logits" if hasattr(other, "generate") else None)
+    if method == "activations" and name in UNSEEN:
+        with pytest.raises(ValueError, match=UNSEEN[name]):
+            transform.plan(families.model(name), given, others=(other,))
+        return
+    aligned = families.transformed(transform, name, tmp_path, other)
+    expected = families.output(other, given)
+    torch.testing.assert_close(families.output(aligned, given), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+    assert not same(aligned, other)
+
+
+def test_a_choice_by_data_is_refused():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x):
+            h = self.enter(x)
+            return self.a(h) if h.sum() > 0 else self.b(h)
+
+    with pytest.raises(ValueError, match="reads a Python value off its activations"):
+        GitRebasin().plan(Branch(), torch.randn(3, 4), others=(Branch(),))
+
+
+def test_a_module_registered_twice_is_matched_and_left_alone():
+    a, b, x = families.model("twice"), families.other("twice"), families.batch("twice")
+    before = a(x)
+    data = [(x, torch.tensor([0, 1]))]
+    for method in METHODS:
+        aligned = GitRebasin(method=method, merge=None, steps=2).plan(a, data, others=(b,)).apply()
+        assert aligned.layers[0] is aligned.layers[2] and torch.allclose(aligned(x), b(x), atol=1e-6)
+        assert torch.equal(a(x), before)
+
+
 def test_clear_errors():
     a = mlp(4, 6, 3)
     x = torch.randn(2, 4)
-    with pytest.raises(ValueError, match="unknown method 'magic'"):
-        GitRebasin().plan(a, x, other=a, method="magic")
+    with pytest.raises(ValueError, match="method was 'magic'; wanted one of weights"):
+        GitRebasin(method="magic")
     with pytest.raises(ValueError, match="at least one batch"):
-        GitRebasin().plan(a, other=a)
+        GitRebasin().plan(a, others=(a,))
     with pytest.raises(ValueError, match=r"differ at '0.weight'.*\(6, 4\).*\(7, 4\)"):
-        GitRebasin().plan(a, x, other=mlp(4, 7, 3))
+        GitRebasin().plan(a, x, others=(mlp(4, 7, 3),))
     with pytest.raises(ValueError, match="nothing to permute in Linear"):
-        GitRebasin().plan(nn.Linear(4, 3), x, other=nn.Linear(4, 3))
+        GitRebasin().plan(nn.Linear(4, 3), x, others=(nn.Linear(4, 3),))
     with pytest.raises(ValueError, match="needs \\(inputs, targets\\)"):
-        GitRebasin().plan(a, x, other=a, method="straight-through")
+        GitRebasin(method="straight-through").plan(a, x, others=(a,))
+    for others in ((), (a, a)):
+        with pytest.raises(ValueError, match=r"git-rebasin: \d other models; wanted 1"):
+            GitRebasin().plan(a, x, others=others)

@@ -28,7 +28,7 @@ from interlayer.core.wiring.groups import Group, Member, Wiring, checked, collec
 from interlayer.core.wiring.labels import tensors
 from interlayer.core.wiring.tracer import Tracer
 
-__all__ = ["Group", "Member", "Wiring", "run", "trace"]
+__all__ = ["Group", "Member", "Wiring", "counted", "run", "trace"]
 
 
 def trace(model: nn.Module, *inputs: Any, output: str | Callable[[Any], Any] | None = None, **kwargs: Any) -> Wiring:

@@ -61,8 +61,8 @@ def _aligned(a: nn.Module, b: nn.Module, arm: str, seed: int, steps: int) -> nn.
     x, y = _train()
     if arm in METHODS:
         data = list(zip(x.split(256), y.split(256), strict=True))
-        plan = GitRebasin().plan(a, data, other=b, method=arm, merge=None, steps=steps, seed=seed)  # type: ignore[arg-type]
-        return plan.apply()
+        transform = GitRebasin(method=arm, merge=None, steps=steps, seed=seed)  # type: ignore[arg-type]
+        return transform.plan(a, data, others=(b,)).apply()
     moved = copy.deepcopy(b)
     if arm == "random":
         wiring = trace(a, x[:2])

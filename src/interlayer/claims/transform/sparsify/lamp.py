@@ -54,11 +54,11 @@ def fewest(arm: str, model: nn.Module) -> float:
 
 def prune(model: nn.Module, arm: str, sparsity: float) -> nn.Module:
     """Prune once."""
+    scope = "lamp" if arm == REVERSED else arm
+    pruned = Lamp(sparsity=sparsity, scope=scope, bake=False).plan(model).apply()  # type: ignore[arg-type]
     if arm != REVERSED:
-        return Lamp().plan(model, sparsity=sparsity, scope=arm).apply()
-    pruned = (
-        Lamp().plan(model, sparsity=sparsity).apply()
-    )  # LAMP's densities, the last layer's given to the first and so on
+        return pruned
+    # LAMP's densities, the last layer's given to the first and so on.
     masks = weights.masks(pruned)
     wanted = [
         m.double().mean().item() * w.numel() for m, w in zip(reversed(masks.values()), masks.values(), strict=True)

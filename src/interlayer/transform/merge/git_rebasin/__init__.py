@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.core import recipe
+from interlayer.core import recipe, taps
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 Method = Literal["weights", "activations", "straight-through"]
+METHODS = get_args(Method)
 
 
 class GitRebasin(Transform):
@@ -52,105 +53,119 @@ class GitRebasin(Transform):
     straight-through matching (algorithm 2) learns the permutation from the loss at the midpoint. Which axes are tied is
     found by ``interlayer.core.wiring``, so any network that can be run can be matched: also attention heads.
 
-    ``plan(model, data, other=...)`` takes:
+    ``plan(model, data, others=(other,))`` takes the model that stays, batches as ``taps.feed`` takes them, and the model
+    whose units are permuted, of the same structure. The first batch is used for tracing. Activation matching, the loss of
+    straight-through matching (targets needed) and batch-norm statistics use all of them. No model is changed.
 
     Args:
-        model: The model that stays. Neither model is changed.
-        data: Batches as ``taps.feed`` takes them; the first one is used for tracing. Activation matching, the loss of
-            straight-through matching (targets needed) and batch-norm statistics use all of them.
-        other: A model of the same structure; its units are permuted.
         method: ``"weights"``, ``"activations"`` or ``"straight-through"``.
-        merge: Weight of ``other`` in the merged model; None returns the aligned ``other``, the same function as before.
-        loss: Straight-through matching: ``loss(output, target)``; cross-entropy if not given.
+        merge: Weight of the other model in the merged one; None returns the aligned other, the same function as before.
+        output: The field of the model's output that must stay the same, such as ``"logits"``; see ``wiring.trace``. By
+            default all of them, which pins units that show in an encoder's states beside the logits.
+        loss: Straight-through matching: ``loss(output, target)``. Defaults to cross-entropy.
         steps: Straight-through matching: gradient steps.
         lr: Straight-through matching: step size.
         seed: Order in which groups are visited.
 
     Raises:
-        ValueError: No data, models of different structure, or no units that can be permuted.
+        ValueError: An unknown method; from ``plan``: no data, models of different structure, no units that can be
+            permuted or matched, or a model whose wiring one pass does not show (see ``wiring.trace``).
 
     Examples:
         >>> import torch
         >>> from torch import nn
         >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
         >>> x = torch.randn(5, 4)
-        >>> aligned = GitRebasin().plan(a, x, other=b, merge=None).apply()
+        >>> aligned = GitRebasin(merge=None).plan(a, x, others=(b,)).apply()
         >>> torch.allclose(aligned(x), b(x), atol=1e-6)
         True
     """
 
     slug: ClassVar[str] = "git-rebasin"
 
-    def plan(  # type: ignore[override]
+    def __init__(
         self,
-        model: nn.Module,
-        data: Any = None,
         *,
-        other: nn.Module,
         method: Method = "weights",
         merge: float | None = 0.5,
+        output: str | None = None,
         loss: Loss | None = None,
         steps: int = 100,
         lr: float = 0.01,
         seed: int = 0,
-    ) -> Plan:
-        """See the class."""
-        if method not in ("weights", "activations", "straight-through"):
-            raise ValueError(f"GitRebasin: unknown method {method!r}; wanted weights, activations or straight-through.")
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"git-rebasin: method was {method!r}; wanted one of {', '.join(METHODS)}.")
+        self.method, self.merge, self.output = method, merge, output
+        self.loss, self.steps, self.lr, self.seed = loss or F.cross_entropy, steps, lr, seed
+
+    def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
+        """Find which units can be permuted."""
+        (other,) = self.take(others, 1)
         batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data or ())
         if not batches:
-            raise ValueError("GitRebasin: no data; wanted at least one batch, to trace the model with.")
-        if method == "straight-through" and not all(isinstance(b, tuple | list) and len(b) > 1 for b in batches):
-            raise ValueError("GitRebasin: straight-through matching needs (inputs, targets) batches.")
+            raise ValueError("git-rebasin: no data; wanted at least one batch, to trace the model with.")
+        if self.method == "straight-through" and not all(isinstance(b, tuple | list) and len(b) > 1 for b in batches):
+            raise ValueError("git-rebasin: straight-through matching needs (inputs, targets) batches.")
         ours, theirs = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (model, other))
         if ours != theirs:
             odd = next(n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n))
             raise ValueError(
-                f"GitRebasin: the models differ at {odd!r}: {ours.get(odd)} here, {theirs.get(odd)} in other. "
+                f"git-rebasin: the models differ at {odd!r}: {ours.get(odd)} here, {theirs.get(odd)} in the other. "
                 "Both need the same structure."
             )
-        first = batches[0]
-        if isinstance(first, Mapping):
-            wiring = trace(model, **first)
-        else:
-            wiring = trace(model, first[0] if isinstance(first, tuple | list) else first)
+        args, kwargs = taps.arguments(batches[0])
+        wiring = trace(model, *args, output=self.output, **kwargs)
         if not wiring.groups:
             why = "; ".join(sorted(set(wiring.fixed.values())))
-            raise ValueError(f"GitRebasin: nothing to permute in {type(model).__name__}: {why}.")
+            raise ValueError(f"git-rebasin: nothing to permute in {type(model).__name__}: {why}.")
+        matched = [g for g in wiring.groups.values() if self.method != "activations" or g.outputs]
+        if not matched:
+            raise ValueError(
+                f"git-rebasin: no module of {type(model).__name__} gives out the units of a group, so their activations "
+                "can't be read and nothing would be matched. Use method='weights'."
+            )
 
         def build() -> nn.Module:
             moving = {k: v for k, v in other.state_dict().items() if isinstance(v, Tensor)}
-            if method == "weights":
+            if self.method == "weights":
                 names = [n for n, _ in model.named_parameters()]
-                state = match_weights(wiring, model.state_dict(), moving, names=names, seed=seed)
-            elif method == "activations":
+                state = match_weights(wiring, model.state_dict(), moving, names=names, seed=self.seed)
+            elif self.method == "activations":
                 state = match_activations(wiring, model, other, batches)
             else:
                 state = match_straight_through(
-                    wiring, model, moving, batches, loss=loss or F.cross_entropy, steps=steps, lr=lr, seed=seed
-                )
+                    wiring, model, moving, batches, output=self.output, loss=self.loss, steps=self.steps, lr=self.lr,
+                    seed=self.seed,
+                )  # fmt: skip
             aligned = copy.deepcopy(other)
             aligned.load_state_dict({**other.state_dict(), **state})
-            out = aligned if merge is None else interpolate(model, aligned, merge, batches)
-            recipe.record(out, self.slug, {"method": method, "merge": merge, "seed": seed}, {})
+            out = aligned if self.merge is None else interpolate(model, aligned, self.merge, batches)
+            recipe.record(out, self.slug, options, {})
             return out
 
-        touched = [Row(g.name, f"permute {g.size} units, {len(g.members)} axes") for g in wiring.groups.values()]
-        skipped = [Row(name, f"axis {dim} stays", why) for (name, dim), why in wiring.fixed.items()]
-        return Plan(self.slug, {"method": method, "merge": merge, "seed": seed}, touched, skipped, build)
+        options = {"method": self.method, "merge": self.merge, "seed": self.seed}
+        touched = [Row(g.name, f"permute {g.size} units, {len(g.members)} axes") for g in matched]
+        skipped = [
+            Row(g.name, f"{g.size} units stay", "no module gives out their activations; method='weights' matches them")
+            for g in wiring.groups.values()
+            if g not in matched
+        ]
+        skipped += [Row(name, f"axis {dim} stays", why) for (name, dim), why in wiring.fixed.items()]
+        return Plan(self.slug, options, touched, skipped, build)
 
     def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         """The result has the structure of the base: nothing to do."""
         return model
 
 
-def _perturbed(model: nn.Module) -> dict[str, Any]:
+def _perturbed(model: nn.Module) -> tuple[nn.Module, ...]:
     """A second model: the first with noise on its weights."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for weight in other.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
-    return {"other": other}
+    return (other,)
 
 
 def _plain() -> tuple[Any, ...]:
@@ -165,4 +180,4 @@ def _gpt2() -> tuple[Any, ...]:
     return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
 
 
-EXAMPLE = Example(make=GitRebasin, inputs=_plain, hf=_gpt2, options=_perturbed)
+EXAMPLE = Example(make=GitRebasin, inputs=_plain, hf=_gpt2, others=_perturbed)

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from interlayer.core import taps
-from interlayer.core.wiring import Group, Member, Wiring
+from interlayer.core.wiring import Group, Member, Wiring, counted, run
 
 State = Mapping[str, Tensor]
 Loss = Callable[[Any, Any], Tensor]
@@ -139,31 +139,40 @@ def match_straight_through(
     steps: int,
     lr: float,
     seed: int = 0,
+    output: str | None = None,
 ) -> dict[str, Tensor]:
     """Straight-through matching: find the permutation whose midpoint with ``model`` has the least loss.
 
     Free weights start at those of ``model``. Each step projects: it permutes ``moving`` to agree with the free weights.
     The loss is taken at the midpoint of ``model`` and the projection, and its gradient goes to the free weights as if
-    they had been the projection. Of all projections met, the one with the least midpoint loss is returned.
+    they had been the projection. Steps take the batches in turn; the projections are compared on the first batch, and the
+    one with the least midpoint loss there is returned.
     """
     fixed = {n: p.detach() for n, p in model.named_parameters()}
     free = {n: p.clone().requires_grad_() for n, p in fixed.items()}
     buffers = {n: b.detach() for n, b in model.named_buffers()}
     optimiser = torch.optim.SGD(list(free.values()), lr=lr, momentum=0.9)
     state, best, least = dict(moving), dict(moving), float("inf")
+
+    def midpoint(weights: State, batch: Any) -> Tensor:
+        tied = {alias: weights[name] for alias, name in wiring.aliases.items() if name in weights}
+        args, kwargs = taps.arguments(batch)
+        out = run(model, {**weights, **tied}, *args, **kwargs)
+        return loss(out if output is None else counted(out, output)[0], batch[1])
+
     with taps.at_rest(model), torch.enable_grad():
         for step in range(steps):
             state = match_weights(
                 wiring, {n: p.detach() for n, p in free.items()}, state, names=fixed, seed=seed + step
             )
             middle = {n: (fixed[n] + state[n].detach() + (free[n] - free[n].detach())) / 2 for n in fixed}
-            kept = {n: (b + state[n]) / 2 if b.is_floating_point() and n in state else b for n, b in buffers.items()}
-            batch = batches[step % len(batches)]
-            value = loss(torch.func.functional_call(model, middle | kept, (batch[0],), tie_weights=True), batch[1])
-            if value.item() < least:
-                best, least = dict(state), value.item()
+            middle |= {n: (b + state[n]) / 2 if b.is_floating_point() and n in state else b for n, b in buffers.items()}
+            with torch.no_grad():
+                judged = midpoint(middle, batches[0]).item()
+            if judged < least:
+                best, least = dict(state), judged
             optimiser.zero_grad()
-            value.backward()
+            midpoint(middle, batches[step % len(batches)]).backward()
             optimiser.step()
     return best
 

@@ -1,0 +1,42 @@
+"""Results that Hugging Face's own format cannot carry refuse ``save_pretrained``, with the way out."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def guard(model: nn.Module, why: str = "") -> nn.Module:
+    """Make ``save_pretrained`` of a Hugging Face or diffusers model raise, in place; other models are left alone.
+
+    ``from_pretrained`` builds the class of the configuration and fills in weights by name. Of anything else, such as a
+    mask or a block that runs twice, it would lose a part without an error.
+
+    Args:
+        model: The result of a transform.
+        why: What the format cannot carry, and the way out. By default that is computed weights: the model saves again
+            as soon as it has none.
+
+    Examples:
+        >>> model = guard(nn.Linear(2, 1))  # no save_pretrained, nothing to guard
+        >>> hasattr(model, "save_pretrained")
+        False
+    """
+    if hasattr(model, "save_pretrained"):
+        model._cannot_carry = why  # type: ignore[assignment]
+        model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
+    return model
+
+
+def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    why = self._cannot_carry
+    if not why and any(parametrize.is_parametrized(m) for m in self.modules()):
+        why = "masked weights, which it cannot carry. Make them plain with interlayer.core.weights.bake(model) first"
+    if why:
+        raise ValueError(
+            f"save_pretrained: {type(self).__name__} has {why}, or keep all of it with interlayer.save(model, directory)."
+        )
+    return type(self).save_pretrained(self, *args, **kwargs)
