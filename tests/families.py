@@ -210,11 +210,12 @@ def output(net: nn.Module, given: Any) -> Tensor:
     return out
 
 
-def transformed(transform: Transform, name: str, folder: Path, *others: nn.Module) -> nn.Module:
+def transformed(transform: Transform, name: str, folder: Path, *others: nn.Module, refuses: str = "") -> nn.Module:
     """What a transform makes of a family, after checking what must hold for each.
 
     The model and the others stay as they were; the result comes back from ``recipe.load`` with the same numbers, and from
-    ``from_pretrained`` too or refuses; where it generates, the cache changes no token.
+    ``from_pretrained`` too, unless ``save_pretrained`` refuses for the reason ``refuses``; where it generates, the cache
+    changes no token.
     """
     net, given = model(name), batch(name)
     before = [picture(m) for m in (net, *others)]
@@ -228,7 +229,8 @@ def transformed(transform: Transform, name: str, folder: Path, *others: nn.Modul
         output(recipe.load(folder, base=functools.partial(model, name) if name in PLAIN else None), given), out, "load"
     )
     if name not in PLAIN:
-        carried(new, given)
+        refusal = carried(new, given)
+        assert refuses in refusal and bool(refusal) == bool(refuses)
     if hasattr(new, "generate") and new.can_generate():
         ids = given["input_ids"]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -17,8 +17,7 @@ def guard(model: nn.Module, why: str = "") -> nn.Module:
 
     Args:
         model: The result of a transform.
-        why: What the format cannot carry, and the way out. By default that is computed weights: the model saves again
-            as soon as it has none.
+        why: What the format cannot carry. Defaults to masked weights: the model saves again as soon as it has none.
 
     Examples:
         >>> model = guard(nn.Linear(2, 1))  # no save_pretrained, nothing to guard
@@ -32,11 +31,11 @@ def guard(model: nn.Module, why: str = "") -> nn.Module:
 
 
 def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-    why = self._cannot_carry
-    if not why and any(parametrize.is_parametrized(m) for m in self.modules()):
-        why = "masked weights, which it cannot carry. Make them plain with interlayer.core.weights.bake(model) first"
-    if why:
+    masked = any(parametrize.is_parametrized(m) for m in self.modules())
+    if self._cannot_carry or masked:
+        bake = "" if self._cannot_carry else "Make them plain with interlayer.core.weights.bake(model) first, or "
         raise ValueError(
-            f"save_pretrained: {type(self).__name__} has {why}, or keep all of it with interlayer.save(model, directory)."
+            f"save_pretrained: {type(self).__name__} has {self._cannot_carry or 'masked weights'}, which from_pretrained "
+            f"would lose. {bake}{'save' if bake else 'Save'} all of it with interlayer.save(model, directory)."
         )
     return type(self).save_pretrained(self, *args, **kwargs)

@@ -43,7 +43,7 @@ def _loops(model: nn.Module, start: int, end: int) -> int:
     x, y = (part[:, :LENGTH] for part in next(batches("stdlib-bytes", 99, 32, 1)))
 
     def loss(loops: int) -> float:
-        new = Painters().plan(model, variant="looped-parallel", start=start, end=end, loops=loops).apply()
+        new = Painters(variant="looped-parallel", start=start, end=end, loops=loops).plan(model).apply()
         return float(task("stdlib-bytes").loss(new(x), y))
 
     return min(range(2, end - start + 2), key=loss)
@@ -73,7 +73,7 @@ def measure(arm: str, seed: int, scale: SimpleNamespace) -> dict[str, float]:
             result[f"loops_{size}"] = loops
         draws = range(3) if variant == "random-order" and size > 2 else range(1)
         losses = [
-            _loss(Painters().plan(model, variant=variant, start=start, end=end, loops=loops, seed=s).apply(), scale)
+            _loss(Painters(variant=variant, start=start, end=end, loops=loops, seed=s).plan(model).apply(), scale)  # type: ignore[arg-type]
             for s in draws
         ]
         result[f"loss_{size}"] = mean(losses)
