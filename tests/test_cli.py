@@ -157,3 +157,95 @@ def test_apply_takes_a_hugging_face_model_with_its_head(tmp_path):
     recipe = json.loads((tmp_path / "new" / "recipe.json").read_text(encoding="utf-8"))
     assert "GPT2LMHeadModel" in json.dumps(recipe["base"])
     assert "left out" in done.stdout
+
+
+MINE = """
+import torch
+from interlayer.models import MLP
+
+class Net(torch.nn.Sequential):
+    pass
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return MLP(8, 3, depth=2, width=16)
+
+def own(seed=0):
+    torch.manual_seed(seed)
+    return Net(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+
+def second():
+    return own(1)
+
+def data():
+    torch.manual_seed(2)
+    return [(torch.randn(5, 8), torch.zeros(5, dtype=torch.long))]
+
+def halve(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine_models.py").write_text(MINE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("mine_models", None)
+
+
+def applied(*arguments):
+    done = run(app, ["apply", *arguments])
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["lamp", "-o", "sparsty=0.5"], "apply lamp: no option 'sparsty'. Did you mean 'sparsity'?"),
+        (["lamp", "-o", "sparsity=high"], "apply lamp: sparsity was 'high'; wanted a valid number."),
+        (["lamp", "-o", "rounds=1.5"], "apply lamp: rounds was 1.5; wanted a valid integer"),
+        (["lamp", "-o", "scope=layer"], "apply lamp: scope was 'layer'; wanted 'lamp', 'global', 'uniform'"),
+        (["lamp", "-o", "train=3"], "apply lamp: train was 3; wanted callable"),
+        (["lamp", "-o", "sparsity"], "option 'sparsity' is not name=value"),
+        (["painters", "--no-bake"], "apply painters: no option 'bake'."),
+        (["git-rebasin", "--data", "mine_models:data"], "git-rebasin: 0 other models; wanted 1. Pass them as others="),
+        (["lamp", "--other", "mine_models:own"], "lamp: 1 other models; wanted none."),
+        (["lamp", "--other", "nowhere"], "apply: --other 'nowhere'; wanted package.module:function"),
+        (["lamp", "--base", "mine_models:own"], "--base makes the base of a saved folder, and none was given"),
+    ],
+)
+def test_wrong_options_are_one_line(mine, arguments, says):
+    result = run(app, ["apply", *arguments, "--model", "mine_models:own", "--plan"])
+    assert result.exit_code == 2 and says in result.stderr and "Traceback" not in result.stderr
+
+
+def test_apply_goes_on_from_what_it_saved_and_merges(mine):
+    from interlayer.core import recipe, weights
+
+    own, base = ["--model", "mine_models:own"], ["--base", "mine_models:own"]
+    applied("lamp", *own, "--no-bake", "-o", "sparsity=0.5", "--out", "masked")
+    masked = recipe.load("masked", base=sys.modules["mine_models"].own)
+    assert len(weights.masks(masked)) == 2
+    applied("lamp", "--model", "masked", *base, "--bake", "-o", "sparsity=0.8", "--out", "plain")
+    merged = ["--other", "mine_models:second", "--data", "mine_models:data", "-o", "merge=0.25"]
+    assert "permute 6 units" in applied("git-rebasin", "--model", "plain", *merged, *base, "--out", "merged")
+    applied("lamp", "--model", "merged", *base, "-o", "sparsity=0.3", "-o", "train=mine_models:halve", "--out", "last")
+    last = recipe.load("last", base=sys.modules["mine_models"].own)
+    assert [s["system"] for s in recipe.steps(last)] == ["lamp", "lamp", "git-rebasin", "lamp"]
+    assert not weights.masks(last) and int((last[0].weight != 0).sum() + (last[2].weight != 0).sum()) == round(0.7 * 66)
+    nothing = run(app, ["apply", "lamp", "--model", "merged", "--plan"])
+    assert nothing.exit_code == 2 and "--base package.module:function" in nothing.stderr
+
+
+def test_an_own_model_chains_without_a_base(mine):
+    from interlayer.core import recipe
+
+    applied("lamp", "--model", "mine_models:net", "--out", "once", "-o", "sparsity=0.5")
+    applied("lamp", "--model", "once", "--out", "twice", "-o", "sparsity=0.9")
+    matrices = [p for p in recipe.load("twice").parameters() if p.ndim > 1]
+    assert sum(int((p != 0).sum()) for p in matrices) == round(0.1 * sum(p.numel() for p in matrices))

@@ -248,10 +248,20 @@ def apply_(
     model: Annotated[str, typer.Option(help="package.module:function, a saved folder, or hf:NAME_OR_PATH.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the new model.")] = None,
     data: Annotated[str | None, typer.Option(help="package.module:function that gives batches.")] = None,
+    other: Annotated[
+        list[str] | None, typer.Option(help="A further model, as --model; as often as the transform takes one.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="package.module:function that makes the base of a saved folder, where it is needed."),
+    ] = None,
+    bake: Annotated[
+        bool | None, typer.Option("--bake/--no-bake", help="Plain weights, or masks that further training keeps.")
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="name=value, as often as needed.")] = None,
 ) -> None:
-    """Apply a transform to a trained model and save the result."""
+    """Apply a transform to a trained model and save the result, which apply takes again."""
     system = _get(slug)
     if system.kind != "transform":
         _stop(
@@ -259,17 +269,24 @@ def apply_(
         )
     if not plan and out is None:
         _stop("apply: where to? Give --out DIR, or --plan to see what would be done.")
-    if not (model.startswith("hf:") or Path(model).is_dir() or _is_function(model)):
-        _stop(f"apply: --model {model!r}; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH.")
-    if data and not _is_function(data):
-        _stop(f"apply: --data {data!r}; wanted package.module:function.")
-    options = _told(lambda: _options(option or []))
-    from interlayer.core import recipe
+    for name, path in (("--model", model), *(("--other", path) for path in other or [])):
+        if not (path.startswith("hf:") or Path(path).is_dir() or _is_function(path)):
+            _stop(f"apply: {name} {path!r}; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH.")
+    for name, function in (("--data", data), ("--base", base)):
+        if function and not _is_function(function):
+            _stop(f"apply: {name} {function!r}; wanted package.module:function.")
+    if base and not any(Path(path).is_dir() for path in (model, *(other or []))):
+        _stop("apply: --base makes the base of a saved folder, and none was given. Leave it out.")
+    pairs = _told(lambda: _options(option or []))
+    if bake is not None:
+        pairs["bake"] = bake
+    from interlayer.core import options, recipe
 
-    transform = _told(system.resolve)()
-    the_model = _told(lambda: _model(model))
+    make = _told(system.resolve)
+    transform = _told(lambda: make(**options.checked(make, pairs, f"apply {slug}")))
+    the_model, *others = [_told(lambda path=path: _model(path, base)) for path in (model, *(other or []))]
     batches = _told(lambda: _call(data)) if data else None
-    planned = _told(lambda: transform.plan(the_model, batches, **options))
+    planned = _told(lambda: transform.plan(the_model, batches, others=tuple(others)))
     typer.echo(str(planned))
     if not plan and out is not None:
         _told(lambda: recipe.save(planned.apply(), out))
@@ -283,6 +300,7 @@ def _is_function(text: str) -> bool:
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
+    """Options from ``name=value``: a Python literal, ``package.module:name``, or else the text itself."""
     import ast
 
     options: dict[str, Any] = {}
@@ -290,6 +308,9 @@ def _options(pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"apply: option {pair!r} is not name=value.")
+        if _is_function(value):
+            options[name.replace("-", "_")] = _load(value)
+            continue
         try:
             options[name.replace("-", "_")] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -297,13 +318,17 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
-def _call(path: str) -> Any:
+def _load(path: str) -> Any:
     from interlayer.study.objects import load_object
 
-    return load_object(path)()
+    return load_object(path)
 
 
-def _model(path: str) -> Any:
+def _call(path: str) -> Any:
+    return _load(path)()
+
+
+def _model(path: str, base: str | None) -> Any:
     from interlayer.core import recipe
     from interlayer.core.extras import need
 
@@ -311,7 +336,16 @@ def _model(path: str) -> Any:
         hf = need("transformers", "hf", "interlayer apply")
         named = hf.AutoConfig.from_pretrained(path[3:]).architectures
         return getattr(hf, named[0] if named else "AutoModel").from_pretrained(path[3:])
-    return recipe.load(path) if Path(path).is_dir() else _call(path)
+    if Path(path).is_dir():
+        try:
+            return recipe.load(path, base=_load(base) if base else None)
+        except ValueError as error:
+            hint = "" if base or "base=" not in str(error) else " On the command line: --base package.module:function."
+            raise ValueError(f"{error}{hint}") from error
+    model = _call(path)
+    if not callable(getattr(model, "named_modules", None)):
+        raise TypeError(f"apply: {path} gave {type(model).__name__}; wanted a torch.nn.Module.")
+    return model
 
 
 @app.command()

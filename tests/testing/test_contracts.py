@@ -1,6 +1,7 @@
 """Each contract catches a component that is broken on purpose, and lets its sound twin pass."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from interlayer import catalog, testing
-from interlayer.core import recipe
+from interlayer.core import delivery, recipe
 from interlayer.core.example import Backbone, Example
 from interlayer.core.kinds import Finding, Plan, Probe, Row, Rule, Transform
 from interlayer.core.stream import PreNorm
@@ -297,6 +298,42 @@ class Undetermined(Halve):
         return plan
 
 
+class Picky(Halve):
+    def plan(self, model, data=None, *, others=()):
+        self.take(others, 0)
+        return super().plan(model, data)
+
+
+class Rewires(Halve):
+    """Has a Hugging Face model run its first block twice, which the format of its weights cannot say."""
+
+    def plan(self, model, data=None, **options):
+        plan = super().plan(nn.Linear(1, 1))
+
+        def build():
+            new = copy.deepcopy(model)
+            new.transformer.h[1] = new.transformer.h[0]
+            return new
+
+        plan.build = build
+        return plan
+
+
+class RefusesOnly(Rewires):
+    def plan(self, model, data=None, **options):
+        plan = super().plan(model, data)
+        build = plan.build
+        plan.build = lambda: delivery.guard(build(), "a block that runs twice")
+        return plan
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=16, use_cache=False, initializer_range=0.3)
+    return GPT2LMHeadModel(config), torch.randint(16, (2, 5))
+
+
 class NoReason(Halve):
     def plan(self, model, data=None, **options):
         plan = super().plan(model, data)
@@ -313,6 +350,13 @@ def transform(cls):
 def test_a_sound_transform_keeps_its_contracts():
     for name in ("untouched", "plain", "seed", "nothing"):
         assert hold(name, "transform", transform(Halve)) == "kept"
+    assert hold("others", "transform", transform(Picky)) == "kept"
+    assert hold("pretrained", "transform", dataclasses.replace(transform(RefusesOnly), hf=gpt2)) == "kept"
+
+
+def test_a_result_that_from_pretrained_changes_is_caught():
+    with pytest.raises(ContractError, match="pretrained"):
+        hold("pretrained", "transform", dataclasses.replace(transform(Rewires), hf=gpt2))
 
 
 @pytest.mark.parametrize(
@@ -324,6 +368,8 @@ def test_a_sound_transform_keeps_its_contracts():
         ("untouched", LeavesHook),
         ("plain", SilentNothing),
         ("plain", NoReason),
+        ("others", Halve),  # ignores them
+        ("pretrained", Halve),  # no Hugging Face model in the example
         ("hf", Halve),  # no Hugging Face model in the example
         ("saved", Halve),  # records no step
         ("seed", Undetermined),

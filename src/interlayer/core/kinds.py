@@ -82,7 +82,11 @@ class Transform(ABC):
         if len(others) != count:
             raise ValueError(
                 f"{self.slug}: {len(others)} other models; wanted {count or 'none'}. "
-                + ("Pass them as others=(model, ...)." if count else "Leave out others.")
+                + (
+                    "Pass them as others=(model, ...), or with --other on the command line."
+                    if count
+                    else "Leave out others."
+                )
             )
         return others
 

@@ -23,6 +23,7 @@ from interlayer.core import cost, recipe
 from interlayer.core.data import run
 from interlayer.core.extra import extra_loss
 from interlayer.core.kinds import Rule
+from interlayer.core.options import checked
 from interlayer.core.pairing import Paired, Streams, clip_gradients, paired
 from interlayer.study.arms import Arm
 from interlayer.study.spec import StudyError, StudySpec
@@ -330,7 +331,8 @@ def _rule(arm: Arm, model: nn.Module, task: Task, lr: float | None) -> Rule:
 def _transform(arm: Arm, model: nn.Module, data: list[tuple[Any, Tensor]], plan_only: bool = False) -> nn.Module:
     assert arm.transform is not None
     slug, options = arm.transform
-    plan = catalog.get(slug).resolve()(**options).plan(copy.deepcopy(model), data)
+    make = catalog.get(slug).resolve()
+    plan = make(**checked(make, options, f"arm {arm.name!r}: {slug}")).plan(copy.deepcopy(model), data)
     return model if plan_only else plan.apply()
 
 
