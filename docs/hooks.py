@@ -7,7 +7,7 @@ from mkdocs.structure.files import File
 from interlayer import catalog
 
 PRIMITIVES = (
-    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "wiring", "weights",
+    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "wiring", "weights", "options", "delivery",
     "implicit", "extra", "pairing", "equal", "recipe", "cost", "kinds",
 )  # fmt: skip
 PARTS = ("sparse", "linear", "compressed", "prior", "parts")
