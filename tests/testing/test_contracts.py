@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -55,6 +56,38 @@ class EvenOnly(Sound):
         if x.shape[1] % 2:
             raise RuntimeError("odd")
         return super().forward(x)
+
+
+class NoLengthOne(Sound):
+    def forward(self, x):
+        y = super().forward(x)
+        return y / y.var(1, keepdim=True)  # of one position: not a number
+
+
+class NoEmptyBatch(Sound):
+    def forward(self, x):
+        return super().forward(x) * (x.amax() > -100)
+
+
+class SeesTheFuture(Sound):
+    def forward(self, x):
+        return super().forward(x) + x.flip(1)
+
+
+class FixedBatch(Sound):
+    def forward(self, x):
+        return torch.cat([super(FixedBatch, self).forward(x[i : i + 1]) for i in range(len(x))])
+
+
+class CountsByHand(Sound):
+    def forward(self, x):
+        return super().forward(x) + torch.zeros(len(x), 1, 1)  # the tracer keeps the number
+
+
+class SavesByHook(Sound):
+    def forward(self, x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            return super().forward(x)
 
 
 class NoLowPrecision(Sound):
@@ -134,17 +167,23 @@ class KnowsItsProcess(Sound):
 
 
 def layer(cls, **more):
-    return Example(make=cls, inputs=lambda: (torch.randn(3, 6, 4),), odd=lambda: (torch.randn(2, 7, 4),), **more)
+    inputs, odd = (lambda: (torch.randn(3, 6, 4),)), (lambda: (torch.randn(2, 7, 4),))
+    return Example(make=cls, inputs=inputs, odd=odd, **{"axis": 1, "causal": True, **more})
 
 
 BROKEN = {
     "shapes": Unused,
     "gradcheck": WrongGradient,
     "odd": EvenOnly,
+    "lengths": NoLengthOne,
+    "empty": NoEmptyBatch,
+    "causal": SeesTheFuture,
     "autocast": NoLowPrecision,
     "state_dict": HiddenWeights,
     "compile": LooksAtValues,
-    "export": LooksAtValues,
+    "export": FixedBatch,
+    "trace": CountsByHand,
+    "per_example": SavesByHook,
     "deepcopy": SharesWithCopies,
     "seed": FreshNoise,
     "batch": LeaksAcrossBatch,
@@ -163,6 +202,45 @@ def test_a_sound_layer_keeps_all():
 def test_a_broken_layer_is_caught(name, cls):
     with pytest.raises(ContractError, match=name):
         hold(name, "layer", layer(cls))
+
+
+@pytest.mark.parametrize("name", ["shapes", "lengths", "empty", "autocast"])
+def test_a_broken_mode_is_caught(name):
+    with pytest.raises(ContractError, match=rf"{name}: .*mode 'odd one'"):
+        hold(name, "layer", layer(Sound, modes={"odd one": BROKEN[name]}))
+
+
+def test_a_wrong_gradient_is_named_in_little_time():
+    class Wide(WrongGradient):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(200, 4))  # its Jacobian takes 9600 passes
+
+        def forward(self, x):
+            return super().forward(x + self.table.mean(0))
+
+    before = time.process_time()
+    with pytest.raises(ContractError, match="gradient of weight along a random line"):
+        hold("gradcheck", "layer", layer(Wide))
+    assert time.process_time() - before < 1
+
+
+def test_length_0_and_an_empty_batch_work_or_say_why():
+    class Refuses(Sound):
+        def forward(self, x):
+            if not x.numel():
+                raise ValueError("Refuses: an empty input; give at least one position.")
+            return super().forward(x)
+
+    assert {hold(name, "layer", layer(Refuses)) for name in ("lengths", "empty")} == {"kept"}
+
+    class Fails(Refuses):
+        def forward(self, x):
+            return torch.stack(list(super().forward(x).unbind(1)), 1) if x.numel() else torch.stack([])
+
+    for name in ("lengths", "empty"):
+        with pytest.raises(ContractError, match="RuntimeError"):
+            hold(name, "layer", layer(Fails))
 
 
 def test_more_breaks_of_layers():
@@ -190,7 +268,7 @@ def test_check_names_every_break():
     class Bad(LeaksAcrossBatch, TakesAnything):
         pass
 
-    with pytest.raises(ContractError, match=r"breaks 2 of 13(?s:.*)batch(?s:.*)wrong"):
+    with pytest.raises(ContractError, match=r"breaks 2 of 18(?s:.*)batch(?s:.*)wrong"):
         check(Bad, layer(Bad))
 
 

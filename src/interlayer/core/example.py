@@ -40,6 +40,9 @@ class Example:
         others: The other models that a transform's ``plan`` takes, made from the first.
         odd: Inputs of odd sizes, such as a prime length, where the layer allows several.
         wrong: Inputs of a wrong shape, which must raise ``ValueError`` or ``TypeError``. Defaults to one feature more.
+        axis: For a layer: the axis of its inputs that counts positions (tokens, pixels), where any length is allowed.
+        causal: For a layer: whether a later position never changes an earlier output.
+        modes: For a layer: other ways to build it, by name, that run other code on the same inputs.
         hf: The inputs of a transform with an unmodified Hugging Face model in place of the plain one.
         nothing: Inputs of a transform in which there is nothing to do. Defaults to a model without parameters.
         train: For a model: gives ``(score, trivial)``, two losses of which the first must be the lower, after a real
@@ -53,6 +56,9 @@ class Example:
     others: Callable[[nn.Module], tuple[nn.Module, ...]] = lambda model: ()
     odd: Callable[[], tuple[Any, ...]] | None = None
     wrong: Callable[[], tuple[Any, ...]] | None = None
+    axis: int | None = None
+    causal: bool = False
+    modes: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     hf: Callable[[], tuple[Any, ...]] | None = None
     nothing: Callable[[], tuple[Any, ...]] | None = None
     train: Callable[[], tuple[float, float]] | None = None

@@ -197,7 +197,7 @@ def attend(
         k,
         v,
         attn_mask=allowed,
-        is_causal=causal and new > 1 and allowed is None,
+        is_causal=bool(causal and new > 1 and allowed is None),  # torch.jit.trace gives sizes as tensors
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=bool(q.shape[1] != k.shape[1]),
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from interlayer.core.example import Example
 from interlayer.testing.common import finite, make, require, same, seeded, tensors
@@ -31,6 +34,29 @@ def _map(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     return tuple(change(x) if isinstance(x, Tensor) else x for x in inputs)
 
 
+def _in_every_mode(contract: Callable[[Example], None]) -> Callable[[Example], None]:
+    """The contract, held for the example and then for each of its ``modes``."""
+
+    @wraps(contract)
+    def held(example: Example) -> None:
+        contract(example)
+        for name, build in example.modes.items():
+            try:
+                contract(dataclasses.replace(example, make=build))
+            except Exception as error:
+                raise AssertionError(f"mode {name!r}: {type(error).__name__}: {error}") from error
+
+    return held
+
+
+def _longer(inputs: Inputs) -> Inputs:
+    return _map(lambda x: torch.cat((x, x, x[:1])), inputs)
+
+
+def _low(inputs: Inputs) -> Inputs:
+    return _map(lambda x: x.bfloat16() if x.is_floating_point() else x, inputs)
+
+
 def _double(inputs: Inputs) -> Inputs:
     return _map(lambda x: x.double() if x.is_floating_point() else x, inputs)
 
@@ -46,6 +72,7 @@ def _run(module: nn.Module, inputs: Inputs) -> tuple[list[Tensor], dict[str, Ten
     return [t.detach() for t in out], {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
 
 
+@_in_every_mode
 def shapes(example: Example) -> None:
     """Finite outputs that keep the batch, and a finite gradient for every parameter."""
     module, inputs = _pair(example)
@@ -80,7 +107,31 @@ def gradcheck(example: Example) -> None:
         out = functional_call(module, dict(zip(names, values[: len(names)], strict=True)), tuple(given))
         return tuple(t for t in tensors(out) if t.is_floating_point())
 
-    require(torch.autograd.gradcheck(f, tuple(leaves), fast_mode=True, atol=1e-5, rtol=1e-4), "gradcheck")
+    # First along one line for each tensor: torch answers a mismatch with a full Jacobian, which can take minutes.
+    with seeded():
+        _directions(f, leaves, [*names, *(f"input {i}" for i in where)])
+        require(torch.autograd.gradcheck(f, tuple(leaves), fast_mode=True, atol=1e-5, rtol=1e-4), "gradcheck")
+
+
+def _directions(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor], names: list[str]) -> None:
+    """Compare the derivative of a random projection of ``f`` along a random line in each leaf with a difference quotient."""
+    step, weights = 1e-6, [torch.rand_like(t) for t in f(*leaves)]
+
+    def loss(*values: Tensor) -> Tensor:
+        return torch.stack([(t * w).sum() for t, w in zip(f(*values), weights, strict=True)]).sum()
+
+    total = loss(*leaves)
+    grads = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+    for i, (leaf, name, grad) in enumerate(zip(leaves, names, grads, strict=True)):
+        line = nn.functional.normalize(torch.rand_like(leaf), dim=None)  # type: ignore[arg-type]
+        analytic = 0.0 if grad is None else (grad * line).sum().item()
+        with torch.no_grad():
+            up, down = (loss(*leaves[:i], leaf + s * line, *leaves[i + 1 :]) for s in (step, -step))
+        numeric = ((up - down) / (2 * step)).item()
+        require(
+            abs(analytic - numeric) <= 1e-5 * max(1.0, float(total.detach().abs())) + 1e-4 * abs(numeric),
+            f"the gradient of {name} along a random line is {analytic:.6g}; the difference quotient is {numeric:.6g}",
+        )
 
 
 def odd(example: Example) -> None:
@@ -90,13 +141,71 @@ def odd(example: Example) -> None:
         finite(_run(module.eval(), given)[0], "the output at an odd size")
 
 
-def autocast(example: Example) -> None:
-    """Under bfloat16 autocast: finite, near float32 and trainable."""
+@_in_every_mode
+def lengths(example: Example) -> None:
+    """Where ``axis`` names the axis of the positions: length one works; length 0 works too, or is a clear error."""
+    if (axis := example.axis) is None:
+        return
     module, inputs = _pair(example)
-    plain, _ = _run(module.eval(), inputs)
-    with torch.autocast("cpu", torch.bfloat16):
+    finite(_run(module.eval(), _map(lambda x: x.narrow(axis, 0, 1), inputs))[0], "the output at length one")
+    _works_or_says(module, _map(lambda x: x.narrow(axis, 0, 0), inputs), "length 0")
+
+
+@_in_every_mode
+def empty(example: Example) -> None:
+    """A batch of 0 items works, backward pass included, or is a clear error."""
+    module, inputs = _pair(example)
+    for training in (False, True):
+        out = _works_or_says(module.train(training), _map(lambda x: x[:0], inputs), "an empty batch")
+        require(not any(t.shape[0] for t in out if t.ndim), "an empty batch gives items")
+
+
+def _works_or_says(module: nn.Module, inputs: Inputs, what: str) -> list[Tensor]:
+    """The outputs, which are finite, or none after a ``ValueError`` that says why."""
+    try:
+        out, _ = _run(module, inputs)
+    except ValueError as error:
+        require(len(str(error)) > 10, f"{what} raises a ValueError without a message")
+        return []
+    finite(out, f"the output for {what}")
+    return out
+
+
+def causal(example: Example) -> None:
+    """Where ``causal``: a later position along ``axis`` never changes an earlier output, in evaluation or training."""
+    if not example.causal:
+        return
+    module, inputs = _pair(example)
+    module, inputs = module.double(), _double(inputs)
+    axis = 1 if example.axis is None else example.axis
+    half = tensors(inputs)[0].shape[axis] // 2
+    require(half > 0, "inputs() must have at least two positions")
+
+    def change(x: Tensor) -> Tensor:
+        early, late = x.split([half, x.shape[axis] - half], axis)
+        return torch.cat((early, late.flip(axis) + 1 if x.is_floating_point() else late.roll(1, 0)), axis)
+
+    for training in (False, True):
+        outs = []
+        for given in (inputs, _map(change, inputs)):
+            with torch.no_grad(), seeded(5):
+                outs.append(tensors(module.train(training)(*given))[0])
+        early = [out.narrow(axis, 0, half) for out in outs]
+        same(*early, f"earlier outputs after a later input changed ({half} positions)", rtol=1e-9, atol=1e-9)
+
+
+@_in_every_mode
+def autocast(example: Example) -> None:
+    """Under bfloat16 autocast: finite and trainable, and near float32 in evaluation; bfloat16 inputs too."""
+    module, inputs = _pair(example)
+    with seeded(5):
+        plain, _ = _run(module.eval(), inputs)
+    with torch.autocast("cpu", torch.bfloat16), seeded(5):
         low, grads = _run(module, inputs)
-    finite([low, [g for g in grads.values() if g is not None]], "bfloat16")
+        trained, more = _run(module.train(), inputs)
+        with torch.no_grad():
+            rest = [module.train(training)(*_low(inputs)) for training in (True, False)]
+    finite([low, trained, rest, [g for g in (*grads.values(), *more.values()) if g is not None]], "bfloat16")
     for a, b in zip(plain, low, strict=True):
         gap = (a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-12)
         require(gap.item() < 0.1, f"bfloat16 is off by {gap.item():.2g} of the float32 output")
@@ -135,14 +244,52 @@ def compiles(example: Example) -> None:
 
 
 def exports(example: Example) -> None:
-    """``torch.export`` gives a program with the same outputs."""
+    """``torch.export`` with a dynamic batch gives a program with the same outputs, also for a larger batch."""
+    module, inputs = _pair(example)
+    module.eval()
+    free = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(x, Tensor) else None for x in inputs)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module, inputs, dynamic_shapes=free).module()
+        for given in (inputs, _longer(inputs)):
+            same(module(*given), program(*given), "exported output", rtol=1e-4, atol=1e-5)
+
+
+def traces(example: Example) -> None:
+    """``torch.jit.trace`` gives a program with the same outputs, also for a larger batch."""
     module, inputs = _pair(example)
     module.eval()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(module, inputs).module()
-        out = program(*inputs)
-        same(module(*inputs), out, "exported output", rtol=1e-4, atol=1e-5)
+        warnings.simplefilter("ignore")  # the tracer's own, of every check of a shape
+        program = torch.jit.trace(module, inputs, check_trace=False)
+        for given in (inputs, _longer(inputs)):
+            same(module(*given), program(*given), "traced output", rtol=1e-4, atol=1e-5)
+
+
+def per_example(example: Example) -> None:
+    """``vmap`` of ``torch.func.grad`` gives each example the gradients that it has on its own."""
+    module, inputs = _pair(example)
+    module, inputs = module.double().eval(), _double(inputs)
+    weights = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    where = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    if not weights:
+        return
+
+    def loss(weights: dict[str, Tensor], *given: Tensor) -> Tensor:
+        whole = list(inputs)
+        for i, x in zip(where, given, strict=True):
+            whole[i] = x.unsqueeze(0)
+        out = tensors(functional_call(module, weights, tuple(whole)))
+        return torch.stack([t.square().sum() for t in out if t.is_floating_point()]).sum()
+
+    batch = [inputs[i] for i in where]
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no batching rule
+        each = torch.func.vmap(torch.func.grad(loss), (None, *[0] * len(batch)))(weights, *batch)
+        for n in range(2):
+            leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+            alone = torch.autograd.grad(loss(leaves, *(x[n] for x in batch)), list(leaves.values()), allow_unused=True)
+            wanted = [torch.zeros_like(w) if g is None else g for g, w in zip(alone, weights.values(), strict=True)]
+            same(wanted, [each[name][n] for name in weights], "gradients of one example", rtol=1e-7, atol=1e-9)
 
 
 def deepcopy(example: Example) -> None:
@@ -222,17 +369,17 @@ def wrong(example: Example) -> None:
         x = inputs[first]
         bad = torch.cat((x, x[..., :1]), -1) if x.is_floating_point() else x.double() + 0.5
         inputs = (*inputs[:first], bad, *inputs[first + 1 :])
-    told = [tuple(x.shape) for x in inputs if isinstance(x, Tensor)]
+    shapes = [tuple(x.shape) for x in inputs if isinstance(x, Tensor)]
     try:
         module(*inputs)
     except (ValueError, TypeError) as error:
-        require(len(str(error)) > 10, f"wrong inputs {told} raise an error without a message")
+        require(len(str(error)) > 10, f"wrong inputs {shapes} raise an error without a message")
     except Exception as error:
         raise AssertionError(
-            f"wrong inputs {told} raise {type(error).__name__} ({str(error)[:80]}); wanted ValueError or TypeError"
+            f"wrong inputs {shapes} raise {type(error).__name__} ({str(error)[:80]}); wanted ValueError or TypeError"
         ) from error
     else:
-        raise AssertionError(f"wrong inputs {told} are taken without a word")
+        raise AssertionError(f"wrong inputs {shapes} are accepted silently")
 
 
 def training(example: Example) -> None:
@@ -276,10 +423,15 @@ LAYER: dict[str, Callable[[Example], None]] = {
     "shapes": shapes,
     "gradcheck": gradcheck,
     "odd": odd,
+    "lengths": lengths,
+    "empty": empty,
+    "causal": causal,
     "autocast": autocast,
     "state_dict": state_dict,
     "compile": compiles,
     "export": exports,
+    "trace": traces,
+    "per_example": per_example,
     "deepcopy": deepcopy,
     "seed": seed,
     "batch": batch,

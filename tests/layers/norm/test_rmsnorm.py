@@ -64,6 +64,7 @@ def test_first_and_second_derivatives():
     assert torch.autograd.gradgradcheck(fast, (x, w))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in forward mode
 def test_function_transforms():
     torch.manual_seed(0)
     norm = RMSNorm(6).double()
@@ -77,6 +78,15 @@ def test_function_transforms():
         for f in (fast, naive)
     ]
     torch.testing.assert_close(*each)
+    directions = torch.randn_like(x), torch.randn_like(weights)
+    for given, lines in (
+        ((x[0], weights[0]), tuple(d[0] for d in directions)),
+        ((x, weights[0]), (directions[0], weights[1])),
+    ):
+        got, wanted = (torch.func.jvp(f, given, lines) for f in (fast, naive))
+        torch.testing.assert_close(got, wanted)
+    hessians = [torch.func.hessian(lambda x, f=f: f(x, weights[0]).sin().sum())(x[0]) for f in (fast, naive)]
+    torch.testing.assert_close(*hessians)
     many = torch.func.vmap(fast)(x, weights)
     torch.testing.assert_close(many[2], fast(x[2], weights[2]))
 
@@ -94,6 +104,12 @@ def test_rescaling_of_inputs_and_weights_changes_nothing_but_a_shift_does(partia
     torch.testing.assert_close(norm(linear(x)), y)
     assert (norm(linear(x) + 1) - y).abs().max() > 0.1  # LayerNorm would not notice
     torch.testing.assert_close(nn.LayerNorm(32, eps=0.0).double()(y + 1), nn.LayerNorm(32, eps=0.0).double()(y))
+
+
+def test_a_vector_as_small_as_eps_comes_out_shorter():
+    x = torch.full((4,), 1e-3)
+    torch.testing.assert_close(RMSNorm(4)(x), torch.full((4,), 0.5**0.5))
+    assert torch.equal(RMSNorm(4)(torch.zeros(4)), torch.zeros(4))
 
 
 def test_gradient_shrinks_as_the_weights_grow():

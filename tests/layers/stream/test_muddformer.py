@@ -6,7 +6,7 @@ from torch import nn
 from interlayer.core.mixer import Cache
 from interlayer.core.parts import GLU
 from interlayer.core.stream import QKV
-from interlayer.layers.stream.muddformer import MUDDFormer, widening
+from interlayer.layers.stream.muddformer import Mixture, MUDDFormer, mixture, widening
 from interlayer.models import ConvNet, Encoder, Transformer, VisionTransformer
 
 SIZES = {"vocab": 20, "length": 32, "depth": 5, "width": 16, "heads": 2}
@@ -86,6 +86,20 @@ def test_values_and_gradients_equal_the_equation(dilation, period):
     grads = [torch.autograd.grad((out * probe).sum(), wanted) for out in (y, expected)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in forward mode
+def test_averages_have_all_derivatives_and_keep_no_stack():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 4, 5), *(torch.randn(2, 3, 6) for _ in range(5))]
+    inputs = tuple(x.double().requires_grad_() for x in inputs)
+    torch.testing.assert_close(Mixture.apply(*inputs), mixture(*inputs))
+    assert torch.autograd.gradcheck(Mixture.apply, inputs, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(Mixture.apply, inputs, fast_mode=True)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        Mixture.apply(*inputs)
+    assert sum(t.numel() for t in kept.values()) == sum(x.numel() for x in inputs)
 
 
 def test_it_is_the_plain_transformer_at_the_start():

@@ -114,4 +114,6 @@ EXAMPLE = Example(
     make=lambda: Bilinear(6, hidden=8),
     inputs=lambda: (torch.randn(2, 5, 6),),
     odd=lambda: (torch.randn(3, 6),),
+    axis=1,
+    causal=True,
 )

@@ -78,6 +78,8 @@ EXAMPLE = Example(
     make=lambda: HeLU(1.0),
     inputs=lambda: (torch.randn(3, 5),),
     odd=lambda: (torch.randn(2, 1, 7),),
+    axis=1,
+    causal=True,
     wrong=lambda: ("text",),
     exceptions={"gradcheck": "the gradient below 0 is not that of the function, on purpose"},
 )

@@ -265,5 +265,7 @@ EXAMPLE = Example(
     make=Rational,
     inputs=lambda: (torch.randn(3, 5, 12),),
     odd=lambda: (torch.randn(2, 7, 1, 13),),
+    axis=1,
+    causal=True,
     wrong=lambda: (torch.ones(2, 3, dtype=torch.long),),
 )

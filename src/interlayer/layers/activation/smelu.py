@@ -126,5 +126,7 @@ EXAMPLE = Example(
     make=lambda: SmeLU(0.7, alpha=1.5, left=0.1, right=1.2, offset=-0.2),
     inputs=lambda: (torch.randn(3, 5),),
     odd=lambda: (torch.randn(2, 1, 7),),
+    axis=1,
+    causal=True,
     wrong=lambda: ("text",),
 )

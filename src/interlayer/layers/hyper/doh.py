@@ -183,5 +183,6 @@ EXAMPLE = Example(
     make=lambda: DOH(2, 3, latent=20, width=8, depth=2, frequencies=3, seed=5),
     inputs=lambda: (2 * torch.rand(4, 7, 2) - 1,),
     odd=lambda: (2 * torch.rand(13, 2) - 1,),
+    axis=1,
     train=_picture,
 )

@@ -213,12 +213,14 @@ class Block(nn.Module):
         fast = self.standard(self.fast_slow(x * kernel) + self.fast(x))
         mixed = self.standard(self.mix(x))
         means = x.mean(axes, keepdim=True)
-        gate = hyperzzw_twice(self.channel().view_as(means[:1]), means)
+        gate = hyperzzw_twice(self.channel().view(1, -1, *[1] * len(axes)), means)
         gated = self.standard(x * torch.sigmoid(gate))
 
         out, out_mixed, out_gated = (hyperzzw_global(kernel, x, z) for z in (fast, mixed, gated))
         means, places = out.mean(axes, keepdim=True), out.mean(1, keepdim=True)
-        score = hyperzzw_twice(self.channel_out().view_as(means[:1]), means) * hyperzzw_twice(self.spatial(), places)
+        score = hyperzzw_twice(self.channel_out().view(1, -1, *[1] * len(axes)), means) * hyperzzw_twice(
+            self.spatial(), places
+        )
         pairs = ((x, gated), (gated, x), (mixed, x), (x, mixed))
         local = [branch(source, z) for branch, (source, z) in zip(self.local, pairs, strict=True)]
         branches = [out, out_mixed, out_gated, F.silu(out), fast, x * torch.sigmoid(score), *local]

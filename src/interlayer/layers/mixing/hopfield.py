@@ -205,7 +205,7 @@ class HopfieldPooling(Association):
 
     def forward(self, bag: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B Q D"]:
         """What the learned state patterns retrieve from each bag."""
-        return self.associate(self.queries.expand(len(bag), -1, -1), bag, mask)
+        return self.associate(self.queries.expand(bag.shape[0], -1, -1), bag, mask)
 
 
 class HopfieldLayer(Association):
@@ -228,11 +228,18 @@ class HopfieldLayer(Association):
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         """What each input retrieves from the prototypes."""
-        return self.associate(x, self.prototypes.expand(len(x), -1, -1))
+        return self.associate(x, self.prototypes.expand(x.shape[0], -1, -1))
 
 
 EXAMPLE = Example(
-    make=lambda: Hopfield(8, heads=2, steps=2),
+    make=lambda: Hopfield(8, heads=2, steps=2, causal=True),
     inputs=lambda: (torch.randn(2, 6, 8),),
     odd=lambda: (torch.randn(3, 7, 8),),
+    axis=1,
+    causal=True,
+    modes={
+        "one step, learned beta": lambda: Hopfield(8, heads=2, learn_beta=True, normalise=False),
+        "pooling": lambda: HopfieldPooling(8, 2, queries=3),
+        "prototypes": lambda: HopfieldLayer(8, 2, prototypes=5),
+    },
 )

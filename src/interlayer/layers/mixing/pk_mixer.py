@@ -227,4 +227,5 @@ EXAMPLE = Example(
     make=lambda: PermutedKronecker(3, 5, 4, order="random"),
     inputs=lambda: (torch.randn(2, 15),),
     odd=lambda: (torch.randn(3, 1, 15),),
+    modes={order: lambda order=order: PermutedKronecker(3, 5, 4, order=order) for order in ORDERS},
 )

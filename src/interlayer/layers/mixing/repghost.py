@@ -27,8 +27,11 @@ SMALL = ((3, 16, 16, 0, 1), (3, 32, 24, 0, 2), (3, 48, 24, 0, 1), (3, 48, 40, 0.
 
 
 def _checked(module: nn.Module, x: Tensor, channels: int) -> None:
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"{type(module).__name__}: input {tuple(x.shape)}; wanted [batch, {channels}, height, width].")
+    if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
+        raise ValueError(
+            f"{type(module).__name__}: input {tuple(x.shape)}; wanted [batch, {channels}, height, width] with at least "
+            "one pixel."
+        )
 
 
 def _divisible(count: float) -> int:
@@ -307,5 +310,6 @@ EXAMPLE = Example(
     make=_shifted,
     inputs=lambda: (torch.randn(2, 3, 5, 6),),
     odd=lambda: (torch.randn(3, 3, 1, 7),),
+    axis=3,
     wrong=lambda: (torch.randn(2, 4, 5, 6),),
 )

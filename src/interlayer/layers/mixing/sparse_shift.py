@@ -25,7 +25,7 @@ def shift(x_BCHW: Tensor, by_C2: Int[Tensor, "C 2"]) -> Tensor:
     rows, cols = (torch.arange(n, device=x_BCHW.device) + by_C2[:, i, None] for i, n in enumerate((height, width)))
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((cols >= 0) & (cols < width))[:, None]
     place = rows.clamp(0, height - 1)[:, :, None] * width + cols.clamp(0, width - 1)[:, None]
-    moved = x_BCHW.flatten(2).gather(2, place.flatten(1).expand(len(x_BCHW), -1, -1))
+    moved = x_BCHW.flatten(2).gather(2, place.flatten(1).expand(x_BCHW.shape[0], -1, -1))
     return moved.view_as(x_BCHW) * inside.to(x_BCHW.dtype)
 
 
@@ -274,6 +274,7 @@ EXAMPLE = Example(
     make=lambda: SparseShift(3, spread=2.0),
     inputs=lambda: (torch.randn(2, 3, 5, 6),),
     odd=lambda: (torch.randn(3, 3, 1, 7),),
+    axis=3,
     wrong=lambda: (torch.randn(2, 4, 5, 6),),
     exceptions={"gradcheck": "the displacement's gradient is that of the interpolation, not of the rounded shift"},
 )

@@ -126,7 +126,7 @@ class SSA(Attention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Dense, or within the groups of a fresh sample."""
-        if not self.sampled:
+        if not (self.sampled and q.shape[-2]):
             return super().mix(q, k, v, mask)
         batch, length = q.shape[0], q.shape[-2]
         if mask is not None and (mask.shape != (batch, length) or mask.dtype != torch.bool):
@@ -252,8 +252,20 @@ def ensemble(
     return total / members
 
 
+def _resampled() -> SSA:
+    layer = SSA(8, 2)
+    layer.resample = True
+    return layer
+
+
 EXAMPLE = Example(
-    make=lambda: SSA(8, 2),
+    make=lambda: SSA(8, 2, causal=True),
     inputs=lambda: (torch.randn(2, 6, 8),),
     odd=lambda: (torch.randn(3, 7, 8),),
+    axis=1,
+    causal=True,
+    modes={
+        "unbiased": lambda: SSA(8, 2, sampler="unbiased", kv_heads=1),
+        "resampled in evaluation": _resampled,
+    },
 )

@@ -159,7 +159,8 @@ class MCC(nn.Module):
 
 EXAMPLE = Example(
     make=lambda: TwoPoint(6, 5, local=4, universal=3),
-    inputs=lambda: (torch.randn(3, 6), torch.randn(3, 4), torch.randn(3, 3)),
-    odd=lambda: (torch.randn(2, 7, 6), torch.randn(2, 7, 4), torch.randn(2, 7, 3)),
+    inputs=lambda: (torch.randn(3, 5, 6), torch.randn(3, 5, 4), torch.randn(3, 5, 3)),
+    odd=lambda: (torch.randn(7, 6), torch.randn(7, 4), torch.randn(7, 3)),
     wrong=lambda: (torch.randn(3, 6), torch.randn(3, 5), torch.randn(3, 3)),
+    axis=1,
 )

@@ -18,14 +18,19 @@ class RMSNorm(nn.Module):
 
     Paper: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
 
-    Equation (section 3): ``y_i = g_i x_i / RMS(x)`` with ``RMS(x) = sqrt(1/k sum_{j<=k} x_j^2)``, ``k = n``, or
-    ``k = ceil(p n)`` for the partial norm (the authors' code rounds down). ``eps`` is added under the root, as torch does. Re-scaling ``x``
-    or the weights that made it changes nothing; a shift does.
+    Equation (section 3): ``y_i = g_i x_i / RMS(x)`` with ``RMS(x) = sqrt(1/k sum_{j<=k} x_j^2 + eps)``, ``k = n``, or
+    ``k = ceil(p n)`` for the partial norm (the authors' code rounds down). The paper's equation has no eps and its code
+    adds 1e-8 to the root itself; here eps stands under the root, as in torch.
+
+    While the mean square is far above eps, scaling ``x``, or the weights that made it, by a positive number changes
+    nothing. Vectors with a mean square near or below eps come out shorter: at ``x`` of about 1e-3 and the default 1e-6
+    by ``sqrt(2)``. A shift of ``x`` always changes the result.
 
     Args:
         width: Features D.
         partial: Share p of the features, from the first, that the statistic is taken from.
-        eps: Added to the mean square; the machine epsilon of the type computed in if None.
+        eps: Added to the mean square. None is the machine epsilon of the type that it is computed in: 1.2e-7 for float32
+            and the half types, 2.2e-16 for float64.
         bias: Whether to add a learned bias (the paper's has none).
 
     Shapes: [..., D] to [..., D], in the type of the input. bfloat16 and float16 are computed in float32.
@@ -97,6 +102,7 @@ class RMS(torch.autograd.Function):
         x, weight, ctx.eps = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, weight, output[1])
+        ctx.save_for_forward(x, weight, output[1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -114,6 +120,13 @@ class RMS(torch.autograd.Function):
         return dx_ND.view(x.shape), dweight, None
 
     @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dweight: Tensor, _: None) -> tuple[Tensor, None]:
+        x, weight, r_N1 = ctx.saved_tensors
+        r = r_N1.view(*x.shape[:-1], 1)
+        change = dx - x * (r.square() * (x * dx).mean(-1, keepdim=True))
+        return r * (change * weight + x * dweight), None
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, eps: float) -> Any:
         """Rows are independent; weights that are batched too take the equation."""
         at = in_dims[0]
@@ -126,5 +139,10 @@ class RMS(torch.autograd.Function):
 
 
 EXAMPLE = Example(
-    make=lambda: RMSNorm(12), inputs=lambda: (torch.randn(3, 5, 12),), odd=lambda: (torch.randn(2, 7, 1, 12),)
+    make=lambda: RMSNorm(12),
+    inputs=lambda: (torch.randn(3, 5, 12),),
+    odd=lambda: (torch.randn(2, 7, 1, 12),),
+    axis=1,
+    causal=True,
+    modes={"partial": lambda: RMSNorm(12, partial=0.5, bias=True)},
 )

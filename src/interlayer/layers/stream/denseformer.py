@@ -118,5 +118,9 @@ class DenseFormer(PreNorm):
 
 
 EXAMPLE = Example(
-    make=lambda: Backbone(DenseFormer), inputs=lambda: (torch.randn(2, 6, 8),), odd=lambda: (torch.randn(3, 7, 8),)
+    make=lambda: Backbone(DenseFormer),
+    inputs=lambda: (torch.randn(2, 6, 8),),
+    odd=lambda: (torch.randn(3, 7, 8),),
+    axis=1,
+    causal=True,
 )

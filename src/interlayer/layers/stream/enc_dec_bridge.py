@@ -201,4 +201,5 @@ EXAMPLE = Example(
     make=lambda: EncDecBridge(4, 3, 2, start="random"),
     inputs=lambda: (torch.randn(2, 3, 5, 4),),
     odd=lambda: (torch.randn(3, 3, 7, 4),),
+    axis=2,
 )

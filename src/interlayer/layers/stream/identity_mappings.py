@@ -129,5 +129,9 @@ class IdentityMappings(Stream):
 
 
 EXAMPLE = Example(
-    make=lambda: Backbone(IdentityMappings), inputs=lambda: (torch.randn(2, 6, 8),), odd=lambda: (torch.randn(3, 7, 8),)
+    make=lambda: Backbone(IdentityMappings),
+    inputs=lambda: (torch.randn(2, 6, 8),),
+    odd=lambda: (torch.randn(3, 7, 8),),
+    axis=1,
+    causal=True,
 )

@@ -84,7 +84,7 @@ class LIMe(PreNorm):
             )
         # One product for each source: nothing is copied or kept twice, which beats one product over all of them.
         parts_HH = self.router[block - 1].split(self.heads, 1)
-        first, *rest = (part.expand(len(k), -1, -1) for part in parts_HH)
+        first, *rest = (part.expand(k.shape[0], -1, -1) for part in parts_HH)
         mixed_BHX = torch.bmm(first, state.kept[0])
         for j, part in enumerate(rest, start=1):
             mixed_BHX = torch.baddbmm(mixed_BHX, part, state.kept[j])
@@ -96,4 +96,6 @@ EXAMPLE = Example(
     make=lambda: Backbone(lambda depth, width, branches: LIMe(depth, width, 2, branches=branches)),
     inputs=lambda: (torch.randn(2, 6, 8),),
     odd=lambda: (torch.randn(3, 7, 8),),
+    axis=1,
+    causal=True,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -146,18 +147,21 @@ class LowRankPassthrough(nn.Module):
         """Outputs of all steps, and the last state, with which the next piece of the sequence goes on."""
         if x.ndim != 3 or x.shape[-1] != self.inputs:
             raise ValueError(f"LowRankPassthrough: input {tuple(x.shape)}; wanted [batch, sequence, {self.inputs}].")
-        wanted = (len(x), self.width)
-        state = tuple(self.start.unsqueeze(1).expand(-1, *wanted).unbind()) if state is None else state
-        if [tuple(s.shape) for s in state] != [wanted] * len(self.start):
+        size = (x.shape[0], self.width)
+        if state is None:
+            state = tuple(self.start.unsqueeze(1).expand(-1, *size).unbind())
+        elif [tuple(s.shape) for s in state] != [size] * len(self.start):
             raise ValueError(
-                f"LowRankPassthrough: states {[tuple(s.shape) for s in state]}; wanted {len(self.start)} of {wanted}."
+                f"LowRankPassthrough: states {[tuple(s.shape) for s in state]}; wanted {len(self.start)} of {size}. "
+                "Give the state that this layer returned for the same batch."
             )
-        driven_SGBN = F.linear(x, self.input, self.bias.flatten()).unflatten(-1, (self.gates, -1)).permute(1, 2, 0, 3)
+        driven_SBJ = F.linear(x, self.input, self.bias.flatten()).transpose(0, 1)
+        driven_SGBN = driven_SBJ.unflatten(-1, (self.gates, self.width)).transpose(1, 2).to(state[0].dtype)
         step, applied, outputs = STEPS[self.cell], self.transition.ready(*GROUPS[self.cell]), []
         for driven in driven_SGBN.contiguous().unbind():
             state = step(driven, applied, *state)
             outputs.append(state[0])
-        return torch.stack(outputs, 1), state
+        return torch.stack(outputs, 1) if outputs else x.new_empty(x.shape[0], 0, self.width), state
 
 
 def _highway(driven: Tensor, applied: list[Apply], h: Tensor) -> tuple[Tensor, ...]:
@@ -190,4 +194,11 @@ EXAMPLE = Example(
     make=lambda: LowRankPassthrough(3, 6, rank=2, weight_norm=True),
     inputs=lambda: (torch.randn(2, 5, 3),),
     odd=lambda: (torch.randn(3, 7, 3),),
+    axis=1,
+    modes={
+        f"{cell}, {transition}": partial(LowRankPassthrough, 3, 6, cell=cell, transition=transition, rank=2, tied=True)
+        for cell in GROUPS
+        for transition in TRANSITIONS
+    },
+    causal=True,
 )

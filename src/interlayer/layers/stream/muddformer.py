@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from interlayer.core.example import Backbone, Example
 from interlayer.core.parts import FeedForward, Linear, plain_linear
@@ -126,8 +125,8 @@ class MUDDFormer(DenseFormer):
         """All ways side by side, [B, S, 4, D], until the next block reads them; after the last block [B, S, D]."""
         weight_BSCN = self.dynamic[str(i)](state.x) + self.alpha[str(i)]
         sources = [*(state.kept[j] for j in self.sources[i]), state.x]
-        # Keeping the stack for the backward pass would take depth^2 / 2 outputs in all; it is made again instead.
-        y_BSCD = checkpoint(mixture, weight_BSCN, *sources, use_reentrant=False, preserve_rng_state=False)
+        average = mixture if torch.compiler.is_compiling() else Mixture.apply  # a compiler knows what to keep
+        y_BSCD = average(weight_BSCN.to(state.x.dtype), *sources)
         return y_BSCD if i < self.depth else y_BSCD.squeeze(-2)
 
     @torch.no_grad()
@@ -144,8 +143,34 @@ class MUDDFormer(DenseFormer):
 
 def mixture(weight_BSCN: Tensor, *sources_BSD: Tensor) -> Tensor:
     """Weighted sums of N sources, C of them for each position."""
-    x_BSND = torch.stack(sources_BSD, -2)
-    return weight_BSCN.to(x_BSND.dtype) @ x_BSND
+    return weight_BSCN @ torch.stack(sources_BSD, -2)
+
+
+class Mixture(torch.autograd.Function):
+    """``mixture`` that keeps its sources, not their stack, which over all blocks would be depth^2 / 2 outputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight_BSCN: Tensor, *sources_BSD: Tensor) -> Tensor:
+        return mixture(weight_BSCN, *sources_BSD)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BSCD: Tensor) -> tuple[Tensor, ...]:
+        weight_BSCN, *sources_BSD = ctx.saved_tensors
+        dy_BSCD = dy_BSCD.to(weight_BSCN.dtype)
+        dweight = dy_BSCD @ torch.stack(sources_BSD, -2).transpose(-1, -2)
+        return dweight, *(weight_BSCN.transpose(-1, -2) @ dy_BSCD).unbind(-2)
+
+    @staticmethod
+    def jvp(ctx: Any, tweight_BSCN: Tensor, *tsources_BSD: Tensor) -> Tensor:
+        weight_BSCN, *sources_BSD = ctx.saved_tensors
+        return mixture(tweight_BSCN, *sources_BSD) + mixture(weight_BSCN, *tsources_BSD)
 
 
 def widening(
@@ -189,5 +214,9 @@ def widening(
 
 
 EXAMPLE = Example(
-    make=lambda: Backbone(MUDDFormer), inputs=lambda: (torch.randn(2, 6, 8),), odd=lambda: (torch.randn(3, 7, 8),)
+    make=lambda: Backbone(MUDDFormer),
+    inputs=lambda: (torch.randn(2, 6, 8),),
+    odd=lambda: (torch.randn(3, 7, 8),),
+    axis=1,
+    causal=True,
 )

@@ -210,7 +210,9 @@ class Integrate(Sequential):
     def adapted(self, slope: Slope, x: Tensor) -> Tensor:
         """Steps as long as the tolerance allows, for each item of the batch its own; each keeps its last slope (FSAL)."""
         assert self.tolerance is not None
-        flat = (len(x), *[1] * (x.ndim - 1))
+        if not x.numel():
+            return x  # no item, or none of its positions: nothing to integrate
+        flat = (x.shape[0], *[1] * (x.ndim - 1))
         time, size = x.new_zeros(flat), x.new_full(flat, 1 / self.steps)
         gap = tuple(b - low for b, low in zip(self.tableau.b, self.tableau.low, strict=True))
         first = slope(x)
@@ -246,4 +248,11 @@ EXAMPLE = Example(
     make=lambda: Backbone(NODETransformer, order=partial(Integrate, solver="rk4", steps=2)),
     inputs=lambda: (torch.randn(2, 6, 8),),
     odd=lambda: (torch.randn(3, 7, 8),),
+    axis=1,
+    causal=True,
+    modes={
+        "adapted steps": lambda: Backbone(
+            NODETransformer, order=partial(Integrate, solver="dormand-prince", tolerance=1e-2)
+        )
+    },
 )

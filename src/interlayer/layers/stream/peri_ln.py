@@ -57,5 +57,9 @@ class PeriLN(PreNorm):
 
 
 EXAMPLE = Example(
-    make=lambda: Backbone(PeriLN), inputs=lambda: (torch.randn(2, 6, 8),), odd=lambda: (torch.randn(3, 7, 8),)
+    make=lambda: Backbone(PeriLN),
+    inputs=lambda: (torch.randn(2, 6, 8),),
+    odd=lambda: (torch.randn(3, 7, 8),),
+    axis=1,
+    causal=True,
 )

@@ -46,5 +46,9 @@ class ReZero(Stream):
 
 
 EXAMPLE = Example(
-    make=lambda: Backbone(ReZero), inputs=lambda: (torch.randn(2, 6, 8),), odd=lambda: (torch.randn(3, 7, 8),)
+    make=lambda: Backbone(ReZero),
+    inputs=lambda: (torch.randn(2, 6, 8),),
+    odd=lambda: (torch.randn(3, 7, 8),),
+    axis=1,
+    causal=True,
 )

@@ -253,4 +253,10 @@ def _shaped_backbone() -> Backbone:
     return net
 
 
-EXAMPLE = Example(make=_shaped_backbone, inputs=lambda: (torch.randn(2, 6, 8),), odd=lambda: (torch.randn(3, 7, 8),))
+EXAMPLE = Example(
+    make=_shaped_backbone,
+    inputs=lambda: (torch.randn(2, 6, 8),),
+    odd=lambda: (torch.randn(3, 7, 8),),
+    axis=1,
+    causal=True,
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -256,5 +257,9 @@ def hidden_states(
 
 
 EXAMPLE = Example(
-    make=lambda: SSLInterface(4, 9), inputs=lambda: (torch.randn(2, 9, 5, 4),), odd=lambda: (torch.randn(3, 9, 7, 4),)
+    make=lambda: SSLInterface(4, 9),
+    modes={kind: partial(SSLInterface, 4, 9, kind=kind) for kind in INTERFACES if kind != "pca"},
+    inputs=lambda: (torch.randn(2, 9, 5, 4),),
+    odd=lambda: (torch.randn(3, 9, 7, 4),),
+    axis=2,
 )

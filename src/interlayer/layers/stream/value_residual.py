@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -99,5 +101,10 @@ class ValueResidual(PreNorm):
 
 
 EXAMPLE = Example(
-    make=lambda: Backbone(ValueResidual), inputs=lambda: (torch.randn(2, 6, 8),), odd=lambda: (torch.randn(3, 7, 8),)
+    make=lambda: Backbone(ValueResidual),
+    inputs=lambda: (torch.randn(2, 6, 8),),
+    odd=lambda: (torch.randn(3, 7, 8),),
+    axis=1,
+    causal=True,
+    modes={mode: lambda mode=mode: Backbone(partial(ValueResidual, mode=mode)) for mode in MODES},
 )
