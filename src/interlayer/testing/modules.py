@@ -190,8 +190,8 @@ def causal(example: Example) -> None:
         for given in (inputs, _map(change, inputs)):
             with torch.no_grad(), seeded(5):
                 outs.append(tensors(module.train(training)(*given))[0])
-        early = [out.narrow(axis, 0, half) for out in outs]
-        same(*early, f"earlier outputs after a later input changed ({half} positions)", rtol=1e-9, atol=1e-9)
+        before, after = (out.narrow(axis, 0, half) for out in outs)
+        same(before, after, f"the first {half} outputs after a later input changed", rtol=1e-9, atol=1e-9)
 
 
 @_in_every_mode

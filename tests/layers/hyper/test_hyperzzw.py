@@ -8,7 +8,7 @@ from interlayer.core.data import DataShape
 from interlayer.core.extra import extra_loss
 from interlayer.core.implicit import grid
 from interlayer.layers.hyper.hyperzzw import (
-    KERNELS,
+    SIDES,
     GroupedStandard,
     SlowNet,
     Terminator,
@@ -74,7 +74,7 @@ def test_slow_network_with_context_differs_by_example_and_not_by_batch():
 
 
 def test_grouped_standardisation_goes_by_turns_over_batch_and_places():
-    norm, x = GroupedStandard(8, 4, 2), 3 + 2 * torch.randn(6, 8, 5, 5)
+    norm, x = GroupedStandard(8, 4, 2, True), 3 + 2 * torch.randn(6, 8, 5, 5)
     y = norm(x)
     batch, instance = [0, 1, 4, 5], [2, 3, 6, 7]
     assert y[:, batch].mean((0, 2, 3)).abs().max() < 1e-5
@@ -86,7 +86,7 @@ def test_grouped_standardisation_goes_by_turns_over_batch_and_places():
     torch.testing.assert_close(y[:, batch], wanted, rtol=1e-3, atol=1e-3)
     assert not list(norm.parameters())
     with pytest.raises(ValueError, match="9 channels in 4 groups"):
-        GroupedStandard(9, 4, 2)
+        GroupedStandard(9, 4, 2, True)
 
 
 def test_local_feedback_by_hand_and_it_teaches_slow_networks_alone():
@@ -115,10 +115,33 @@ def test_one_dimension_and_task_shapes():
     assert all(p.grad is not None for p in net.parameters())
     made = Terminator.for_task(DataShape("image", "classes", classes=3, channels=1, height=8, width=8), hidden=4)
     assert made(torch.randn(2, 1, 8, 8)).shape == (2, 3)
-    assert [branch.slow.size for branch in made.blocks[0].local] == [(k, k) for k in KERNELS]
+    assert [branch.slow.size for branch in made.blocks[0].local] == [(k, k) for k in SIDES]
+
+
+def test_evaluation_standardises_by_running_statistics_or_as_the_authors_by_the_batch():
+    torch.manual_seed(0)
+    x = 2 + torch.randn(6, 1, 8, 8)
+    for running in (True, False):
+        net = Terminator(1, (8, 8), widths=(4,), hidden=4, groups=2, running=running)
+        trained = net(x)
+        net.eval()
+        alone = torch.cat([net(part) for part in x.split(1)])
+        assert torch.allclose(net(x), alone, atol=1e-5) == running
+        assert torch.allclose(net(x), trained, atol=1e-5) != running
+        assert any("running" in n for n in net.state_dict()) == running
+
+
+def test_fewer_local_kernels_are_fewer_branches():
+    net = Terminator(1, (8, 8), widths=(4, 8), hidden=4, groups=2, sides=(5, 3))
+    assert [branch.slow.size for branch in net.blocks[1].local] == [(5, 5), (3, 3)]
+    assert net.blocks[1].bottleneck.in_channels == 8 * 4
+    assert net(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_errors():
+    for wrong in ((4,), (3, 3, 3, 3, 3)):
+        with pytest.raises(ValueError, match="wanted at most 4 odd numbers"):
+            Terminator(1, (8, 8), sides=wrong)
     with pytest.raises(ValueError, match=r"size \(8, 6\); wanted"):
         Terminator(1, (8, 6))
     with pytest.raises(ValueError, match="36 channels after 24; wanted a multiple"):

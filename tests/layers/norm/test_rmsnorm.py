@@ -64,7 +64,7 @@ def test_first_and_second_derivatives():
     assert torch.autograd.gradgradcheck(fast, (x, w))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in forward mode
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of torch's forward mode
 def test_function_transforms():
     torch.manual_seed(0)
     norm = RMSNorm(6).double()

@@ -52,6 +52,40 @@ def test_values_and_gradients_equal_the_equation():
         torch.testing.assert_close(a, b)
 
 
+def test_random_initialisation_is_the_authors():
+    torch.manual_seed(0)
+    stream = LIMe(5, 64, 16, init="random")
+    for block, router in enumerate(stream.router, start=1):
+        bound = (3 / ((block + 1) * 16)) ** 0.5
+        assert router.shape == (16, (block + 1) * 16) and torch.equal(router[:, -16:], torch.eye(16))
+        earlier = router[:, :-16]
+        assert 0.95 * bound < earlier.abs().max() <= bound and earlier.std().item() == pytest.approx(
+            bound / 3**0.5, rel=0.1
+        )
+    for wrong in ({"init": "zeros"}, {"rate": 0.0}):
+        with pytest.raises(ValueError, match="LIMe: init"):
+            LIMe(2, 8, 2, **wrong)
+
+
+def test_rate_is_the_routers_learning_rate_under_adam():
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 1, 2, 3, 4)
+    routers = []
+    for rate, lr in ((10.0, 1e-3), (1.0, 1e-2)):
+        stream = LIMe(2, 8, 2, rate=rate)
+        optimiser = torch.optim.Adam(stream.router.parameters(), lr)
+        for _ in range(3):
+            state = State(k)
+            stream.share(state, 0, k, v)
+            mixed = stream.share(state, 2, v, k)
+            optimiser.zero_grad()
+            (mixed[0].sin().sum() + mixed[1].square().sum()).backward()
+            optimiser.step()
+        routers.append(rate * stream.router[0].detach())
+    torch.testing.assert_close(*routers)
+    assert (routers[0] - torch.cat((torch.zeros(2, 2), torch.eye(2)), 1)).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("kv_heads", [None, 2])
 def test_it_is_the_plain_transformer_at_the_start(kv_heads):
     plain, lime = (Transformer(**SIZES, kv_heads=kv_heads, stream=s) for s in ("pre-norm", "lime"))

@@ -88,7 +88,7 @@ def test_values_and_gradients_equal_the_equation(dilation, period):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in forward mode
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of torch's forward mode
 def test_averages_have_all_derivatives_and_keep_no_stack():
     torch.manual_seed(0)
     inputs = [torch.randn(2, 3, 4, 5), *(torch.randn(2, 3, 6) for _ in range(5))]

@@ -85,8 +85,13 @@ def test_depth_is_logarithmic_in_the_layers(layers, convs, outputs):
     assert layer(torch.randn(1, layers, 2, 12)).shape[-1] == layer.outputs == outputs
 
 
-def test_outputs_are_rounded_up_where_the_width_does_not_divide():
-    assert SSLInterface(7, 13).outputs == 8  # two places are left of 13 layers
+def test_outputs_are_rounded_down_where_the_width_does_not_divide():
+    assert SSLInterface(7, 13).outputs == 6  # two positions are left of 13 layers
+    with torch.device("meta"):
+        large = SSLInterface(1024, 25)  # of the authors' code: three positions, 1024 // 3 channels each
+    assert large.outputs == 1023 and large(torch.zeros(1, 25, 2, 1024, device="meta")).shape == (1, 2, 1023)
+    with pytest.raises(ValueError, match="width 1 for the 3 positions that are left of 25 layers"):
+        SSLInterface(1, 25)
 
 
 def test_cls_token_sees_the_layers_of_its_own_place_only():

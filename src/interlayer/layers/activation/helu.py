@@ -17,10 +17,10 @@ class HeLU(nn.Module):
     Paper: Kimhi et al., "Hysteresis Activation Function for Efficient Inference", arXiv:2411.10573.
 
     Equation: ``y = max(x, 0)`` with the gradient ``dy/dx = 1`` where ``x > -alpha`` and 0 elsewhere. Inference is ReLU's and
-    costs the same. The paper's choice of ``alpha`` could not be verified; 0.1 is this project's.
+    costs the same. The default ``alpha`` is that of the authors' code (github.com/idankdev/helu).
 
     Args:
-        alpha: How far below 0 the gradient reaches.
+        alpha: How far below 0 the gradient reaches. Defaults to 0.05.
 
     Shapes: any.
 
@@ -29,13 +29,13 @@ class HeLU(nn.Module):
 
     Examples:
         >>> import torch
-        >>> x = torch.tensor([-1.0, -0.05, 2.0], requires_grad=True)
+        >>> x = torch.tensor([-1.0, -0.04, 2.0], requires_grad=True)
         >>> y = HeLU()(x)
         >>> y.tolist(), torch.autograd.grad(y.sum(), x)[0].tolist()
         ([0.0, 0.0, 2.0], [0.0, 1.0, 1.0])
     """
 
-    def __init__(self, alpha: float = 0.1) -> None:
+    def __init__(self, alpha: float = 0.05) -> None:
         super().__init__()
         if alpha < 0:
             raise ValueError(f"HeLU: alpha {alpha} is negative; the backward threshold lies at -alpha, below 0.")

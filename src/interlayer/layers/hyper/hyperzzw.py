@@ -17,16 +17,21 @@ from interlayer.core.data import DataShape
 from interlayer.core.example import Example
 from interlayer.core.implicit import grid
 
-KERNELS = (3, 9, 5, 7)  # sides of the four local hyper-kernels
+SIDES = (3, 9, 5, 7)  # of the four local hyper-kernels
 
 
 def pointwise(inputs: int, outputs: int, dims: int) -> nn.Module:
-    """A linear map of the channels at every place."""
+    """A linear map of the channels at every position."""
     return (nn.Conv1d if dims == 1 else nn.Conv2d)(inputs, outputs, 1)
 
 
+def batch_standard(channels: int, dims: int, running: bool) -> nn.Module:
+    """Each channel to mean 0 and standard deviation 1 over the batch and the positions; nothing is learned."""
+    return (nn.BatchNorm1d if dims == 1 else nn.BatchNorm2d)(channels, affine=False, track_running_stats=running)
+
+
 class Instance(nn.Module):
-    """Each channel of each example to mean 0 and deviation 1 over the places; nothing is learned."""
+    """Each channel of each example to mean 0 and standard deviation 1 over the positions; nothing is learned."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise."""
@@ -34,22 +39,23 @@ class Instance(nn.Module):
 
 
 class GroupedStandard(nn.Module):
-    """The paper's grouped instance-batch standardisation: groups of channels by turns over the batch and over the places.
+    """The paper's grouped instance-batch standardisation: groups of channels alternate between batch and instance.
 
     Args:
         channels: Channels C, a multiple of ``groups``.
         groups: An even number.
         dims: 1 for sequences, 2 for images.
+        running: Whether evaluation uses running statistics.
     """
 
-    def __init__(self, channels: int, groups: int, dims: int) -> None:
+    def __init__(self, channels: int, groups: int, dims: int, running: bool) -> None:
         super().__init__()
         if groups % 2 or channels % groups:
             raise ValueError(
                 f"hyperzzw: {channels} channels in {groups} groups; wanted an even number that divides them."
             )
         self.groups = groups
-        self.batch = (nn.BatchNorm1d if dims == 1 else nn.BatchNorm2d)(channels // 2, affine=False)
+        self.batch = batch_standard(channels // 2, dims, running)
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise."""
@@ -60,21 +66,21 @@ class GroupedStandard(nn.Module):
 
 
 def renormalize(h: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
-    """``keep h + scale h / |h|`` with the norm over the places; no gradient goes through the first term."""
+    """``keep h + scale h / |h|`` with the norm over the positions; no gradient goes through the first term."""
     return keep * h.detach() + scale * F.normalize(h, dim=-2)
 
 
 class SlowNet(nn.Module):
-    """An implicit network that writes a kernel: from the coordinates of its places to a number for each channel.
+    """An implicit network that writes a kernel: from the coordinates of its positions to a number for each channel.
 
-    ``h_0 = sin(F_0 c)``, ``h_i = sin(F_i c) * (W_i h_{i-1} + b_i) + p`` with a learned p for each place, and a linear map at the
-    end; the frequencies F begin Gamma-distributed. With a context, every h_i is renormalised and multiplied by a linear
-    function of the activations, pooled to the size of the kernel.
+    ``h_0 = sin(F_0 c)``, ``h_i = sin(F_i c) * (W_i h_{i-1} + b_i) + p`` with a learned p for each position, and a linear map
+    at the end; the frequencies F are Gamma-distributed at initialisation. With a context, every h_i is renormalised and
+    multiplied by a linear function of the activations, pooled to the size of the kernel.
 
     Args:
         channels: Channels of the kernel.
-        size: Its places along each axis.
-        hidden: Features inside.
+        size: Its positions along each axis.
+        hidden: Hidden features.
         layers: Products.
         omega: Frequency scale.
         context: Channels of the activations that it depends on; 0 for none.
@@ -137,6 +143,8 @@ def hyperzzw_global(kernel: Tensor, x: Tensor, z: Tensor) -> Tensor:
 def hyperzzw_local(kernel: Float[Tensor, "B C *K"], x: Float[Tensor, "B C *S"]) -> Tensor:
     """Each channel of each example convolved with its own kernel, which was made from activations."""
     batch, channels = x.shape[:2]
+    if not batch:
+        return x
     conv = F.conv1d if x.ndim == 3 else F.conv2d
     weight = kernel.flatten(0, 1).unsqueeze(1)
     out = conv(x.flatten(0, 1).unsqueeze(0), weight, padding=kernel.shape[-1] // 2, groups=batch * channels)
@@ -165,11 +173,11 @@ class RGU(nn.Module):
 class Local(nn.Module):
     """A local branch: kernels from ``source``, convolved with ``x``, channels mixed, standardised over the batch."""
 
-    def __init__(self, channels: int, side: int, dims: int, **options: Any) -> None:
+    def __init__(self, channels: int, side: int, dims: int, *, running: bool, **options: Any) -> None:
         super().__init__()
         self.slow = SlowNet(channels, (side,) * dims, layers=2, context=channels, **options)
         self.mix = pointwise(channels, channels, dims)
-        self.standard = (nn.BatchNorm1d if dims == 1 else nn.BatchNorm2d)(channels, affine=False)
+        self.standard = batch_standard(channels, dims, running)
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, source: Tensor, x: Tensor) -> Tensor:
@@ -178,20 +186,32 @@ class Local(nn.Module):
 
 
 class Block(nn.Module):
-    """Slow-fast neural encoding: ten branches from one input, standardised and pressed through a bottleneck.
+    """Slow-fast neural encoding: six branches and one for each local kernel, compressed by a bottleneck and standardised.
 
     Args:
-        channels: Channels C in.
-        outputs: Channels out.
-        size: Places along each axis.
-        hidden: Features inside the slow networks.
+        channels: Input channels C.
+        outputs: Output channels.
+        size: Positions along each axis.
+        hidden: Hidden features of the slow networks.
         layers: Products of the slow network of the global kernel.
         omega: Frequency scale.
-        groups: Of the standardisation at the end.
+        groups: Groups of the standardisation.
+        sides: Sides of the local kernels.
+        running: Whether evaluation uses running statistics.
     """
 
     def __init__(
-        self, channels: int, outputs: int, size: Sequence[int], *, hidden: int, layers: int, omega: float, groups: int
+        self,
+        channels: int,
+        outputs: int,
+        size: Sequence[int],
+        *,
+        hidden: int,
+        layers: int,
+        omega: float,
+        groups: int,
+        sides: Sequence[int],
+        running: bool,
     ) -> None:
         super().__init__()
         dims, options = len(size), cast(dict[str, Any], {"hidden": hidden, "omega": omega})
@@ -201,9 +221,9 @@ class Block(nn.Module):
         self.fast, self.fast_slow = RGU(channels, size), RGU(channels, size)
         self.mix = pointwise(channels, channels, dims)
         self.standard = Instance()
-        self.local = nn.ModuleList(Local(channels, side, dims, **options) for side in KERNELS)
-        self.bottleneck = pointwise(10 * channels, outputs, dims)
-        self.grouped = GroupedStandard(outputs, groups, dims)
+        self.local = nn.ModuleList(Local(channels, side, dims, running=running, **options) for side in sides)
+        self.bottleneck = pointwise((6 + len(sides)) * channels, outputs, dims)
+        self.grouped = GroupedStandard(outputs, groups, dims, running)
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Float[Tensor, "B C *S"]) -> Float[Tensor, "B D *S"]:
@@ -222,7 +242,7 @@ class Block(nn.Module):
             self.spatial(), places
         )
         pairs = ((x, gated), (gated, x), (mixed, x), (x, mixed))
-        local = [branch(source, z) for branch, (source, z) in zip(self.local, pairs, strict=True)]
+        local = [branch(source, z) for branch, (source, z) in zip(self.local, pairs, strict=False)]
         branches = [out, out_mixed, out_gated, F.silu(out), fast, x * torch.sigmoid(score), *local]
         return F.gelu(self.grouped(self.bottleneck(torch.cat(branches, 1)))) + self.bias
 
@@ -233,37 +253,41 @@ class Terminator(nn.Module):
 
     Paper: Zhang, "HyperZ.Z.W Operator Connects Slow-Fast Networks for Full Context Interaction", arXiv:2401.17948.
 
-    Operator: ``(Z * W) . Z'``: a hyper-kernel W, which a coordinate-based network generates, is multiplied by hidden
-    activations Z element by element, and what results meets Z' in a product (global kernels, as large as the input), a
-    depthwise convolution (local ones of sides 3, 5, 7 and 9) or element by element (over channels and over places). Ten branches
-    are concatenated and compressed. Standardisation has nothing to learn: over places, over the batch, or in groups by turns.
+    Operator: ``(Z * W) . Z'``: a hyper-kernel W, which a coordinate-based network generates, is multiplied element by element
+    by hidden activations Z. The result is multiplied by Z' as a matrix (global kernels, as large as the input), by a depthwise
+    convolution (local ones of sides 3, 5, 7 and 9) or element by element (over channels and over positions). Ten branches are
+    concatenated and compressed. Standardisation has nothing to learn: over positions, over the batch, or in alternating groups.
 
     Local feedback: ``extra_loss`` is the mean squared difference between the global kernels of every two blocks, the shallow
-    one repeated to the channels of the deep one, which teaches the slow networks without the fast one.
+    one repeated to the channels of the deep one, which trains the slow networks without the fast one.
 
     As in the authors' published code, with these differences: kernels of local branches depend on each example alone, not on the
-    mean of its batch; statistics over the batch run on for evaluation; the renormalisation's two scales are learned; sequences
-    use a circular convolution as global product; dropout and the concatenation of earlier blocks are left out. The authors'
-    frequency scale could not be verified.
+    mean of its batch; the renormalisation's two scales are learned; sequences use a circular convolution as global product;
+    dropout and the concatenation of earlier blocks are left out. Their code standardises over the batch in evaluation too
+    (``running=False``); by default running statistics are used there, so that an example's output is its own. The
+    authors' frequency scale could not be verified.
 
-    Cost for N places: C N sqrt(N) multiply-adds for each global product of an image, C N log N of a sequence, and 14 C^2 N for
+    Cost for N positions: C N sqrt(N) multiply-adds for each global product of an image, C N log N of a sequence, and 14 C^2 N for
     maps of channels in each block.
 
     Args:
         channels: Channels of the input.
-        size: Places along each axis: (length,) or (side, side).
+        size: Positions along each axis: (length,) or (side, side).
         classes: Number of classes K.
         widths: Channels after each block, each a multiple of the one before and of ``groups``.
-        hidden: Features inside the slow networks.
+        hidden: Hidden features of the slow networks.
         layers: Products of the slow networks of global kernels.
         omega: Frequency scale of the slow networks.
         groups: Groups of the standardisation.
         feedback: Weight of the local feedback.
+        sides: Odd sides of the local kernels of each block, at most four.
+        running: Whether evaluation uses running statistics, not the batch's own.
 
     Shapes: [B, C, L] or [B, C, H, H] to [B, K].
 
     Raises:
-        ValueError: An image that is not square, widths that do not divide each other, an input of another shape.
+        ValueError: An image that is not square, widths that do not divide each other, even or too many sides, an input of
+            another shape.
 
     Examples:
         >>> net = Terminator(1, (8, 8), classes=10, widths=(12, 12), hidden=8)
@@ -283,6 +307,8 @@ class Terminator(nn.Module):
         omega: float = 1.0,
         groups: int = 12,
         feedback: float = 1.0,
+        sides: Sequence[int] = SIDES,
+        running: bool = True,
     ) -> None:
         super().__init__()
         self.shape, self.feedback = (channels, *size), feedback
@@ -290,13 +316,15 @@ class Terminator(nn.Module):
             raise ValueError(
                 f"Terminator: size {tuple(size)}; wanted (length,) or a square, as matrices are multiplied."
             )
+        if len(sides) > len(SIDES) or not all(side % 2 for side in sides):
+            raise ValueError(f"Terminator: sides {tuple(sides)}; wanted at most {len(SIDES)} odd numbers.")
         inputs = [channels, *widths[:-1]]
         if bad := [pair for pair in pairwise(inputs) if pair[1] % pair[0]]:
             raise ValueError(
                 f"Terminator: {bad[0][1]} channels after {bad[0][0]}; wanted a multiple, so that kernels repeat."
             )
         self.blocks = nn.ModuleList(
-            Block(i, o, size, hidden=hidden, layers=layers, omega=omega, groups=groups)
+            Block(i, o, size, hidden=hidden, layers=layers, omega=omega, groups=groups, sides=sides, running=running)
             for i, o in zip(inputs, widths, strict=True)
         )
         self.head = nn.Linear(widths[-1], classes)
@@ -333,8 +361,15 @@ class Terminator(nn.Module):
 
 
 EXAMPLE = Example(
-    make=lambda: Terminator(1, (8, 8), widths=(4, 8), hidden=6, groups=4, omega=0.25),
+    make=lambda: Terminator(1, (8, 8), widths=(4,), hidden=6, groups=4, omega=0.25, sides=(3,)),
     inputs=lambda: (torch.randn(3, 1, 8, 8),),
     wrong=lambda: (torch.randn(2, 1, 8, 9),),
-    exceptions={"gradcheck": "the renormalisation of the slow networks stops the gradient of one of its two terms"},
+    modes={
+        "two blocks": lambda: Terminator(1, (8, 8), widths=(4, 8), hidden=6, groups=4, omega=0.25),
+        "batch statistics": lambda: Terminator(1, (8, 8), widths=(4,), hidden=6, groups=4, sides=(3,), running=False),
+    },
+    exceptions={
+        "gradcheck": "the renormalisation of the slow networks stops the gradient of one of its two terms",
+        "trace": "every example is convolved with kernels of its own, and a trace keeps the number of groups",
+    },
 )

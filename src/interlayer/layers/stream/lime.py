@@ -15,9 +15,10 @@ class LIMe(PreNorm):
     Paper: Gerasimov et al., "You Do Not Fully Utilize Transformer's Representation Capacity", arXiv:2502.09245.
 
     Equation: ``[K'_{l,h}, V'_{l,h}] = sum_{j <= l} sum_g R^l_{h,(j,g)} [K_{j,g}, V_{j,g}]``, the same router R for keys and
-    values, for every layer l but the first; then attention as ever. Here ``R^l_{h,(j,g)} = [j = l][g = h]`` at the start,
-    which is the plain Transformer; the authors' code starts the weights on earlier layers at random, uniform within
-    ``sqrt(3 / (l H))``.
+    values, for every layer l but the first; then ordinary attention. By default ``R^l_{h,(j,g)} = [j = l][g = h]`` at
+    initialisation, which is the plain Transformer. The authors' code draws the weights on earlier layers from the uniform
+    distribution within ``sqrt(3 / (l H))`` (``init="random"``) and trains routers at a learning rate of 0.01, ten times
+    that of the other weights (``rate=10``).
 
     Rotary positions are linear and the same in all layers, so that it makes no difference whether keys are mixed before
     or after them. What is cached is the mixture, in place of the layer's own keys and values and of their size. A pass
@@ -31,11 +32,15 @@ class LIMe(PreNorm):
         kv_heads: Key-value heads H, if fewer.
         branches: Sublayers in a block; the first one is the attention.
         norm: Called with ``width=``.
+        init: ``identity``, or ``random`` weights on earlier layers.
+        rate: Learning rate of the routers relative to the other weights'. The parameters hold ``R / rate``, so it holds
+            for optimisers whose steps do not depend on the scale of the gradient (Adam), without weight decay.
 
     Shapes: keys and values [B, H, S, K], equal in all layers; needs a mixer that offers ``share``.
 
     Raises:
-        ValueError: No heads, or others than it was built for; blocks that run out of order.
+        ValueError: No heads, or others than it was built for; an unknown ``init``, a ``rate`` that is not positive; blocks
+            that run out of order.
 
     Examples:
         >>> import torch
@@ -56,15 +61,24 @@ class LIMe(PreNorm):
         kv_heads: int | None = None,
         branches: int = 2,
         norm: Norm | None = None,
+        init: str = "identity",
+        rate: float = 1.0,
     ) -> None:
         super().__init__(depth, width, branches=branches, norm=norm)
         if heads < 1:
             raise ValueError(f"LIMe: heads {heads}; it needs attention, and the number of its heads.")
-        self.heads = kv_heads or heads
-        own = torch.eye(self.heads)
-        self.router = nn.ParameterList(
-            torch.cat((torch.zeros(self.heads, block * self.heads), own), 1) for block in range(1, depth)
-        )
+        if init not in ("identity", "random") or rate <= 0:
+            raise ValueError(
+                f"LIMe: init {init!r} and rate {rate}; wanted 'identity' or 'random', and a positive rate."
+            )
+        self.heads, self.rate = kv_heads or heads, rate
+        self.router = nn.ParameterList()
+        for block in range(1, depth):
+            earlier = torch.zeros(self.heads, block * self.heads)
+            if init == "random":
+                bound = (3 / ((block + 1) * self.heads)) ** 0.5
+                earlier.uniform_(-bound, bound)
+            self.router.append(torch.cat((earlier, torch.eye(self.heads)), 1) / rate)
 
     def share(self, state: State, layer: int, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
         assert v is not None
@@ -83,7 +97,7 @@ class LIMe(PreNorm):
                 "Take order='sequential'."
             )
         # One product for each source: nothing is copied or kept twice, which beats one product over all of them.
-        parts_HH = self.router[block - 1].split(self.heads, 1)
+        parts_HH = (self.rate * self.router[block - 1]).split(self.heads, 1)
         first, *rest = (part.expand(k.shape[0], -1, -1) for part in parts_HH)
         mixed_BHX = torch.bmm(first, state.kept[0])
         for j, part in enumerate(rest, start=1):

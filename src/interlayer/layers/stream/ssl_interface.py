@@ -66,8 +66,9 @@ class Concat(nn.Module):
 class HierarchicalConv(nn.Module):
     """``floor(log_3 L)`` convolutions of kernel 5 and stride 3 along the layers, each with a ReLU.
 
-    What is left of the layers after the last one is concatenated, with as many channels as make that D features (a few
-    more where the number does not divide D: see ``outputs``).
+    The M positions that are left of the layers are concatenated, with ``floor(D / M)`` channels each: D features, or a few
+    less where M does not divide D (1023 for 25 layers of 1024). As in the authors' code, except that two layers, which
+    would pass no convolution at all, pass one.
     """
 
     def __init__(self, width: int, layers: int) -> None:
@@ -75,7 +76,12 @@ class HierarchicalConv(nn.Module):
         lengths = [layers]
         while len(lengths) == 1 or STRIDE ** len(lengths) <= layers:
             lengths.append((lengths[-1] - 1) // STRIDE + 1)
-        last = -(-width // lengths[-1])
+        last = width // lengths[-1]
+        if not last:
+            raise ValueError(
+                f"SSLInterface: width {width} for the {lengths[-1]} positions that are left of {layers} layers; give at "
+                "least one feature for each, or another kind."
+            )
         self.outputs = last * lengths[-1]
         channels = [width] * (len(lengths) - 1) + [last]
         self.convs = nn.ModuleList(nn.Conv1d(i, o, KERNEL, STRIDE, padding=KERNEL // 2) for i, o in pairwise(channels))
