@@ -59,9 +59,10 @@ def test_slow_network_is_the_recurrence_over_coordinates():
     slow = SlowNet(3, (4, 4), hidden=5, layers=2, omega=0.3)
     torch.nn.init.normal_(slow.bias)
     for row, place in enumerate(grid(4, 4)):
-        h = torch.sin(slow.filters[0](place))
+        filters = list(zip(slow.waves.weight.split(5), slow.waves.bias.split(5), strict=True))
+        h = torch.sin(F.linear(place, *filters[0]))
         for i in (0, 1):
-            h = torch.sin(slow.filters[i + 1](place)) * slow.lines[i](h) + slow.bias[row]
+            h = torch.sin(F.linear(place, *filters[i + 1])) * slow.lines[i](h) + slow.bias[row]
         torch.testing.assert_close(slow()[0, :, row // 4, row % 4], slow.last(h))
 
 

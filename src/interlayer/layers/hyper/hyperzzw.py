@@ -35,7 +35,7 @@ class Instance(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise."""
-        return F.instance_norm(x)
+        return F.layer_norm(x, x.shape[2:])
 
 
 class GroupedStandard(nn.Module):
@@ -61,7 +61,7 @@ class GroupedStandard(nn.Module):
         """Standardise."""
         pairs = x.unflatten(1, (self.groups // 2, 2, -1))
         by_batch, by_place = (pairs[:, :, i].flatten(1, 2) for i in (0, 1))
-        both = [self.batch(by_batch), F.instance_norm(by_place)]
+        both = [self.batch(by_batch), F.layer_norm(by_place, by_place.shape[2:])]
         return torch.stack([t.unflatten(1, (self.groups // 2, -1)) for t in both], 2).flatten(1, 3)
 
 
@@ -92,7 +92,7 @@ class SlowNet(nn.Module):
         super().__init__()
         self.size, dims, places = tuple(size), len(size), math.prod(size)
         self.register_buffer("places", grid(*size), persistent=False)
-        self.filters = nn.ModuleList(nn.Linear(dims, hidden) for _ in range(layers + 1))
+        self.waves = nn.Linear(dims, (layers + 1) * hidden)  # F_0, F_1, ... side by side
         self.lines = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
         self.last = nn.Linear(hidden, channels)
         self.bias = nn.Parameter(torch.zeros(places, 1))
@@ -104,13 +104,10 @@ class SlowNet(nn.Module):
             self.scale = nn.Parameter(torch.full((layers, hidden), 0.1))
             lines += self.modulate
         with torch.no_grad():
-            for layer, wave in enumerate(cast(list[nn.Linear], self.filters)):
-                gamma = torch.distributions.Gamma(
-                    6.0 / (layer + 1), 1.0, validate_args=False
-                )  # checks don't run on meta
-                spread = gamma.sample((hidden, dims))
-                wave.weight.mul_(2 * math.pi * omega * spread)
-                wave.bias.zero_()
+            for layer, weight in enumerate(self.waves.weight.split(hidden)):
+                gamma = torch.distributions.Gamma(6.0 / (layer + 1), 1.0, validate_args=False)  # no checks on meta
+                weight.mul_(2 * math.pi * omega * gamma.sample((hidden, dims)))
+            self.waves.bias.zero_()
             for line in cast(list[nn.Linear], [*lines, self.last]):
                 nn.init.kaiming_uniform_(line.weight, nonlinearity="linear")
                 nn.init.ones_(line.bias)
@@ -119,12 +116,13 @@ class SlowNet(nn.Module):
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         """The kernel [1, C, *size], or with a context [B, C, *size]."""
-        h, context = torch.sin(self.filters[0](self.places)), None
+        h, *waves = torch.sin(self.waves(self.places)).chunk(len(self.lines) + 1, -1)
+        context = None
         if x is not None:
             pool = F.adaptive_avg_pool1d if len(self.size) == 1 else F.adaptive_avg_pool2d
             context = self.reduce(pool(x, self.size).flatten(2).transpose(1, 2))  # type: ignore[arg-type]
-        for layer, (wave, line) in enumerate(zip(self.filters[1:], self.lines, strict=True)):
-            h = torch.sin(wave(self.places)) * line(h) + self.bias
+        for layer, (wave, line) in enumerate(zip(waves, self.lines, strict=True)):
+            h = wave * line(h) + self.bias
             if context is not None:
                 h = renormalize(h, self.keep[layer], self.scale[layer]) * self.modulate[layer](context)
         return self.last(h).transpose(-1, -2).reshape(-1, self.last.out_features, *self.size)
@@ -361,7 +359,7 @@ class Terminator(nn.Module):
 
 
 EXAMPLE = Example(
-    make=lambda: Terminator(1, (8, 8), widths=(4,), hidden=6, groups=4, omega=0.25, sides=(3,)),
+    make=lambda: Terminator(1, (8, 8), widths=(4,), hidden=6, layers=1, groups=4, omega=0.25, sides=(3,)),
     inputs=lambda: (torch.randn(3, 1, 8, 8),),
     wrong=lambda: (torch.randn(2, 1, 8, 9),),
     modes={

@@ -245,14 +245,15 @@ def combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
 
 
 EXAMPLE = Example(
-    make=lambda: Backbone(NODETransformer, order=partial(Integrate, solver="rk4", steps=2)),
+    make=lambda: Backbone(NODETransformer, order=partial(Integrate, solver="midpoint")),
     inputs=lambda: (torch.randn(2, 6, 8),),
     odd=lambda: (torch.randn(3, 7, 8),),
     axis=1,
     causal=True,
     modes={
+        "two steps of rk4": lambda: Backbone(NODETransformer, order=partial(Integrate, solver="rk4", steps=2)),
         "adapted steps": lambda: Backbone(
             NODETransformer, order=partial(Integrate, solver="dormand-prince", tolerance=1e-2)
-        )
+        ),
     },
 )

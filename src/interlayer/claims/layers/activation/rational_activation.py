@@ -74,7 +74,7 @@ CLAIM = Claim(
         for name in ENVIRONMENTS
     ),
     scales={
-        "smoke": {"steps": (400, 510), "copies": 1, "warm": 480},
+        "smoke": {"steps": (400, 510), "copies": 1, "warm": 505},
         "small": {"steps": (20_000, 20_000), "copies": 8, "warm": 1000},
         "full": {"steps": (200_000, 500_000), "copies": 8, "warm": 5000},
     },

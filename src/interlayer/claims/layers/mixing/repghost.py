@@ -67,7 +67,7 @@ CLAIM = Claim(
         effect("", fits("error of fusing", "repghost", high=1e-4), control="fused without branch"),
     ),
     scales={
-        "smoke": {"width": 0.5, "steps": 2, "judged": 1},
+        "smoke": {"width": 0.25, "steps": 1, "judged": 1},
         "small": {"width": 1.0, "steps": 120, "judged": None},
         "full": {"width": 2.0, "steps": 10000, "judged": None},
     },

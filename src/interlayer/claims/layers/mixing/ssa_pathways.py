@@ -138,7 +138,7 @@ CLAIM = Claim(
         effect("", fits("ensemble gain", "local 1/4", low=0.0), control="ensemble of dense"),
     ),
     scales={
-        "smoke": {"depth": 1, "width": 16, "long": 64, "steps": 2, "batch": 4, "judged": 1, "members": 2},
+        "smoke": {"depth": 1, "width": 16, "long": 32, "steps": 1, "batch": 2, "judged": 1, "members": 2},
         "small": {"depth": 2, "width": 64, "long": 1024, "steps": 250, "batch": 64, "judged": 4, "members": 8},
         "full": {"depth": 12, "width": 512, "long": 4096, "steps": 50000, "batch": 64, "judged": 50, "members": 32},
     },

@@ -1,0 +1,91 @@
+"""The suite's budget in CPU-seconds, child processes included: ``TEST`` for one test, ``SYSTEM`` for all tests of a system.
+
+A test belongs to the system whose slug it is parametrised with, or whose name its file bears. CPU time hardly grows on a loaded
+machine, as wall time does. What is made once and kept does not count: see ``made_once``.
+"""
+
+import os
+from collections import defaultdict
+
+import pytest
+
+from interlayer import catalog
+
+TEST, SYSTEM = 4.0, 9.0
+BEGUN, EXEMPT, SPENT = pytest.StashKey(), pytest.StashKey(), pytest.StashKey()
+
+
+def clock(config):
+    """CPU-seconds of this process and of its ended children so far, without those that count for no test."""
+    return sum(os.times()[:4]) - config.stash[EXEMPT]
+
+
+def system_of(item):
+    """The slug of the system that a test belongs to; empty for none."""
+    systems = catalog.load()
+    for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
+        slug = getattr(value, "slug", value)
+        if isinstance(slug, str) and slug in systems:
+            return slug
+    return next((s.slug for s in systems.values() if s.test == item.path), "")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_once(request):
+    """Make the data sets that are kept as files, and import the compiler, before the first test pays for them."""
+    start = clock(request.config)
+    import torch._dynamo  # noqa: F401
+
+    from interlayer.study.tasks import mnist1d
+
+    mnist1d()
+    request.config.stash[EXEMPT] += clock(request.config) - start
+
+
+def pytest_configure(config):
+    config.stash[EXEMPT], config.stash[SPENT] = 0.0, defaultdict(float)
+    config.pluginmanager.register(Budget(config), "budget")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    item.stash[BEGUN] = clock(item.config)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.when == "call":
+        spent = clock(item.config) - item.stash[BEGUN]
+        report.user_properties += [("cpu", spent), ("system", system_of(item))]
+        if report.passed and spent > TEST:
+            report.outcome, report.sections = "failed", []
+            report.longrepr = f"{item.nodeid} takes {spent:.1f} CPU-seconds; a test may take {TEST:g}. Make it smaller."
+    return report
+
+
+class Budget:
+    """Adds up what the tests of a system take, of all workers in the process that prints."""
+
+    def __init__(self, config):
+        self.spent = config.stash[SPENT]
+
+    def pytest_runtest_logreport(self, report):
+        found = dict(report.user_properties)
+        if report.when == "call" and found["system"]:
+            self.spent[found["system"]] += found["cpu"]
+
+    def over(self):
+        return {slug: spent for slug, spent in self.spent.items() if spent > SYSTEM}
+
+    def pytest_sessionfinish(self, session):
+        if self.over() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        for slug, spent in self.over().items():
+            terminalreporter.write_line(
+                f"FAILED {slug}: its tests take {spent:.1f} CPU-seconds in all; a system may take {SYSTEM:g}. Make them smaller.",
+                red=True,
+            )
