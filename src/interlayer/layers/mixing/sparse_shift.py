@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -24,8 +24,8 @@ def shift(x_BCHW: Tensor, by_C2: Int[Tensor, "C 2"]) -> Tensor:
     height, width = x_BCHW.shape[-2:]
     rows, cols = (torch.arange(n, device=x_BCHW.device) + by_C2[:, i, None] for i, n in enumerate((height, width)))
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((cols >= 0) & (cols < width))[:, None]
-    place = rows.clamp(0, height - 1)[:, :, None] * width + cols.clamp(0, width - 1)[:, None]
-    moved = x_BCHW.flatten(2).gather(2, place.flatten(1).expand(x_BCHW.shape[0], -1, -1))
+    source = rows.clamp(0, height - 1)[:, :, None] * width + cols.clamp(0, width - 1)[:, None]
+    moved = x_BCHW.flatten(2).gather(2, source.flatten(1).expand(x_BCHW.shape[0], -1, -1))
     return moved.view_as(x_BCHW) * inside.to(x_BCHW.dtype)
 
 
@@ -49,20 +49,24 @@ class SparseShift(nn.Module):
 
     Equation: ``y[c, i, j] = x[c, i + round(a_c), j + round(b_c)]``, zero outside the image. Quantisation-aware: the forward
     pass takes whole pixels, the gradient of ``a, b`` is that of bilinear interpolation at their real values. The loss gets
-    ``penalty sum_c |a_c| + |b_c|`` (``extra_loss``). The paper's constants (start of the displacements, weight of the
-    penalty) could not be verified: uniform in [-spread, spread] and 5e-4 are this project's.
+    ``penalty sum_c |a_c| + |b_c|``, the paper's, and ``decay / 2 sum_c a_c^2 + b_c^2`` (``extra_loss``). The authors' code
+    (github.com/hikvision-research/SparseShiftLayer) has the second alone, as weight decay of 4e-5, and learns the
+    displacements in the first half of the training only (``settle``). The paper's weight of the first could not be
+    verified; 5e-4 is this project's.
 
-    A pass costs no multiply-adds; ``deployed()`` moves the memory of shifted channels alone.
+    At initialisation the channels are in nine equal groups, one for each of the nine neighbouring pixels, and the rest of
+    the division stays unshifted. A pass costs no multiply-adds; ``deployed()`` moves the memory of shifted channels alone.
 
     Args:
         channels: Channels C.
         penalty: Weight of the displacements' absolute values in the loss.
-        spread: Largest displacement at the start, in pixels.
+        decay: Weight of half their squares.
+        spread: Displacements are uniform within this many pixels at initialisation. Defaults to the nine groups.
 
     Shapes: [B, C, H, W] to the same.
 
     Raises:
-        ValueError: Below one channel, a negative penalty or spread, or an input of other channels.
+        ValueError: Below one channel, a negative penalty, decay or spread, or an input of other channels.
 
     Examples:
         >>> import torch
@@ -77,14 +81,23 @@ class SparseShift(nn.Module):
         0.75
     """
 
-    def __init__(self, channels: int, *, penalty: float = 5e-4, spread: float = 1.0) -> None:
+    def __init__(
+        self, channels: int, *, penalty: float = 5e-4, decay: float = 0.0, spread: float | None = None
+    ) -> None:
         super().__init__()
-        if channels < 1 or penalty < 0 or spread < 0:
+        if channels < 1 or penalty < 0 or decay < 0 or (spread is not None and spread < 0):
             raise ValueError(
-                f"SparseShift: channels {channels}, penalty {penalty}, spread {spread}; wanted at least 1, 0 and 0."
+                f"SparseShift: channels {channels}, penalty {penalty}, decay {decay}, spread {spread}; wanted at least one "
+                "channel and nothing negative."
             )
-        self.penalty = penalty
-        self.displacement = nn.Parameter(torch.empty(channels, 2).uniform_(-spread, spread))
+        self.penalty, self.decay = penalty, decay
+        if spread is None:
+            nine = torch.cartesian_prod(torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0))
+            displacement = torch.zeros(channels, 2)
+            displacement[: channels // 9 * 9] = nine.repeat_interleave(channels // 9, 0)
+        else:
+            displacement = torch.empty(channels, 2).uniform_(-spread, spread)
+        self.displacement = nn.Parameter(displacement)
 
     @property
     def unshifted(self) -> float:
@@ -92,8 +105,8 @@ class SparseShift(nn.Module):
         return (self.displacement.detach().round() == 0).all(1).float().mean().item()
 
     def extra_loss(self) -> Tensor:
-        """The shift penalty, for the loss."""
-        return self.penalty * self.displacement.abs().sum()
+        """Penalty and decay, for the loss."""
+        return self.penalty * self.displacement.abs().sum() + self.decay / 2 * self.displacement.square().sum()
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Move the channels."""
@@ -142,34 +155,59 @@ def _channels(module: nn.Module, x: Tensor, channels: int) -> None:
         raise ValueError(f"{type(module).__name__}: input {tuple(x.shape)}; wanted [batch, {channels}, height, width].")
 
 
+def settle(model: nn.Module, progress: float, *, until: float = 0.5) -> None:
+    """Learn displacements until a share of the training is done, then keep them, as the authors' code does.
+
+    Args:
+        model: Has ``SparseShift`` layers.
+        progress: Share of the training that is done, 0 to 1; call it before each step.
+        until: Share from which displacements are kept.
+
+    Raises:
+        ValueError: The model has no such layer.
+
+    Examples:
+        >>> layer = SparseShift(9)
+        >>> [(settle(layer, step / 4), layer.displacement.requires_grad)[1] for step in range(4)]
+        [True, True, False, False]
+    """
+    found = [module for module in model.modules() if isinstance(module, SparseShift)]
+    if not found:
+        raise ValueError(f"settle: {type(model).__name__} has no SparseShift layer.")
+    for layer in found:
+        layer.displacement.requires_grad_(progress < until)
+
+
+Mix = Callable[[int], nn.Module]
+
+
+def pool(channels: int) -> nn.Module:
+    """Mean of 2 x 2 pixels; what the halving units have in place of shifts."""
+    return nn.AvgPool2d(2)
+
+
 class ShiftUnit(nn.Module):
-    """1x1 convolution to more channels, spatial mixing by shifts, 1x1 convolution back, and a shortcut where shapes allow.
+    """Inverted bottleneck: 1x1 convolution to more channels, spatial mixing, 1x1 convolution back; without multiplications in between.
 
     Args:
         inputs: Input channels.
         outputs: Output channels.
-        expansion: Inner channels as a multiple of ``outputs``.
-        stride: Of the second convolution.
-        mix: Called with the inner channels; what mixes pixels.
+        expansion: Hidden channels as a multiple of ``outputs``.
+        mix: Called with the hidden channels; what mixes pixels. ``pool`` halves the image.
+        shortcut: Whether the input is added.
 
-    Shapes: [B, inputs, H, W] to [B, outputs, H / stride, W / stride].
+    Shapes: [B, inputs, H, W] to [B, outputs, H, W], or half of H and W with ``pool``.
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        expansion: int = 3,
-        stride: int = 1,
-        mix: Callable[[int], nn.Module] = SparseShift,
+        self, inputs: int, outputs: int, *, expansion: int = 6, mix: Mix = SparseShift, shortcut: bool = False
     ) -> None:
         super().__init__()
-        inner = expansion * outputs
-        self.up = nn.Sequential(nn.Conv2d(inputs, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU())
-        self.mix = mix(inner)
-        self.down = nn.Sequential(nn.Conv2d(inner, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        self.shortcut = stride == 1 and inputs == outputs
+        hidden = expansion * outputs
+        self.up = nn.Sequential(nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU())
+        self.mix = mix(hidden)
+        self.down = nn.Sequential(nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = shortcut
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
         """Mix pixels and channels."""
@@ -180,98 +218,132 @@ class ShiftUnit(nn.Module):
 class FEBlock(nn.Module):
     """Fully-exploited block: early units work on part of the channels; the others join unit by unit, unused before.
 
-    Unit i of n (from 1) sees the first ``2^(i - n)`` of the channels; what it does not see waits as it is. All are seen by
-    the last. The paper's exact shares could not be verified.
+    Unit i of n (from 1) sees the last ``2^(i - n)`` of the channels; what it does not see waits as it is. All but the last
+    unit have a shortcut; the last one sees everything, changes the channels and may halve the image.
 
     Args:
-        channels: Channels C, a multiple of ``2^(units - 1)``.
-        units: How many units n.
+        inputs: Input channels, a multiple of ``2^(units - 1)``.
+        outputs: Output channels.
+        units: Number of units n.
         expansion: Of each unit.
         mix: Of each unit.
+        halve: Whether the last unit has a pool in place of ``mix``.
 
-    Shapes: [B, C, H, W] to the same.
+    Shapes: [B, inputs, H, W] to [B, outputs, H, W], or half of H and W.
 
     Raises:
         ValueError: Channels that can't be halved so often.
     """
 
     def __init__(
-        self, channels: int, units: int = 2, *, expansion: int = 3, mix: Callable[[int], nn.Module] = SparseShift
+        self,
+        inputs: int,
+        outputs: int,
+        units: int = 3,
+        *,
+        expansion: int = 6,
+        mix: Mix = SparseShift,
+        halve: bool = False,
     ) -> None:
         super().__init__()
-        if units < 1 or channels % 2 ** (units - 1):
+        if units < 1 or inputs % 2 ** (units - 1):
             raise ValueError(
-                f"FEBlock: {channels} channels for {units} units; wanted a multiple of {2 ** max(units - 1, 0)}."
+                f"FEBlock: {inputs} channels for {units} units; wanted a multiple of {2 ** max(units - 1, 0)}."
             )
-        self.seen = [channels // 2 ** (units - i) for i in range(1, units + 1)]
-        self.units = nn.ModuleList(ShiftUnit(c, c, expansion=expansion, mix=mix) for c in self.seen)
+        self.seen = [inputs // 2 ** (units - i) for i in range(1, units)]
+        self.units = nn.ModuleList(ShiftUnit(c, c, expansion=expansion, mix=mix, shortcut=True) for c in self.seen)
+        self.last = ShiftUnit(inputs, outputs, expansion=expansion, mix=pool if halve else mix)
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
         """Run the units on growing shares of the channels."""
         for unit, seen in zip(self.units, self.seen, strict=True):
-            x = torch.cat((unit(x[:, :seen]), x[:, seen:]), 1)
-        return x
+            waiting = x.shape[1] - seen
+            x = torch.cat((x[:, :waiting], unit(x[:, waiting:])), 1)
+        return self.last(x)
+
+
+# Units, outputs as a multiple of the stem's channels, and whether the image is halved: each block of the authors' network.
+PAPER = ((3, 4, True), (4, 8, True), (4, 8, False), (4, 16, True), (3, 16, False))
+SMALL = ((3, 4, True), (3, 4, False))  # for images of 8 to 32 pixels
 
 
 @configured
 class FENet(nn.Module):
-    """A network of 1x1 convolutions and shifts: a stem, then stages of a halving unit and a fully-exploited block.
+    """The paper's network: a strided convolution, a shift unit, a halving unit, fully-exploited blocks, a wide last convolution.
+
+    As in the authors' code, where width 16 is FE-Net 1x.
 
     Args:
         channels: Channels of the image.
         classes: Number of classes K.
-        width: Channels of the first stage, doubled in each of the next.
-        stages: How many.
-        units: Units of each block.
-        expansion: Of each unit.
-        mix: Called with the inner channels of each unit: what mixes pixels.
+        width: Channels of the stem.
+        blocks: (units, outputs as a multiple of ``width``, whether it halves the image) of each block.
+        stem: Stride of the first convolution.
+        head: Channels of the last convolution.
+        expansion: Of each unit in the blocks.
+        dropout: Share of the last features that is dropped in training.
+        mix: Called with the hidden channels of each unit: what mixes pixels.
 
-    Shapes: [B, C, H, W] to [B, K]; H and W of at least 2 to the number of stages.
+    Shapes: [B, C, H, W] to [B, K].
+
+    Raises:
+        ValueError: An image of other channels, or smaller than the product of all strides.
 
     Examples:
         >>> import torch
-        >>> FENet(1, 10, width=8)(torch.zeros(2, 1, 16, 16)).shape
+        >>> FENet(1, 10, width=8, blocks=SMALL, stem=1, head=64)(torch.zeros(2, 1, 16, 16)).shape
         torch.Size([2, 10])
     """
 
     def __init__(
         self,
         channels: int = 3,
-        classes: int = 10,
+        classes: int = 1000,
         *,
         width: int = 16,
-        stages: int = 3,
-        units: int = 2,
-        expansion: int = 3,
-        mix: Callable[[int], nn.Module] = SparseShift,
+        blocks: Sequence[tuple[int, int, bool]] = PAPER,
+        stem: int = 2,
+        head: int = 1932,
+        expansion: int = 6,
+        dropout: float = 0.2,
+        mix: Mix = SparseShift,
     ) -> None:
         super().__init__()
-        self.channels = channels
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
-        parts: list[nn.Module] = []
-        for stage in range(stages):
-            out = width * 2**stage
-            parts.append(ShiftUnit(max(width, out // 2), out, expansion=expansion, stride=2, mix=mix))
-            parts.append(FEBlock(out, units, expansion=expansion, mix=mix))
+        self.channels, self.least = channels, stem * 2 ** (1 + sum(halve for _, _, halve in blocks))
+        self.stem = nn.Sequential(nn.Conv2d(channels, width, 3, stem, 1, bias=False), nn.BatchNorm2d(width))
+        parts: list[nn.Module] = [
+            ShiftUnit(width, width, expansion=4, mix=mix),
+            ShiftUnit(width, 2 * width, expansion=5, mix=pool),
+        ]
+        inputs = 2 * width
+        for units, times, halve in blocks:
+            parts.append(FEBlock(inputs, times * width, units, expansion=expansion, mix=mix, halve=halve))
+            inputs = times * width
         self.stages = nn.Sequential(*parts)
-        self.head = nn.Linear(width * 2 ** (stages - 1), classes)
+        self.wide = nn.Sequential(nn.Conv2d(inputs, head, 1, bias=False), nn.BatchNorm2d(head), nn.ReLU())
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(head, classes))
 
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
-        """A net for a task of images and classes."""
+        """A small net for a task of images and classes."""
         shape.require("FENet", "image", "classes")
-        return cls(shape.channels, shape.classes, **options)
+        return cls(
+            shape.channels, shape.classes, **{"blocks": SMALL, "stem": 1, "head": 128, "dropout": 0.0, **options}
+        )
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Logits of the classes."""
         _channels(self, image, self.channels)
-        return self.head(self.stages(self.stem(image)).mean((2, 3)))
+        if min(image.shape[2:]) < self.least:
+            raise ValueError(
+                f"FENet: image {tuple(image.shape)}; wanted at least {self.least} pixels a side, the product of all strides. "
+                "Give larger images, stem=1, or blocks that halve less often."
+            )
+        return self.head(self.wide(self.stages(self.stem(image))).mean((2, 3)))
 
 
 EXAMPLE = Example(
-    make=lambda: SparseShift(3, spread=2.0),
+    make=lambda: SparseShift(3, spread=2.0, decay=0.1),
     inputs=lambda: (torch.randn(2, 3, 5, 6),),
     odd=lambda: (torch.randn(3, 3, 1, 7),),
     axis=3,
