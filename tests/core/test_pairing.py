@@ -91,7 +91,7 @@ def test_what_a_model_does_to_its_noise_stays_its_own():
 
 
 @pytest.mark.parametrize(
-    "arm", ["denseformer", "muddformer", "lime", "value-residual(mode='learnable', weights=(0, 1))"]
+    "arm", ["denseformer", "muddformer", "lime", "value-residual(mode='learnable(weights=(0, 1))')"]
 )
 def test_streams_that_begin_as_plain_have_its_loss_at_step_0(arm):
     plain, other = (paired(lambda s=s: Transformer(**SIZES, stream=s), 0) for s in ("pre-norm", arm))

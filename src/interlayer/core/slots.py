@@ -132,6 +132,32 @@ def fill(slot: str, what: Any, **context: Any) -> Any:
     return make(**{**{k: v for k, v in context.items() if k in names}, **options})
 
 
+def choose(name: str, what: Any, table: Mapping[str, Callable[..., Any]], **context: Any) -> Any:
+    """Build a part from a system's own table of classes.
+
+    Args:
+        name: What is built, for messages, such as ``"IdentityMappings: shortcut"``.
+        what: A name in the table, a spec such as ``"dropout(rate=0.2)"``, or a class or factory.
+        table: Classes by name.
+        **context: Keyword arguments; the constructor gets those that it names, and the options of the spec.
+
+    Raises:
+        ValueError: A name that is not in the table, or an option that the constructor does not have.
+    """
+    make: Callable[..., Any] = what
+    options: dict[str, Any] = {}
+    if isinstance(what, str):
+        key, options = parse_spec(what)
+        if key not in table:
+            raise ValueError(f"{name} {key!r} is not one of {list(table)}.{catalog.nearest(key, table)}")
+        make = table[key]
+    names = parameters(make)[0]
+    own = [n for n in names if n not in context]
+    if unknown := [o for o in options if o not in own]:
+        raise ValueError(f"{name} {what!r} has no option {unknown[0]!r}; it has {own}.")
+    return make(**{n: v for n, v in context.items() if n in names}, **options)
+
+
 def _note(slot: str, names: Sequence[str]) -> None:
     """A slot is filled by a part that takes these arguments."""
     used = _used.get()

@@ -3,15 +3,142 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.core.example import Backbone, Example
+from interlayer.core.slots import choose
 from interlayer.core.stream import Norm, State, Stream, Width, layernorm, widths
 
-SHORTCUTS = ("identity", "constant", "exclusive-gate", "shortcut-gate", "conv", "dropout")
-ORDERS = ("pre", "relu-only-pre", "original", "bn-after-add", "relu-before-add")
+
+@dataclass(frozen=True)
+class Order:
+    """Where a unit's norm and activation stand around the weights of its branch, each a sequence of ``norm`` and ``act``.
+
+    Args:
+        before: Before the branch, beside the shortcut.
+        end: At the end of the branch.
+        after: After the addition.
+
+    Raises:
+        ValueError: Other steps, or not exactly one norm.
+    """
+
+    before: tuple[str, ...] = ()
+    end: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        steps = (*self.before, *self.end, *self.after)
+        if steps.count("norm") != 1 or {*steps} - {"norm", "act"}:
+            raise ValueError(f"Order: steps {steps}; wanted 'norm' once, and any number of 'act'.")
+
+
+ORDERS = {  # figure 4; the backbone's branch is conv, norm, act, conv
+    "pre": Order(before=("norm", "act")),
+    "relu-only-pre": Order(before=("act",), end=("norm",)),
+    "original": Order(end=("norm",), after=("act",)),
+    "bn-after-add": Order(after=("norm", "act")),
+    "relu-before-add": Order(end=("norm", "act")),
+}
+
+
+class Identity(nn.Module):
+    """``x + F``."""
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Add."""
+        return x + branch
+
+
+class Constant(nn.Module):
+    """``s x + s F``.
+
+    Args:
+        scale: s.
+    """
+
+    def __init__(self, scale: float = 0.5) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Add and scale."""
+        return self.scale * (x + branch)
+
+
+class Dropout(nn.Module):
+    """``dropout(x) + F``.
+
+    Args:
+        rate: Share that is dropped.
+    """
+
+    def __init__(self, rate: float = 0.5) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Drop and add."""
+        return F.dropout(x, self.rate, self.training) + branch
+
+
+class Conv(nn.Module):
+    """``W x + F`` with a 1x1 convolution.
+
+    Args:
+        width: Channels.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.map = nn.Conv2d(width, width, 1, bias=False)
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Convolve and add."""
+        return self.map(x) + branch
+
+
+class ShortcutGate(nn.Module):
+    """``(1 - g) x + F`` with ``g = sigmoid(W x + b)``, a 1x1 convolution.
+
+    Args:
+        width: Channels.
+        gate_bias: b at initialisation; below 0, the gate is nearly open for x.
+    """
+
+    def __init__(self, width: int, gate_bias: float = -6.0) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(width, width, 1)
+        assert self.gate.bias is not None
+        nn.init.constant_(self.gate.bias, gate_bias)
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Gate the shortcut and add."""
+        return (1 - torch.sigmoid(self.gate(x))) * x + branch
+
+
+class ExclusiveGate(ShortcutGate):
+    """``(1 - g) x + g F``; arguments as for ``ShortcutGate``."""
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Mix."""
+        return torch.lerp(x, branch, torch.sigmoid(self.gate(x)))
+
+
+SHORTCUTS: dict[str, Callable[..., nn.Module]] = {  # table 1
+    "identity": Identity,
+    "constant": Constant,
+    "exclusive-gate": ExclusiveGate,
+    "shortcut-gate": ShortcutGate,
+    "conv": Conv,
+    "dropout": Dropout,
+}
 
 
 class IdentityMappings(Stream):
@@ -24,10 +151,7 @@ class IdentityMappings(Stream):
     rest is here. The first unit's activation is taken before the two paths part, and one more norm and activation ends
     the stack (the paper's appendix).
 
-    Orders (figure 4): ``pre`` (full pre-activation), ``relu-only-pre``, ``original``, ``bn-after-add``,
-    ``relu-before-add``. Shortcuts (table 1): ``identity``; ``constant`` (shortcut and branch times ``scale``);
-    ``exclusive-gate`` ``(1 - g) x + g F``; ``shortcut-gate`` ``(1 - g) x + F``, both with
-    ``g = sigmoid(W x + b)``, a 1x1 convolution with b starting at ``gate_bias``; ``conv`` (1x1); ``dropout``.
+    The paper's other units differ in their ``order`` (figure 4) and ``shortcut`` (table 1).
 
     Args:
         depth: Number of units.
@@ -36,21 +160,25 @@ class IdentityMappings(Stream):
         branches: Sublayers in a block.
         norm: Called with ``width=``.
         activation: Called without arguments.
-        order: Where norm and activation stand.
-        shortcut: What the path from unit to unit does.
-        scale: Factor of ``constant`` for both paths, and the share that ``dropout`` drops.
-        gate_bias: b at the start.
+        order: Where norm and activation stand: ``pre`` (full pre-activation), ``relu-only-pre``, ``original``,
+            ``bn-after-add``, ``relu-before-add``, or an ``Order``.
+        shortcut: What joins the path from unit to unit with the branch: ``identity``, ``constant(scale=0.5)``,
+            ``exclusive-gate(gate_bias=-6.0)``, ``shortcut-gate(gate_bias=-6.0)``, ``conv``, ``dropout(rate=0.5)``, or a class
+            or factory, called with ``width=`` if it names it.
 
-    Shapes: [B, C, H, W] with the convolutional shortcuts and gates; otherwise any that the norm takes.
+    Shapes: [B, C, H, W] with convolutional shortcuts and gates; otherwise any that the norm takes.
 
     Raises:
-        ValueError: Unknown ``order`` or ``shortcut``.
+        ValueError: Unknown ``order`` or ``shortcut``, or an option that the shortcut does not have.
 
     Examples:
         >>> import torch
         >>> from interlayer.models import ConvNet
         >>> ConvNet(1, 10, depth=8, width=8, stream="identity-mappings(order='original')")(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
+        >>> net = ConvNet(depth=8, width=8, stream="identity-mappings(shortcut='dropout(rate=0.2)')")
+        >>> net.stream.paths[0].rate
+        0.2
     """
 
     def __init__(
@@ -62,70 +190,44 @@ class IdentityMappings(Stream):
         branches: int = 1,
         norm: Norm | None = None,
         activation: Callable[[], nn.Module] = nn.ReLU,
-        order: str = "pre",
-        shortcut: str = "identity",
-        scale: float = 0.5,
-        gate_bias: float = -6.0,
+        order: str | Order = "pre",
+        shortcut: Any = "identity",
     ) -> None:
         super().__init__(depth, branches=branches)
-        if order not in ORDERS:
-            raise ValueError(f"IdentityMappings: order {order!r} is not one of {ORDERS}.")
-        if shortcut not in SHORTCUTS:
-            raise ValueError(f"IdentityMappings: shortcut {shortcut!r} is not one of {SHORTCUTS}.")
-        self.order, self.shortcut, self.scale = order, shortcut, scale
+        if isinstance(order, str) and order not in ORDERS:
+            raise ValueError(f"IdentityMappings: order {order!r} is not one of {list(ORDERS)}.")
+        self.order = ORDERS[order] if isinstance(order, str) else order
         norm = norm or layernorm
         ins, outs = widths(width, self.layers), widths(outputs or width, self.layers)
         self.act = activation()
-        self.stem = nn.Identity() if order == "pre" else nn.Sequential(norm(width=ins[0]), activation())
-        has_norm = order != "relu-only-pre"
-        self.norms = nn.ModuleList(norm(width=w) for w in (ins if order == "pre" else outs)) if has_norm else None
-        self.last = norm(width=outs[-1]) if order == "pre" else None
-        if shortcut in ("exclusive-gate", "shortcut-gate", "conv"):
-            self.paths = nn.ModuleList(nn.Conv2d(w, w, 1, bias=shortcut != "conv") for w in outs)
-            for path in self.paths if shortcut != "conv" else ():
-                nn.init.constant_(path.get_parameter("bias"), gate_bias)
+        first = "norm" in self.order.before
+        self.stem = nn.Identity() if first else nn.Sequential(norm(width=ins[0]), activation())
+        self.norms = nn.ModuleList(norm(width=w) for w in (ins if first else outs))
+        self.last = norm(width=outs[-1]) if first else None
+        self.paths = nn.ModuleList(choose("IdentityMappings: shortcut", shortcut, SHORTCUTS, width=w) for w in outs)
 
     def start(self, x: Tensor) -> State:
         return State(self.stem(x))
 
     def read(self, state: State, layer: int) -> Tensor:
-        if self.order == "pre":
-            assert self.norms is not None
-            x = self.act(self.norms[layer](state.x))
-            if layer == 0:
-                state.x = x
-            return x
-        return self.act(state.x) if self.order == "relu-only-pre" else state.x
+        x = self._steps(self.order.before, state.x, layer)
+        if layer == 0 and "norm" in self.order.before:
+            state.x = x
+        return x
 
     def write(self, state: State, layer: int, branch: Tensor) -> State:
-        norm = self.norms[layer] if self.norms is not None else None
-        if norm is not None and self.order in ("original", "relu-before-add"):
-            branch = norm(branch)
-        if self.order == "relu-before-add":
-            branch = self.act(branch)
-        x = self._join(state.x, branch, layer)
-        if norm is not None and self.order == "bn-after-add":
-            x = norm(x)
-        state.x = self.act(x) if self.order in ("original", "bn-after-add") else x
+        x = self.paths[layer](state.x, self._steps(self.order.end, branch, layer))
+        state.x = self._steps(self.order.after, x, layer)
         return state
 
-    def _join(self, x: Tensor, branch: Tensor, layer: int) -> Tensor:
-        if self.shortcut == "constant":
-            return self.scale * (x + branch)
-        if self.shortcut == "dropout":
-            return nn.functional.dropout(x, self.scale, self.training) + branch
-        if self.shortcut == "conv":
-            return self.paths[layer](x) + branch
-        if self.shortcut in ("exclusive-gate", "shortcut-gate"):
-            gate = torch.sigmoid(self.paths[layer](x))
-            return (1 - gate) * x + (gate * branch if self.shortcut == "exclusive-gate" else branch)
-        return x + branch
+    def _steps(self, steps: tuple[str, ...], x: Tensor, layer: int) -> Tensor:
+        for step in steps:
+            x = self.norms[layer](x) if step == "norm" else self.act(x)
+        return x
 
     def finish(self, state: State) -> Tensor:
-        if self.order == "pre":
-            assert self.last is not None
-            return self.act(self.last(state.x))
-        return self.act(state.x) if self.order == "relu-only-pre" else state.x
+        x = state.x if self.last is None else self.last(state.x)
+        return self.act(x) if self.order.before else x
 
 
 EXAMPLE = Example(
@@ -134,4 +236,5 @@ EXAMPLE = Example(
     odd=lambda: (torch.randn(3, 7, 8),),
     axis=1,
     causal=True,
+    modes={order: lambda order=order: Backbone(partial(IdentityMappings, order=order)) for order in ORDERS},
 )

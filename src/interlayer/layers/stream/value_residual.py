@@ -2,15 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from interlayer.core.example import Backbone, Example
+from interlayer.core.slots import choose
 from interlayer.core.stream import Norm, PreNorm, State, Width
 
-MODES = ("identity", "constant", "learnable", "sparse", "shared")
+
+class Average(nn.Module):
+    """``(V_1 + V_n) / 2``, as in the authors' code."""
+
+    def forward(self, first: Tensor, own: Tensor, block: int) -> Tensor:
+        """The values of a block other than the first, from those of the first and its own."""
+        return 0.5 * (first + own)
+
+
+class Constant(nn.Module):
+    """``w V_1 + V_n``.
+
+    Args:
+        weight: w. The public code does not have the paper's; 2 is this project's.
+    """
+
+    def __init__(self, weight: float = 2.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, first: Tensor, own: Tensor, block: int) -> Tensor:
+        """Mix."""
+        return self.weight * first + own
+
+
+class Sparse(Constant):
+    """``w V_1 + V_n`` in the last blocks, ``V_n`` before them.
+
+    Args:
+        depth: Number of blocks.
+        weight: w.
+        share: Share of the blocks that mix. The public code does not have the paper's choice; a third is this project's.
+    """
+
+    def __init__(self, depth: int, weight: float = 2.0, share: float = 1 / 3) -> None:
+        super().__init__(weight)
+        self.first = depth - max(int(depth * share + 1e-9), 1)
+
+    def forward(self, first: Tensor, own: Tensor, block: int) -> Tensor:
+        """Mix, or not."""
+        return own if block < self.first else super().forward(first, own, block)
+
+
+class Learnable(nn.Module):
+    """``a_n V_1 + b_n V_n``, both trained.
+
+    Args:
+        depth: Number of blocks.
+        weights: a_n and b_n at initialisation; (0, 1) is the plain Transformer. Defaults to the authors' code's.
+    """
+
+    def __init__(self, depth: int, weights: tuple[float, float] = (0.5, 0.5)) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor(weights).float().repeat(depth, 1))
+
+    def forward(self, first: Tensor, own: Tensor, block: int) -> Tensor:
+        """Mix."""
+        a, b = self.weights[block].to(own.dtype)
+        return a * first + b * own
+
+
+class Shared(nn.Module):
+    """``V_1``: SVFormer, in which no block but the first projects or caches values."""
+
+
+MODES: dict[str, Callable[..., nn.Module]] = {
+    "identity": Average,
+    "constant": Constant,
+    "learnable": Learnable,
+    "sparse": Sparse,
+    "shared": Shared,
+}
 
 
 class ValueResidual(PreNorm):
@@ -19,27 +93,22 @@ class ValueResidual(PreNorm):
     Paper: Zhou et al., "Value Residual Learning For Alleviating Attention Concentration In Transformers",
     arXiv:2410.17897.
 
-    Equation: ``V'_n = lambda_{n,1} V_1 + lambda_{n,2} V_n`` before attention, for every layer n > 1.
-
-    ``identity`` has both weights 1/2, as in the authors' code; ``constant`` has ``weight`` on V_1 and 1 on V_n;
-    ``learnable`` trains both; ``sparse`` mixes like ``constant`` only in the last third of the layers;
-    ``shared`` is SVFormer: no layer but the first projects or caches values. The constants of the paper's constant and
-    sparse variants were not in the public code: 2 and the last third are this project's reading.
+    Equation: ``V'_n = lambda_{n,1} V_1 + lambda_{n,2} V_n`` before attention, for every layer n > 1. The weights are what the
+    modes differ in.
 
     Args:
         depth: Number of blocks.
         width: Features D.
         branches: Sublayers in a block; the first one is the attention.
         norm: Called with ``width=``.
-        mode: One of ``identity``, ``constant``, ``learnable``, ``sparse``, ``shared``.
-        weight: lambda_{n,1} of ``constant`` and ``sparse``. Defaults to 2.
-        weights: Initial lambda_{n,1} and lambda_{n,2} of ``learnable``; (0, 1) begins as a plain Transformer. Defaults to
-            1/2 and 1/2, as in the authors' code.
+        mode: ``identity`` (1/2 and 1/2), ``constant(weight=2.0)``, ``sparse(weight=2.0, share=1/3)``,
+            ``learnable(weights=(0.5, 0.5))``, ``shared`` (SVFormer), or a class or factory of your own, called with ``depth=``
+            if it names it, whose modules take (first, own, block).
 
     Shapes: values [B, H, S, K], equal in all layers; needs a mixer that offers ``share``.
 
     Raises:
-        ValueError: Unknown ``mode``, or an option that the mode does not use.
+        ValueError: Unknown ``mode``, or an option that the mode does not have.
 
     Examples:
         >>> import torch
@@ -55,31 +124,13 @@ class ValueResidual(PreNorm):
     needs = frozenset({"share"})
 
     def __init__(
-        self,
-        depth: int,
-        width: Width,
-        *,
-        branches: int = 2,
-        norm: Norm | None = None,
-        mode: str = "identity",
-        weight: float | None = None,
-        weights: tuple[float, float] | None = None,
+        self, depth: int, width: Width, *, branches: int = 2, norm: Norm | None = None, mode: Any = "identity"
     ) -> None:
         super().__init__(depth, width, branches=branches, norm=norm)
-        if mode not in MODES:
-            raise ValueError(f"ValueResidual: mode {mode!r} is not one of {MODES}.")
-        for name, value, modes in (("weight", weight, ("constant", "sparse")), ("weights", weights, ("learnable",))):
-            if value is not None and mode not in modes:
-                raise ValueError(
-                    f"ValueResidual: {name}={value!r} has no effect in mode {mode!r}; it belongs to {' and '.join(modes)}. "
-                    "Leave it out, or change the mode."
-                )
-        self.mode, self.weight = mode, 2.0 if weight is None else weight
-        if mode == "learnable":
-            self.mix = nn.Parameter(torch.tensor(weights or (0.5, 0.5)).float().repeat(depth, 1))
+        self.mode = choose("ValueResidual: mode", mode, MODES, depth=depth)
 
     def value_layer(self, layer: int) -> int:
-        return 0 if self.mode == "shared" else layer
+        return 0 if isinstance(self.mode, Shared) else layer
 
     def share(self, state: State, layer: int, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
         if layer == 0:
@@ -87,17 +138,7 @@ class ValueResidual(PreNorm):
             state.kept["v"] = v
             return k, v
         first: Tensor = state.kept["v"]
-        if v is None:  # shared
-            return k, first
-        block = layer // self.branches
-        if self.mode == "identity":
-            return k, 0.5 * (first + v)
-        if self.mode == "learnable":
-            mix = self.mix[block].to(v.dtype)
-            return k, mix[0] * first + mix[1] * v
-        if self.mode == "sparse" and block < self.depth - max(self.depth // 3, 1):
-            return k, v
-        return k, self.weight * first + v
+        return k, first if v is None else self.mode(first, v, layer // self.branches)
 
 
 EXAMPLE = Example(
