@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from interlayer.core.cost import flops, parameters
-from interlayer.layers.stream.sret import SlicedAttention, SlicedRecursive
+from interlayer.layers.stream.sret import SlicedAttention, SlicedRecursive, SReT, conv_stem
 
 
 def block(**options):
@@ -109,7 +109,62 @@ def test_slicing_saves_the_scores_of_other_groups():
     assert naive == 2 * (2 * 16 * 14 * 64 + scores)
 
 
+def test_the_network_has_the_authors_sizes():
+    """Positions and features of each stage for 224 pixels, and the parameters of their smallest network, summed by hand."""
+    with torch.device("meta"):
+        net = SReT(ratio=3.6, projections="own").eval()
+        x, sizes = torch.zeros(1, 3, 224, 224), []
+        net.stem.register_forward_hook(lambda m, a, y: sizes.append(tuple(y.shape[1:])))
+        for pool in net.pools:
+            pool.register_forward_hook(lambda m, a, y: sizes.append(tuple(y.shape[1:])))
+        assert net(x).shape == (1, 1000)
+    assert sizes == [(64, 28, 28), (128, 14, 14), (256, 7, 7)]
+
+    def one(d):  # a block with two projections: attention, MLP, norms, coefficients
+        mlp = lambda h: 2 * d * h + h + d  # noqa: E731
+        return 4 * d * d + 4 * d + mlp(int(3.6 * d)) + 4 * d + 4 + 2 * (mlp(d) + 2 * d + 2)
+
+    wanted = 32 * (27 + 1 + 2) + 64 * (9 * 32 + 1 + 2) + 64 * (9 * 64 + 1 + 2) + 64 * 28 * 28
+    wanted += 2 * one(64) + 5 * one(128) + 3 * one(256) + 10 * 128 + 10 * 256 + 2 * 256 + 257 * 1000
+    assert sum(p.numel() for p in net.parameters()) == wanted
+
+
+def test_the_network_by_hand():
+    torch.manual_seed(0)
+    net = (
+        SReT(1, 8, classes=3, stem=2, widths=(8, 16), depths=(1, 2), heads=(2, 2), groups=((4, 2), (1,)))
+        .double()
+        .eval()
+    )
+    image = torch.randn(2, 1, 8, 8, dtype=torch.double)
+    conv, norm, relu = net.stem
+    assert conv.stride == (2, 2) and isinstance(relu, torch.nn.ReLU)
+    x = norm(conv(image)).relu() + net.position
+    x = net.stages[0][0](x.flatten(2).mT).mT.reshape(2, 8, 4, 4)
+    weight, bias = net.pools[0].weight, net.pools[0].bias  # [16, 1, 3, 3]: two outputs for each channel
+    x = torch.nn.functional.conv2d(x, weight, bias, stride=2, padding=1, groups=8)
+    x = net.stages[1](x.flatten(2).mT)
+    torch.testing.assert_close(net(image), net.head(net.norm(x.mean(1))))
+
+
+def test_stems():
+    assert [m.stride[0] for m in conv_stem(3, 16, 8) if isinstance(m, torch.nn.Conv2d)] == [2, 2, 2]
+    assert [m.out_channels for m in conv_stem(3, 16, 8) if isinstance(m, torch.nn.Conv2d)] == [8, 16, 16]
+    for stride in (1, 2, 4):
+        assert conv_stem(1, 8, stride)(torch.zeros(2, 1, 16, 16)).shape == (2, 8, 16 // stride, 16 // stride)
+
+
 def test_clear_errors():
+    for wrong, message in (
+        ({"depths": (1, 2)}, "one for each stage"),
+        ({"stem": 3}, "stem 3 for an image"),
+        ({"image": 12}, "multiples of it"),
+        ({"image": 40}, "8 groups in stage 0 do not divide its 5 x 5 positions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SReT(**wrong)
+    with pytest.raises(ValueError, match=r"SReT: image \(2, 1, 8, 9\)"):
+        SReT(1, 8, stem=2, widths=(8,), depths=(1,), heads=(2,), groups=((1,),))(torch.zeros(2, 1, 8, 9))
     with pytest.raises(ValueError, match="7 tokens do not divide into 2 groups"):
         SlicedRecursive(8, 2, groups=(1, 2)).eval()(torch.zeros(1, 7, 8))
     with pytest.raises(ValueError, match="recursions 0"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -13,7 +14,7 @@ from interlayer.core.config import configured
 from interlayer.core.data import DataShape
 from interlayer.core.example import Example
 from interlayer.core.mixer import Attention
-from interlayer.core.parts import FeedForward, Patches
+from interlayer.core.parts import FeedForward
 
 
 class SlicedAttention(nn.Module):
@@ -45,7 +46,7 @@ class SlicedAttention(nn.Module):
 
 
 class Weighted(nn.Module):
-    """``a x + b f(norm(x))`` with two learned numbers that start at 1."""
+    """``a x + b f(norm(x))`` with two learned numbers, 1 at initialisation."""
 
     def __init__(self, width: int, branch: nn.Module) -> None:
         super().__init__()
@@ -63,21 +64,21 @@ class SlicedRecursive(nn.Module):
     Paper: Shen et al., "Sliced Recursive Transformer", arXiv:2111.05297.
 
     Equations: one pass is ``z = a x + b attention(norm(x))``, ``y = c z + d mlp(norm(z))`` and then the non-linear
-    projection ``e y + f mlp'(norm(y))``; the coefficients a to f are learned and start at 1. Attention in the first pass
-    is inside ``groups[0]`` groups of neighbouring tokens; in pass r inside ``groups[r]`` groups after a permutation of
-    the tokens, which is undone behind it. As in the authors' code the permutation is random in training; in evaluation,
+    projection ``e y + f mlp'(norm(y))``; the coefficients a to f are learned and 1 at initialisation. Attention in the first
+    pass is inside ``groups[0]`` groups of neighbouring tokens; in pass r inside ``groups[r]`` groups after a permutation of
+    the tokens, which is undone afterwards. As in the authors' code the permutation is random in training; in evaluation,
     where theirs is random too, it deals the tokens out to the groups in turn, so that outputs do not vary. Their code
-    has a projection for each pass (``projections="own"``); shared, the parameters do not depend on R.
+    has a projection for each pass (``projections="own"``); with a shared one the parameters do not depend on R.
 
-    Weights of one block, and one projection: 14 D^2 or so with the defaults. A pass costs as much multiply-adds for a
+    One block and one projection have about 14 D^2 weights with the defaults. A pass costs as many multiply-adds for a
     token as it has weights, and 2 S D / groups for the scores and their use.
 
     Args:
         width: Features D.
         heads: Attention heads.
         recursions: R.
-        groups: Groups of each pass; the last number counts for all later passes. (1,) is naive recursion.
-        ratio: Inner features of the MLP for each feature.
+        groups: Groups of each pass; the last number holds for all later passes. (1,) is naive recursion.
+        ratio: Hidden features of the MLP as a multiple of D.
         projection_ratio: The same for the projection.
         projections: ``shared`` by the passes, or each its ``own``.
         activation: Called without arguments.
@@ -133,67 +134,121 @@ class SlicedRecursive(nn.Module):
         return x
 
     def _order(self, x: Tensor, groups: int) -> Tensor | None:
-        """Which token comes to which place: at random, or every groups-th token into one group."""
+        """Which token comes to which position: at random, or every groups-th token into one group."""
         count = x.shape[1]
         if self.training:
             return torch.randperm(count, device=x.device)
         if count % groups:
-            return None  # the attention says what is wrong
+            return None  # the attention reports it
         return torch.arange(count, device=x.device).view(-1, groups).T.flatten()
+
+
+def conv_stem(channels: int, width: int, stride: int) -> nn.Sequential:
+    """3x3 convolutions of stride 2, each with a batch norm and a ReLU, that reduce the image by ``stride``.
+
+    The first of several has half the channels. One of stride 1 if ``stride`` is 1.
+    """
+    count = max(stride.bit_length() - 1, 1)
+    sizes = [channels, *([width // 2] if count > 1 else []), *[width] * (count - (count > 1))]
+    layers: list[nn.Module] = []
+    for i, o in pairwise(sizes):
+        layers += [nn.Conv2d(i, o, 3, min(stride, 2), padding=1), nn.BatchNorm2d(o), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 @configured
 class SReT(nn.Module):
-    """A vision Transformer of sliced recursive blocks, with learned places and the mean over the tokens.
+    """The paper's network: a convolutional stem, stages of sliced recursive blocks, and pooling convolutions between them.
+
+    As in the authors' code, whose smallest network the defaults are: three stages with 64, 128 and 256 features, at an 8th,
+    a 16th and a 32nd of the image's side, of 2, 5 and 3 blocks that run twice. Between stages a depthwise 3x3 convolution of
+    stride 2 doubles the channels; the stem's output gets learned positions, the last stage's mean a norm and a linear head.
+    Their stochastic depth is left out.
 
     Args:
         channels: Channels C of the image.
-        image: Height and width in pixels, or one number.
-        patch: Side of a patch in pixels.
+        image: Height and width in pixels, or one number; multiples of ``stem``.
         classes: Number of classes K.
-        depth: Number of blocks, each run several times.
-        width: Features D.
-        heads: Attention heads.
-        block: What a block is built by.
-        **options: As for ``SlicedRecursive``.
+        stem: By how much the stem reduces the image: 1, 2, 4 or 8.
+        widths: Features of each stage, each a multiple of the one before.
+        depths: Blocks of each stage, each run several times.
+        heads: Attention heads of each stage.
+        groups: Groups of the passes of each stage, as for ``SlicedRecursive``.
+        block: Called with width, heads and ``groups=``; what a block is built by.
+        **options: As for ``SlicedRecursive``: ``recursions``, ``ratio`` (3.6 in the paper), ``projections`` (``own`` in the
+            paper), and so on.
 
     Shapes: [B, C, H, W] to [B, K].
 
+    Raises:
+        ValueError: Stages that differ in number, a stem of another stride, an image that it does not divide, positions
+            that a stage's groups do not divide; an image of another shape.
+
     Examples:
         >>> import torch
-        >>> SReT(1, 8, patch=2, classes=10, depth=2, width=16, heads=2, groups=(4, 2))(torch.zeros(3, 1, 8, 8)).shape
+        >>> net = SReT(1, 8, classes=10, stem=2, widths=(16, 32), depths=(2, 1), heads=(2, 4), groups=((4, 2), (1,)))
+        >>> net(torch.zeros(3, 1, 8, 8)).shape
         torch.Size([3, 10])
     """
 
     def __init__(
         self,
         channels: int = 3,
-        image: int | tuple[int, int] = 32,
+        image: int | tuple[int, int] = 224,
         *,
-        patch: int = 4,
-        classes: int = 10,
-        depth: int = 4,
-        width: int = 64,
-        heads: int = 4,
+        classes: int = 1000,
+        stem: int = 8,
+        widths: Sequence[int] = (64, 128, 256),
+        depths: Sequence[int] = (2, 5, 3),
+        heads: Sequence[int] = (2, 4, 8),
+        groups: Sequence[Sequence[int]] = ((8, 2), (4, 1), (1,)),
         block: Callable[..., nn.Module] = SlicedRecursive,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.patches = Patches(channels, image, patch, width)
-        self.place = nn.Parameter(torch.randn(self.patches.count, width) * 0.02)
-        self.blocks = nn.Sequential(*(block(width, heads, **options) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+        size = (image, image) if isinstance(image, int) else tuple(image)
+        if len({len(widths), len(depths), len(heads), len(groups)}) > 1:
+            raise ValueError(
+                f"SReT: widths {tuple(widths)}, depths {tuple(depths)}, heads {tuple(heads)} and groups {tuple(groups)}; "
+                "wanted as many of each, one for each stage."
+            )
+        if stem not in (1, 2, 4, 8) or size[0] % stem or size[1] % stem:
+            raise ValueError(f"SReT: stem {stem} for an image of {size}; wanted 1, 2, 4 or 8, and multiples of it.")
+        self.shape = (channels, *size)
+        self.stem = conv_stem(channels, widths[0], stem)
+        height, width = size[0] // stem, size[1] // stem
+        self.position = nn.Parameter(torch.empty(widths[0], height, width))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.stages, self.pools = nn.ModuleList(), nn.ModuleList()
+        for stage, (features, depth, count, each) in enumerate(zip(widths, depths, heads, groups, strict=True)):
+            if stage:
+                self.pools.append(nn.Conv2d(widths[stage - 1], features, 3, 2, 1, groups=widths[stage - 1]))
+                height, width = (height + 1) // 2, (width + 1) // 2
+            if bad := [g for g in each if height * width % g]:
+                raise ValueError(
+                    f"SReT: {bad[0]} groups in stage {stage} do not divide its {height} x {width} positions; give others."
+                )
+            self.stages.append(nn.Sequential(*(block(features, count, groups=each, **options) for _ in range(depth))))
+        self.norm, self.head = nn.LayerNorm(widths[-1], eps=1e-6), nn.Linear(widths[-1], classes)
 
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
-        """A net for a task of images and classes."""
+        """A small net of two stages for a task of images and classes."""
         shape.require("SReT", "image", "classes")
-        options = {"patch": 2 if shape.height <= 16 else 4, **options}
+        small = {"widths": (32, 64), "depths": (2, 2), "heads": (2, 4), "groups": ((4, 2), (1,))}
+        options = {"stem": 2 if shape.height <= 16 else 4, **small, **options}
         return cls(shape.channels, (shape.height, shape.width), classes=shape.classes, **options)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Logits of the classes."""
-        return self.head(self.norm(self.blocks(self.patches(image) + self.place)).mean(1))
+        if tuple(image.shape[1:]) != self.shape:
+            raise ValueError(f"SReT: image {tuple(image.shape)}; wanted [batch, {', '.join(map(str, self.shape))}].")
+        x = self.stem(image) + self.position
+        for stage, blocks in enumerate(self.stages):
+            if stage:
+                x = self.pools[stage - 1](x)
+            x = blocks(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+        return self.head(self.norm(x.mean((2, 3))))
 
 
 EXAMPLE = Example(

@@ -28,13 +28,13 @@ def _net(name: str, arm: str, scale: Scale, recursions: int) -> SReT:
     shape = task(name).shape
     block: type[SlicedRecursive] = Scrambled if arm == "scrambled" else SlicedRecursive
     options: dict[str, Any] = {
-        "unshared": {"recursions": 1, "groups": (1,)},
-        "once": {"recursions": 1, "groups": (1,)},
-        "naive": {"recursions": recursions, "groups": (1,)},
-        "own projections": {"recursions": recursions, "groups": (1,), "projections": "own"},
-    }.get(arm, {"recursions": recursions, "groups": scale.groups})
+        "unshared": {"recursions": 1, "groups": ((1,),)},
+        "once": {"recursions": 1, "groups": ((1,),)},
+        "naive": {"recursions": recursions, "groups": ((1,),)},
+        "own projections": {"recursions": recursions, "groups": ((1,),), "projections": "own"},
+    }.get(arm, {"recursions": recursions, "groups": (scale.groups,)})
     depth = scale.blocks * (recursions if arm == "unshared" else 1)
-    sizes = {"patch": shape.height // scale.side, "depth": depth, "width": scale.width, "heads": scale.heads}
+    sizes = {"stem": max(shape.height // scale.side, 1), "depths": (depth,), "widths": (scale.width,), "heads": (scale.heads,)}
     return SReT.for_task(shape, block=block, **sizes, **options)
 
 
