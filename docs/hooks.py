@@ -10,7 +10,7 @@ PRIMITIVES = (
     "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "wiring", "weights", "options", "delivery",
     "implicit", "extra", "pairing", "equal", "recipe", "cost", "kinds",
 )  # fmt: skip
-PARTS = ("sparse", "linear", "compressed", "prior", "parts")
+PARTS = ("sparse", "nodes", "linear", "compressed", "prior", "positions", "depth", "parts")
 
 
 def _row(s: catalog.System) -> str:

@@ -170,13 +170,13 @@ def builtins(slot: str) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A leaf of the tree of Transformer variants, and what stands for it here.
+    """A leaf of a tree of variants that a system brings, and what stands for it here.
 
     Attributes:
-        at: Its place in the tree, from the root.
+        at: Where it is in the tree, from the root.
         method: What stands for it.
         use: Which slots of a backbone it fills (or which size it sets), and with what.
-        paper: Verified ``arXiv:ID``; empty where it was not checked.
+        paper: Verified ``arXiv:ID`` or ``doi:ID``; empty where it was not checked.
     """
 
     at: tuple[str, ...]
@@ -186,7 +186,7 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        """The place as one text."""
+        """The path as one string."""
         return "/".join(self.at)
 
     @property
@@ -202,8 +202,9 @@ class Leaf:
 
 @functools.cache
 def taxonomy() -> Mapping[str, Leaf]:
-    """The leaves of Lin et al., "A Survey of Transformers" (arXiv:2106.04554), by name, in the order of the tree."""
-    rows = tomllib.loads((PACKAGE / "taxonomy.toml").read_text(encoding="utf-8"))["leaf"]
+    """The leaves of every system that has a tree of variants, ``taxonomy.toml`` in its folder, by name and in the tree's order."""
+    files = (s.source.parent / "taxonomy.toml" for s in load().values() if s.code and s.source.name == "__init__.py")
+    rows = [row for f in files if f.exists() for row in tomllib.loads(f.read_text(encoding="utf-8"))["leaf"]]
     leaves = [Leaf(at=tuple(row.pop("at")), **row) for row in rows]
     return {leaf.name: leaf for leaf in leaves}
 

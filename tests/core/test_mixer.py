@@ -92,3 +92,21 @@ def test_another_kind_of_attention_changes_what_heads_read_alone():
     x = torch.randn(2, 5, 8)
     wanted = layer.out(layer.qkv(x)[..., 16:].mean(1, keepdim=True).expand(2, 5, 8))
     torch.testing.assert_close(layer(x), wanted)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_attention_can_be_traced_and_exported_with_a_dynamic_batch(kv_heads):
+    layer, x = Attention(8, 2, kv_heads=kv_heads, causal=True).eval(), torch.randn(3, 5, 8)
+    torch.testing.assert_close(torch.jit.trace(layer, (x[:2],))(x), layer(x))
+    exported = torch.export.export(layer, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+def test_the_last_query_is_rotated_like_the_last_key():
+    turn = Rotary(length=16, head_width=4)
+    q, k = torch.randn(1, 1, 9, 4), torch.randn(1, 1, 9, 4)
+    whole, last = turn.rotate(q, k, 2), turn.rotate(q[:, :, 6:], k, 2)
+    torch.testing.assert_close(last[0], whole[0][:, :, 6:])
+    torch.testing.assert_close(last[1], whole[1])

@@ -1,4 +1,4 @@
-"""Token mixers: attention, what a mixer may know of its surroundings, and the key-value cache."""
+"""Token mixers: attention, the context that a mixer gets, and the key-value cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cache:
         self.buffers: dict[tuple[str, int], Tensor] = {}
 
     def extend(self, part: str, layer: int, new: Tensor) -> Tensor:
-        """Append ``new`` [B, H, S, K] after the ``length`` tokens there are, and give the whole back."""
+        """Append ``new`` [B, H, S, K] after the ``length`` tokens there are, and return all of them."""
         end = self.length + new.shape[-2]
         old = self.buffers.get((part, layer))
         if old is None or old.shape[-2] < end:
@@ -39,7 +39,7 @@ class Cache:
         return old[..., :end, :]
 
     def whole(self, part: str, layer: int, more: int) -> Tensor:
-        """What another sublayer stored in this step, ``more`` new tokens included."""
+        """What another sublayer has stored, with this step's ``more`` new tokens."""
         return self.buffers[part, layer][..., : self.length + more, :]
 
     @property
@@ -78,7 +78,7 @@ class Attention(nn.Module):
     Args:
         width: Features D.
         heads: Query heads H; ``width`` is a multiple of it.
-        kv_heads: Key-value heads; ``heads`` is a multiple of it. All of them unless told.
+        kv_heads: Key-value heads; ``heads`` is a multiple of it. Defaults to ``heads``.
         causal: Whether a token sees only itself and earlier ones.
         values: Whether this sublayer projects values of its own (a stream may share another's).
         linear: Called with ``inputs=, outputs=``.
@@ -128,30 +128,34 @@ class Attention(nn.Module):
         cache, offset = context.cache, context.cache.length if context.cache else 0
         q, k, *own = self.project(x)
         v = own[0] if own else None
-        if context.position is not None:
-            q, k = context.position.rotate(q, k, offset)
+        q, k = self.place(q, k, context.position, offset)
         if context.share:
             k, v = context.share(context.layer, k, v)
         assert v is not None
-        new = q.shape[-2]
         if cache is not None:
+            new = k.shape[-2]
             k = cache.extend("k", context.layer, k)
             if context.value_layer == context.layer:
                 v = cache.extend("v", context.layer, v)
             else:
                 v = cache.whole("v", context.value_layer, new)
-        bias = None if context.position is None else context.position.bias(new, k.shape[-2])
-        y = (
-            self.mix(q, k, v, context.mask)
-            if bias is None
-            else attend(q, k, v, causal=self.causal, mask=context.mask, bias=bias)
-        )
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(self.read(q, k, v, context).transpose(1, 2).flatten(2))
+
+    def place(self, q: Tensor, k: Tensor, position: Position | None, offset: int) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys before they are cached; a mixer that needs them as they are rotates in ``read``."""
+        return (q, k) if position is None else position.rotate(q, k, offset)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """What each head reads, [B, H, new, K], with the position's bias."""
+        bias = None if context.position is None else context.position.bias(q.shape[-2], k.shape[-2])
+        if bias is None:
+            return self.mix(q, k, v, context.mask)
+        return attend(q, k, v, causal=self.causal, mask=context.mask, bias=bias)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What each head reads, [B, H, new, K]; another kind of attention over the same parts changes this alone.
+        """What each head reads, [B, H, new, K], without a bias. Another kind of attention may override this alone.
 
-        One that cannot take a position's bias to the scores does not offer ``"bias"``.
+        One that cannot add a position's bias to the scores does not offer ``"bias"``.
         """
         return attend(q, k, v, causal=self.causal, mask=mask)
 
@@ -175,8 +179,8 @@ def attend(
         v: [B, H, total, K].
         causal: Whether a query sees only its own key and earlier ones.
         mask: [B, total], True at real tokens.
-        scale: Of the scores; ``K^-0.5`` unless told.
-        allowed: Pairs that may meet, broadcast to [B, H, new, total]; all unless told.
+        scale: Factor of the scores. Defaults to ``K^-0.5``.
+        allowed: Pairs that may meet, broadcast to [B, H, new, total]. Defaults to all.
         bias: Added to the scores, broadcast to [B, H, new, total].
     """
     new, all_ = q.shape[-2], k.shape[-2]

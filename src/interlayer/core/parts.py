@@ -110,7 +110,8 @@ class Patches(nn.Module):
             raise ValueError(
                 f"Patches: patch {patch} does not divide the image {self.shape[1:]}; give a common divisor."
             )
-        self.count = self.shape[1] * self.shape[2] // patch**2
+        self.grid = (self.shape[1] // patch, self.shape[2] // patch)
+        self.count = self.grid[0] * self.grid[1]
         self.embed = nn.Conv2d(channels, width, patch, patch)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:

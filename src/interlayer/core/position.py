@@ -1,4 +1,4 @@
-"""Position: what tells a Transformer where a token is."""
+"""Position encodings of Transformers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 
 class Position(nn.Module):
-    """No position at all, and the protocol: ``embed`` acts on the input, ``rotate`` on queries and keys, ``bias`` on scores.
+    """No position encoding, and the protocol: ``embed`` acts on the input, ``rotate`` on queries and keys, ``bias`` on scores.
 
-    ``needs`` names what a position asks of the mixer: one with a bias needs ``"bias"``,
-    one that turns queries and keys ``"rotate"``.
+    ``needs`` names what a position encoding asks of the mixer: ``"bias"`` if it biases the scores, ``"rotate"`` if it
+    rotates queries and keys. One that cannot embed a sequence piece by piece sets ``caches`` to False, and one whose
+    ``embed`` would see padding sets ``masks`` to False.
 
     Args:
         width: Features D of the input.
@@ -21,25 +22,27 @@ class Position(nn.Module):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    caches: ClassVar[bool] = True
+    masks: ClassVar[bool] = True
 
     def __init__(self, width: int = 0, length: int = 0, head_width: int = 0) -> None:
         super().__init__()
 
     def embed(self, x_BSD: Tensor, offset: int = 0) -> Tensor:
-        """Position added to the embedded input, whose first place is ``offset``."""
+        """Add the position to the embedded input, whose first index is ``offset``."""
         return x_BSD
 
-    def rotate(self, q_BHSK: Tensor, k_BHSK: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Position turned into queries and keys."""
-        return q_BHSK, k_BHSK
+    def rotate(self, q_BHSK: Tensor, k_BHTK: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys by their positions. Keys begin at ``offset``; the last query is at the last key."""
+        return q_BHSK, k_BHTK
 
     def bias(self, new: int, total: int) -> Tensor | None:
-        """What is added to the scores of the last ``new`` of ``total`` places, broadcast to [B, H, new, total]."""
+        """Bias for the scores of the last ``new`` of ``total`` positions, broadcast to [B, H, new, total]."""
         return None
 
 
 class Learned(Position):
-    """One learned vector for each place."""
+    """One learned vector for each position."""
 
     def __init__(self, width: int, length: int) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ class Sinusoidal(Position):
     def __init__(self, width: int, length: int) -> None:
         super().__init__()
         if width % 2:
-            raise ValueError(f"Sinusoidal: width {width} is odd; an even one is needed.")
+            raise ValueError(f"Sinusoidal: width {width} is odd; give an even one.")
         angle = torch.outer(torch.arange(length), 10000 ** (-torch.arange(0, width, 2) / width))
         self.register_buffer("table", torch.stack((angle.sin(), angle.cos()), -1).flatten(1), persistent=False)
 
@@ -66,7 +69,7 @@ class Sinusoidal(Position):
 
 
 class Rotary(Position):
-    """Queries and keys turned by angles that grow with the place (Su et al., arXiv:2104.09864); halves, not pairs, turn together."""
+    """Queries and keys rotated in proportion to their position (Su et al., arXiv:2104.09864), the two halves of a head as pairs."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"rotate"})
     cos: Tensor
@@ -81,11 +84,11 @@ class Rotary(Position):
         self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
         self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
 
-    def rotate(self, q_BHSK: Tensor, k_BHSK: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-        places = slice(offset, offset + q_BHSK.shape[-2])
-        cos, sin = self.cos[places].to(q_BHSK.dtype), self.sin[places].to(q_BHSK.dtype)
-        half = cos.shape[-1] // 2
-        return (
-            q_BHSK * cos + q_BHSK.roll(half, -1) * sin,
-            k_BHSK * cos + k_BHSK.roll(half, -1) * sin,
-        )
+    def rotate(self, q_BHSK: Tensor, k_BHTK: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        end = offset + k_BHTK.shape[-2]
+        return self.turn(q_BHSK, end - q_BHSK.shape[-2], end), self.turn(k_BHTK, offset, end)
+
+    def turn(self, x_BHSK: Tensor, start: int, end: int) -> Tensor:
+        """Rotate what stands at positions ``start`` to ``end``."""
+        cos, sin = self.cos[start:end].to(x_BHSK.dtype), self.sin[start:end].to(x_BHSK.dtype)
+        return x_BHSK * cos + x_BHSK.roll(cos.shape[-1] // 2, -1) * sin

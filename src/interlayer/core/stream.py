@@ -17,10 +17,17 @@ from torch import Tensor, nn
 
 @dataclass
 class State:
-    """What one forward pass carries: the current residual ``x`` and whatever a stream keeps for later layers."""
+    """What one forward pass carries.
+
+    Attributes:
+        x: The current residual.
+        kept: Whatever a stream keeps for later layers.
+        answer: The model's logits for a state, if the model provides them.
+    """
 
     x: Tensor
     kept: dict[Any, Any] = field(default_factory=dict)
+    answer: Callable[[State], Tensor] | None = None
 
     @property
     def bytes_kept(self) -> int:

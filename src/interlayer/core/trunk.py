@@ -1,8 +1,10 @@
-"""The stack of blocks that all Transformers share, with its slots."""
+"""The stack of blocks that all Transformers share, and its slots."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 from jaxtyping import Float
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from interlayer.catalog import nearest
 from interlayer.core.mixer import Cache, Context
 from interlayer.core.slots import factory, fill, norms
-from interlayer.core.stream import State
+from interlayer.core.stream import QKV, State
 
 
 class Block(nn.Module):
@@ -35,14 +37,15 @@ class Trunk(nn.Module):
         length: Longest sequence.
         causal: Whether a token sees only earlier ones.
         kv_heads: Key-value heads, if fewer.
-        hidden: Inner features of the MLP.
+        hidden: Hidden features of the MLP.
+        grid: Shape of the positions, such as rows and columns of patches. Defaults to ``(length,)``.
         stream: How sublayers are joined.
-        norm: What the stream normalises with.
+        norm: The norm of the stream.
         mixer: What mixes tokens.
         mlp: What mixes channels.
-        activation: Inside the MLP; the MLP's own default unless told.
-        position: The position encoding. Defaults to rotary, where the mixer rotates its queries and keys.
-        order: In which order the blocks run.
+        activation: The activation of the MLP. Defaults to the MLP's own.
+        position: The position encoding. Defaults to rotary where the mixer rotates queries and keys, else to none.
+        order: The order in which the blocks run.
         linear: Every linear map.
     """
 
@@ -56,6 +59,7 @@ class Trunk(nn.Module):
         causal: bool,
         kv_heads: int | None = None,
         hidden: int | None = None,
+        grid: tuple[int, ...] | None = None,
         stream: Any = "pre-norm",
         norm: Any = "layernorm",
         mixer: Any = "attention",
@@ -67,7 +71,8 @@ class Trunk(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.length = width, length
-        sizes = {"depth": depth, "width": width, "heads": heads, "length": length, "branches": 2}
+        sizes = {"depth": depth, "width": width, "heads": heads, "length": length, "branches": 2, "causal": causal}
+        sizes["grid"] = grid or (length,)
         line = factory("linear", linear)
         inner = {"activation": factory("activation", activation)} if activation else {}
         make_norm = norms("Transformer", norm, "features")
@@ -75,39 +80,63 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList()
         for layer in range(0, 2 * depth, 2):
             attention = fill(
-                "mixer", mixer, **sizes, kv_heads=kv_heads, causal=causal, linear=line, layer=layer,
+                "mixer", mixer, **sizes, kv_heads=kv_heads, linear=line, layer=layer,
                 values=self.stream.value_layer(layer) == layer, norm=make_norm,
             )  # fmt: skip
             channels = fill("mlp", mlp, **sizes, hidden=hidden, linear=line, layer=layer, **inner)
             self.blocks.append(Block(attention, channels))
-        self.position = fill("position", "rotary" if position is None else position, **sizes, head_width=width // heads)
-        self.order = fill("order", order, causal=causal, **sizes)
         self.offers = getattr(self.blocks[0].mixer, "offers", None)
-        asked = [("stream", self.stream), *([] if position is None else [("position", self.position)])]
-        for slot, part in asked:
-            if missing := part.needs - (self.offers or frozenset()):
+        offers = self.offers or frozenset()
+        default = "rotary" if "rotate" in offers else "none"
+        self.position = fill("position", default if position is None else position, **sizes, head_width=width // heads)
+        self.order = fill("order", order, **sizes)
+        for slot, part in (("stream", self.stream), ("position", self.position), ("order", self.order)):
+            if missing := part.needs - offers:
                 raise ValueError(
                     f"Transformer: {slot} {type(part).__name__} needs a mixer that offers {sorted(missing)}; "
                     f"{type(self.blocks[0].mixer).__name__} does not. Take mixer='attention' or another {slot}."
                 )
+        if not self.order.rotates and self.position.needs:
+            raise ValueError(
+                f"Transformer: order {type(self.order).__name__} changes the length between blocks, which position "
+                f"{type(self.position).__name__} cannot follow. Take a position that acts on the input, such as 'sinusoidal'."
+            )
 
-    def forward(self, x: Float[Tensor, "B S D"], *, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
-        """Run the blocks."""
-        stream = self.stream
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        *,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        answer: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Run the blocks. ``answer`` is how the model turns the output into logits, for orders that ask early."""
+        stream, order = self.stream, self.order
         start = cache.length if cache is not None else 0
         if start + x.shape[1] > self.length:
             raise ValueError(
                 f"Transformer: {start + x.shape[1]} tokens, but the model was built for length={self.length}; "
                 "shorten the input or build it longer."
             )
-        if cache is not None and ("cache" not in (self.offers or ()) or not getattr(self.order, "caches", True)):
-            raise ValueError(
-                f"Transformer: {type(self.blocks[0].mixer).__name__} in {type(self.order).__name__} order cannot use a cache."
-            )
+        mixer = self.blocks[0].mixer
+        able = (("mixer", mixer, "cache" in (self.offers or ())), ("order", order, order.caches),
+                ("position", self.position, self.position.caches))  # fmt: skip
+        for slot, part, caches in able:
+            if cache is not None and not caches:
+                raise ValueError(
+                    f"Transformer: {type(part).__name__} {slot} cannot use a cache; run the whole sequence."
+                )
+        for slot, part in (("order", order), ("position", self.position)):
+            if mask is not None and not part.masks:
+                raise ValueError(
+                    f"Transformer: {type(part).__name__} {slot} takes no padding mask; give sequences of one length."
+                )
         state = stream.start(self.position.embed(x, start))
+        if answer is not None:
+            state.answer = lambda at: answer(stream.finish(replace(at, kept=dict(at.kept))))
         memory: dict[str, Any] = {}
 
-        def step(state: State, block: int) -> State:
+        def step(state: State, block: int, source: Tensor | None = None) -> State:
             layer, here = 2 * block, cast(Block, self.blocks[block])
             context = Context(
                 layer,
@@ -119,18 +148,25 @@ class Trunk(nn.Module):
                 memory,
             )
             inputs = stream.read(state, layer)
+            if source is not None:
+                keys = stream.read(replace(state, x=source), layer)
+                if isinstance(inputs, QKV) or isinstance(keys, QKV):
+                    raise ValueError(
+                        f"Transformer: {type(order).__name__} order and stream {type(stream).__name__} both set keys."
+                    )
+                inputs = QKV(inputs, keys, keys)
             mixed = here.mixer(inputs, context) if self.offers is not None else here.mixer(inputs)
             state = stream.write(state, layer, mixed)
             return stream.write(state, layer + 1, here.mlp(stream.read(state, layer + 1)))
 
-        x = stream.finish(self.order(state, step))
+        x = stream.finish(order(state, step))
         if cache is not None:
             cache.length += x.shape[1]
         return x
 
 
 def initialise(model: nn.Module) -> None:
-    """GPT-2's start: normal with 0.02, biases zero. What a stream set itself stays."""
+    """GPT-2 initialisation: normal(0, 0.02), zero biases. Parameters that a stream initialised itself are left alone."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)

@@ -30,7 +30,7 @@ def _tokens(model: nn.Module, tokens: Tensor, vocab: int) -> None:
 
 @configured
 class Transformer(nn.Module):
-    """Causal language model with slots: logits of the next token at every place.
+    """Causal language model with slots: logits of the next token at every position.
 
     Args:
         vocab: Number of token kinds V.
@@ -44,7 +44,7 @@ class Transformer(nn.Module):
     Shapes: tokens [B, S] of int64 to logits [B, S, V].
 
     Raises:
-        TypeError: Tokens that are not whole numbers in two dimensions.
+        TypeError: Tokens that are not integers in two dimensions.
         ValueError: Unknown slot or name; a pair that cannot work together; a sequence longer than ``length``.
 
     Examples:
@@ -95,11 +95,11 @@ class Transformer(nn.Module):
 
 @configured
 class Encoder(nn.Module):
-    """Bidirectional Transformer over tokens: logits for each place, or for the whole sequence.
+    """Bidirectional Transformer over tokens: logits for each position, or for the whole sequence.
 
     Args:
         vocab: Number of token kinds.
-        classes: Classes C of the whole sequence; 0 gives logits [B, S, vocab] at each place.
+        classes: Classes C of the whole sequence; 0 gives logits [B, S, vocab] at each position.
         length: Longest sequence.
         depth: Number of blocks.
         width: Features D.
@@ -134,13 +134,16 @@ class Encoder(nn.Module):
     def forward(self, tokens: Int[Tensor, "B S"], *, mask: Bool[Tensor, "B S"] | None = None) -> Tensor:
         """Logits; ``mask`` is True at real tokens."""
         _tokens(self, tokens, self.vocab)
-        x = self.trunk(self.embed(tokens), mask=mask)
-        if not self.classes:
-            return self.head(x)
-        if mask is None:
-            return self.head(x.mean(1))
-        weight = mask.unsqueeze(-1).to(x.dtype)
-        return self.head((x * weight).sum(1) / weight.sum(1).clamp(min=1))
+
+        def answer(x: Tensor) -> Tensor:
+            if not self.classes:
+                return self.head(x)
+            if mask is None:
+                return self.head(x.mean(1))
+            weight = mask.unsqueeze(-1).to(x.dtype)
+            return self.head((x * weight).sum(1) / weight.sum(1).clamp(min=1))
+
+        return answer(self.trunk(self.embed(tokens), mask=mask, answer=answer if self.classes else None))
 
 
 @configured
@@ -183,9 +186,19 @@ class VisionTransformer(nn.Module):
         initialise(self.head)
         slots = {"position": Learned, **slots}
         self.trunk = build_trunk(
-            depth=depth, width=width, heads=heads, length=self.patches.count, causal=False, **slots
+            depth=depth,
+            width=width,
+            heads=heads,
+            length=self.patches.count,
+            grid=self.patches.grid,
+            causal=False,
+            **slots,
         )
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Logits of the classes."""
-        return self.head(self.trunk(self.patches(image)).mean(1))
+        return self.answer(self.trunk(self.patches(image), answer=self.answer))
+
+    def answer(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B K"]:
+        """Logits of the trunk's output."""
+        return self.head(x.mean(1))

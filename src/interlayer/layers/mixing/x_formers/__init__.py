@@ -14,12 +14,16 @@ from interlayer.core.example import Example
 from interlayer.core.parts import Patches
 from interlayer.core.trunk import build_trunk, initialise
 
+# The survey's root (Vaswani et al., arXiv:1706.03762); a leaf replaces part of it.
+VANILLA: dict[str, Any] = {"stream": "post-norm", "position": "sinusoidal", "activation": "relu"}
+
 
 @configured
 class XFormer(nn.Module):
-    """A Transformer with the parts of one leaf of the survey's tree, for text or images.
+    """The vanilla Transformer with the parts of one leaf of the survey's tree, for text or images.
 
-    Paper: Lin et al., "A Survey of Transformers", arXiv:2106.04554.
+    Paper: Lin et al., "A Survey of Transformers", arXiv:2106.04554. The root is Vaswani et al., arXiv:1706.03762: sinusoids, post-norm,
+    ReLU.
 
     The leaves are data (``catalog.taxonomy()``, ``interlayer list --taxonomy``): each names the slots that it fills. Every part
     can also be named in a slot of any backbone, such as ``Transformer(mixer="performer")``. Where the survey lists many methods
@@ -30,22 +34,23 @@ class XFormer(nn.Module):
         vocab: Kinds of tokens, for text.
         channels: Channels of the image, for images.
         image: Height and width in pixels, for images.
-        patch: Side of a patch in pixels.
-        classes: Number of classes; 0 gives logits of the next token at every place, by a causal model.
+        patch: Side of a patch, in pixels.
+        classes: Number of classes; 0 gives logits of the next token at every position, by a causal model.
         length: Longest text.
         depth: Number of blocks.
         width: Features D.
         heads: Attention heads.
-        **slots: Further slots, as for ``Transformer``; they win over the leaf's.
+        **slots: Further slots, as for ``Transformer``; they override the leaf's.
 
     Shapes: tokens [B, S] to [B, S, vocab] or [B, classes]; images [B, C, H, W] to [B, classes].
 
     Raises:
-        ValueError: Unknown leaf; neither text nor images; a leaf without a causal form in a causal model.
+        ValueError: Unknown leaf; neither text nor images; a leaf that has no causal form in a causal model, or only a causal one
+            in another.
 
     Examples:
         >>> import torch
-        >>> model = XFormer("low rank", vocab=50, classes=3, length=32, depth=2, width=32, heads=2)
+        >>> model = XFormer("approximation", vocab=50, classes=3, length=32, depth=2, width=32, heads=2)
         >>> model(torch.zeros(4, 20, dtype=torch.long)).shape
         torch.Size([4, 3])
     """
@@ -73,17 +78,18 @@ class XFormer(nn.Module):
             )
         self.vocab, self.classes = vocab, classes
         self.embed: nn.Module
+        grid: tuple[int, ...] = (length,)
         if vocab:
             self.embed = nn.Embedding(vocab, width)
         else:
             self.embed = Patches(channels, (image[0], image[1]), patch, width)
-            length, slots = self.embed.count, {"position": "learned", **slots}
+            length, grid = self.embed.count, self.embed.grid
         self.head = nn.Linear(width, classes or vocab)
         if vocab:
             initialise(self.embed)
         initialise(self.head)
-        sizes = {"depth": depth, "width": width, "heads": heads, "length": length, "causal": not classes}
-        self.trunk = build_trunk(**sizes, **{**self.leaf.use, **slots})
+        sizes = {"depth": depth, "width": width, "heads": heads, "length": length, "grid": grid, "causal": not classes}
+        self.trunk = build_trunk(**sizes, **{**VANILLA, **self.leaf.use, **slots})
 
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
@@ -100,12 +106,15 @@ class XFormer(nn.Module):
             raise TypeError(
                 f"XFormer: got {x.dtype} of shape {tuple(x.shape)}; wanted int64 [batch, sequence] below {self.vocab}."
             )
-        y = self.trunk(self.embed(x))
-        return self.head(y.mean(1) if self.classes else y)
+        return self.answer(self.trunk(self.embed(x), answer=self.answer if self.classes else None))
+
+    def answer(self, x: Tensor) -> Tensor:
+        """Logits of the trunk's output."""
+        return self.head(x.mean(1) if self.classes else x)
 
 
 def find(name: str) -> catalog.Leaf:
-    """The leaf of that name; its last parts are enough where they tell it apart.
+    """The leaf of that name; its last parts are enough where they identify it.
 
     Raises:
         ValueError: No such leaf, or several.
@@ -113,9 +122,7 @@ def find(name: str) -> catalog.Leaf:
     leaves = catalog.taxonomy()
     fits = [leaf for leaf in leaves.values() if leaf.name == name or leaf.name.endswith(f"/{name}")]
     if len(fits) != 1:
-        which = (
-            f"several are called so: {[f.name for f in fits]}" if fits else f"none is.{catalog.nearest(name, leaves)}"
-        )
+        which = f"several are: {[f.name for f in fits]}." if fits else f"none is.{catalog.nearest(name, leaves)}"
         raise ValueError(
             f"XFormer: wanted one leaf called {name!r}, but {which} `interlayer list --taxonomy` shows all."
         )

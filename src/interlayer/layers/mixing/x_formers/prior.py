@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core.mixer import Attention, Context, attend
-from interlayer.core.parts import Linear, plain_linear
+from interlayer.core.parts import FeedForward, Linear, plain_linear
+from interlayer.core.position import Position
 from interlayer.core.stream import QKV
+from interlayer.layers.mixing.x_formers.linear import Late
 
 CACHED = frozenset({"qkv", "share", "cache", "rotate"})
 
@@ -27,60 +29,60 @@ def scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
 
 
 class Local(Attention):
-    """A Gaussian prior: scores fall with the square of the distance, as fast as each head learns.
+    """A Gaussian prior whose centre and width each query predicts (Yang et al., arXiv:1810.10182, equations 4 to 9).
 
-    ``score_ij - (i - j)^2 / (2 s_h^2)``; Yang et al. (arXiv:1810.10182) predict centre and width from
-    the query, here every head has a width of its own and is centred on the query.
+    ``score_ij - (j - P_i)^2 / (2 s_i^2)`` with centre ``P_i = I sigmoid(u_p tanh(W q_i))``, window ``D_i = I sigmoid(u_d tanh(W q_i))``
+    and ``s_i = D_i / 2`` over I positions, those that the query may see.
 
     Args:
         width: Features D.
         heads: Query heads.
-        spread: s_h at the start, in places.
         **options: As for ``Attention``.
     """
 
-    offers: ClassVar[frozenset[str]] = CACHED
+    offers: ClassVar[frozenset[str]] = CACHED - {"rotate"}
 
-    def __init__(self, width: int, heads: int, *, spread: float = 8.0, **options: Any) -> None:
+    def __init__(self, width: int, heads: int, **options: Any) -> None:
         super().__init__(width, heads, **options)
-        self.log_spread = nn.Parameter(torch.full((heads,), spread).log())
+        self.hidden = nn.Linear(self.head_width, self.head_width, bias=False)
+        self.centre, self.window = (nn.Linear(self.head_width, 1, bias=False) for _ in range(2))
+
+    def prior(self, q: Tensor, total: int, mask: Tensor | None = None) -> Tensor:
+        """What is added to the scores, [B, H, new, total]."""
+        new = q.shape[-2]
+        index = torch.arange(total, device=q.device, dtype=torch.float32)  # bfloat16 counts to 256
+        reach = (index[total - new :] + 1)[:, None] if self.causal else index.new_full((), total)
+        if mask is not None and not self.causal:
+            reach = mask.sum(-1)[:, None, None, None].float()
+        hidden = torch.tanh(self.hidden(q))
+        centre, window = (reach * torch.sigmoid(part(hidden).float()) for part in (self.centre, self.window))
+        return -2 * ((index - centre) / window).square()
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        new, total = q.shape[-2], k.shape[-2]
-        place = torch.arange(total, device=q.device, dtype=torch.float32)
-        distance = place[total - new :, None] - place
-        bias = -distance.square() / (2 * self.log_spread.exp()[:, None, None] ** 2)
-        return attend(q, k, v, causal=self.causal, mask=mask, bias=bias)
+        return attend(q, k, v, causal=self.causal, mask=mask, bias=self.prior(q, k.shape[-2], mask))
 
 
 class ResidualScores(Attention):
-    """The scores of the layer below are added to this layer's (RealFormer; He et al., arXiv:2012.11747).
+    """The scores of the block before are added to this block's (RealFormer; He et al., arXiv:2012.11747, equation 3).
 
-    All S^2 scores are kept for the next layer.
+    All S^2 scores are kept for the next block.
     """
 
-    offers: ClassVar[frozenset[str]] = CACHED
-
-    def forward(self, x: Float[Tensor, "B S D"] | QKV, context: Context | None = None) -> Float[Tensor, "B S D"]:
-        """Attend with the scores of both layers."""
-        self.context = context = context or Context()
-        try:
-            return super().forward(x, context)
-        finally:
-            del self.context
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def read(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Attend with the scores of both blocks."""
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + self.context.memory.get("scores", 0)
-        self.context.memory["scores"] = score
-        return attend(torch.zeros_like(q), k, v, causal=self.causal, mask=mask, bias=score)
+        bias = None if context.position is None else context.position.bias(q.shape[-2], k.shape[-2])
+        score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + context.memory.get("scores", 0)
+        context.memory["scores"] = score
+        score = score if bias is None else score + bias
+        return attend(torch.zeros_like(q), k, v, causal=self.causal, mask=context.mask, bias=score)
 
 
 class TaskPrior(Attention):
-    """A prior for each task: learned scores within blocks of places, scaled and shifted by the task (Pilault et al., arXiv:2009.09139).
+    """A prior for each task: learned scores within blocks of positions, scaled and shifted by the task (Pilault et al., arXiv:2009.09139).
 
-    ``score_ij + [i, j in one block] ((1 + gamma_c(z)) A_ic + beta_c(z))`` with j the c-th place of its block and z the task's
-    vector; gamma and beta are one linear map of z, A starts at zero, as in the authors' code. There z is shared by all layers,
+    ``score_ij + [i, j in one block] ((1 + gamma_c(z)) A_ic + beta_c(z))`` with j the c-th position of its block and z the task's
+    vector; gamma and beta are one linear map of z, A is zero at first, as in the authors' code. There z is shared by all layers,
     here each has its own. All S^2 scores are computed.
 
     Args:
@@ -110,7 +112,7 @@ class TaskPrior(Attention):
         self.scores = nn.Parameter(torch.zeros(length, self.side))
 
     def prior(self, new: int, total: int) -> Tensor:
-        """What is added to the scores of the last ``new`` of ``total`` places, [B or 1, 1, new, total]."""
+        """What is added to the scores of the last ``new`` of ``total`` positions, [B or 1, 1, new, total]."""
         if total > self.length:
             raise ValueError(f"TaskPrior: {total} tokens, but it was built for length={self.length}; build it longer.")
         place = torch.arange(total, device=self.scores.device)
@@ -125,7 +127,7 @@ class TaskPrior(Attention):
 
 
 class Synthesizer(Attention):
-    """Only a prior: the scores are learned numbers for each pair of places (random Synthesizer; Tay et al., arXiv:2005.00743).
+    """Only a prior: the scores are learned numbers for each pair of positions (random Synthesizer; Tay et al., arXiv:2005.00743).
 
     Queries and keys are not used; S^2 scores a head.
 
@@ -148,30 +150,46 @@ class Synthesizer(Attention):
         return attend(0 * q, k, v, causal=self.causal, mask=mask, bias=bias)
 
 
-class Average(Attention):
-    """Only the plainest prior: a token reads the mean of all values so far, gated by its query.
+class Average(nn.Module):
+    """Only the plainest prior: a token reads the mean of all tokens so far (average attention; Zhang et al., arXiv:1805.00631).
 
-    Average attention (Zhang et al., arXiv:1805.00631): ``y = sigmoid(q) * mean(v)``; queries and keys do not meet.
-    S K multiply-adds a head.
+    ``g_i = FFN(mean_{j <= i} x_j)``, gates ``[a_i, b_i] = sigmoid(W [x_i, g_i])`` and ``y_i = a_i x_i + b_i g_i`` (equations 1 to 3);
+    no query meets a key. An encoder takes the mean of all tokens. The FFN has hidden width D.
+
+    Args:
+        width: Features D.
+        causal: Whether a token sees only itself and earlier ones.
+        linear: Called with ``inputs=, outputs=``.
+
+    Shapes: [B, S, D] to [B, S, D].
     """
 
-    offers: ClassVar[frozenset[str]] = CACHED
+    offers: ClassVar[frozenset[str]] = frozenset({"cache"})
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-        real = torch.ones_like(v[..., :1]) if mask is None else mask[:, None, :, None].to(v.dtype).expand_as(v[..., :1])
+    def __init__(self, width: int, *, causal: bool = False, linear: Linear = plain_linear) -> None:
+        super().__init__()
+        self.causal = causal
+        self.ffn = FeedForward(width, hidden=width, activation=nn.ReLU, linear=linear)
+        self.gate = linear(inputs=2 * width, outputs=2 * width)
+
+    def forward(self, x: Float[Tensor, "B S D"], context: Context | None = None) -> Float[Tensor, "B S D"]:
+        """Gate every token against the mean."""
+        context = context or Context()
+        seen = x if context.cache is None else context.cache.extend("x", context.layer, x[:, None])[:, 0]
+        real = torch.ones_like(seen[..., :1]) if context.mask is None else context.mask[..., None].to(x.dtype)
         if self.causal:
-            mean = (v * real).cumsum(-2) / real.cumsum(-2).clamp(min=1)
-            mean = mean[..., -q.shape[-2] :, :]
+            mean = (seen * real).cumsum(1)[:, -x.shape[1] :] / real.cumsum(1)[:, -x.shape[1] :].clamp(min=1)
         else:
-            mean = (v * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
-        return torch.sigmoid(q) * mean
+            mean = ((seen * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)).expand_as(x)
+        g = self.ffn(mean)
+        a, b = torch.sigmoid(self.gate(torch.cat((x, g), -1))).chunk(2, -1)
+        return a * x + b * g
 
 
 class TalkingHeads(Attention):
     """Heads talk: scores, and again weights, are mixed across heads by learned matrices (Shazeer et al., arXiv:2003.02436).
 
-    S^2 H^2 multiply-adds more than attention; the matrices start at the identity.
+    S^2 H^2 multiply-adds more than attention. The matrices are initialised as the identity.
     """
 
     offers: ClassVar[frozenset[str]] = CACHED
@@ -190,7 +208,7 @@ class TalkingHeads(Attention):
 
 
 class AdaptiveSpan(Attention):
-    """Each head learns how far back it looks: weights fade out over ``ramp`` places beyond its span (Sukhbaatar et al., arXiv:1905.07799).
+    """Each head learns how far back it looks: weights fade out over ``ramp`` positions beyond its span (Sukhbaatar et al., arXiv:1905.07799).
 
     ``w_ij = m(i - j) e_ij / sum m(i - j) e_ij`` with ``m(d) = clamp((ramp + z_h - d) / ramp, 0, 1)``. A penalty on the spans
     (``extra_loss``) keeps them short. All S^2 scores are computed here; what lies beyond the longest span could be left out.
@@ -198,8 +216,8 @@ class AdaptiveSpan(Attention):
     Args:
         width: Features D.
         heads: Query heads.
-        span: z_h at the start, in places.
-        ramp: Width of the fading.
+        span: Initial z_h, in positions.
+        ramp: Width of the fading, in positions.
         penalty: Weight of the mean span in the loss.
         **options: As for ``Attention``.
     """
@@ -228,14 +246,14 @@ class AdaptiveSpan(Attention):
 
 
 class RoutedHeads(Attention):
-    """What heads read is not put side by side but agreed upon: ``rounds`` of routing from heads to as many output capsules.
+    """What heads read is agreed upon, not put side by side (routing by agreement; Li et al., arXiv:1904.03100, simple routing).
 
-    Refined aggregation (Li et al., arXiv:1904.03100), the simple routing:
-    every head makes a vote for every capsule, and votes that agree with the outcome gain weight.
+    Head h votes ``V_hn = o_h W_hn`` for output n. From ``B = 0``, ``rounds`` times: ``C_hn = softmax_n(B_hn)``,
+    ``y_n = sum_h C_hn V_hn / sum_h C_hn``, ``B_hn += y_n V_hn``.
 
     Args:
         width: Features D.
-        heads: Query heads.
+        heads: Query heads, and outputs.
         rounds: Iterations.
         **options: As for ``Attention``.
     """
@@ -251,18 +269,20 @@ class RoutedHeads(Attention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         heads = attend(q, k, v, causal=self.causal, mask=mask)
         vote = torch.einsum("bhsk,hgkj->bhgsj", heads, self.votes)
-        logit = torch.zeros_like(vote[..., :1])
+        share, out = torch.zeros_like(vote[..., :1]).softmax(2), vote
+        logit = torch.zeros_like(share)
         for _ in range(self.rounds):
-            out = (logit.softmax(2) * vote).sum(1, keepdim=True)
-            squashed = out * out.square().sum(-1, keepdim=True).add(1e-6).rsqrt()
-            logit = logit + (squashed * vote).sum(-1, keepdim=True)
-        return (logit.softmax(2) * vote).sum(1)
+            out = (share * vote).sum(1, keepdim=True) / share.sum(1, keepdim=True)
+            logit = logit + (out * vote).sum(-1, keepdim=True)
+            share = logit.softmax(2)
+        return out[:, 0]
 
 
-class PersistentMemory(Attention):
+class PersistentMemory(Late):
     """Learned keys and values beside those of the tokens, which make the MLP dispensable (Sukhbaatar et al., arXiv:1907.01470).
 
-    Take ``mlp="none"`` with it. ``slots`` S scores a head more than attention.
+    One softmax over the scores of the tokens and ``q m' / sqrt(K)`` of the learned keys m, which have no position: positions act
+    on the tokens' scores alone. Take ``mlp="none"`` with it. ``slots`` S scores a head more than attention.
 
     Args:
         width: Features D.
@@ -271,23 +291,25 @@ class PersistentMemory(Attention):
         **options: As for ``Attention``.
     """
 
-    offers: ClassVar[frozenset[str]] = CACHED
-
     def __init__(self, width: int, heads: int, *, slots: int = 64, **options: Any) -> None:
         super().__init__(width, heads, **options)
         self.keys = nn.Parameter(torch.randn(heads, slots, self.head_width))
         self.values = nn.Parameter(torch.randn(heads, slots, self.head_width) * 0.1)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, position: Position | None = None
+    ) -> Tensor:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        new, total, more = q.shape[-2], k.shape[-2], self.keys.shape[1]
-        keys, values = (
-            torch.cat((p.to(t.dtype).expand(len(t), -1, -1, -1), t), 2) for p, t in ((self.keys, k), (self.values, v))
-        )
-        seen = torch.ones(new, total, dtype=torch.bool, device=q.device)
-        seen = seen.tril(total - new) if self.causal else seen
-        seen = seen if mask is None else seen & mask[:, None, None]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=F.pad(seen, (more, 0), value=True))
+        stored = q @ self.keys.transpose(-1, -2).to(q.dtype) * q.shape[-1] ** -0.5
+        bias = None
+        if position is not None:
+            q, k = position.rotate(q, k)
+            bias = position.bias(q.shape[-2], k.shape[-2])
+        score = scores(q, k, self.causal, mask)
+        score = score if bias is None else score + bias.to(score.dtype)
+        weight = torch.cat((stored, score), -1).softmax(-1)
+        slots = self.keys.shape[1]
+        return weight[..., :slots] @ self.values.to(v.dtype) + weight[..., slots:] @ v
 
 
 class Lite(Attention):
@@ -295,17 +317,17 @@ class Lite(Attention):
 
     Args:
         width: Features D, even.
-        heads: Heads of the attending half.
-        kernel: Places that the convolution sees.
+        heads: Heads of the whole width, even: half of them attend.
+        kernel: Positions that the convolution sees.
         causal: Whether a token sees only earlier ones.
         values: Whether the attending half projects values of its own.
         linear: Called with ``inputs=, outputs=``.
 
     Raises:
-        ValueError: Padding.
+        ValueError: An odd number of heads, or padding.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset()
+    offers: ClassVar[frozenset[str]] = frozenset({"rotate"})
 
     def __init__(
         self,
@@ -317,7 +339,9 @@ class Lite(Attention):
         values: bool = True,
         linear: Linear = plain_linear,
     ) -> None:
-        super().__init__(width // 2, max(1, heads // 2), causal=causal, values=values, linear=linear)
+        if heads % 2:
+            raise ValueError(f"Lite: heads {heads} must be even: half of them attend.")
+        super().__init__(width // 2, heads // 2, causal=causal, values=values, linear=linear)
         self.kernel, self.attending = kernel, width // 2
         rest = width - self.attending
         self.enter, self.conv, self.leave = (
@@ -331,7 +355,7 @@ class Lite(Attention):
         assert isinstance(x, Tensor)
         if context is not None and context.mask is not None:
             raise ValueError("Lite: takes no padding mask; its convolution would see the padding.")
-        far = super().forward(x[..., : self.attending], Context(context.layer) if context else None)
+        far = super().forward(x[..., : self.attending], Context(position=context.position) if context else None)
         left = self.kernel - 1 if self.causal else (self.kernel - 1) // 2
         gated = F.glu(self.enter(x[..., self.attending :]), -1).transpose(1, 2)
         near = self.conv(F.pad(gated, (left, self.kernel - 1 - left))).transpose(1, 2)

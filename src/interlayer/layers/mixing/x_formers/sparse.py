@@ -1,14 +1,18 @@
-"""Sparse attention: patterns of places (sliding window, blocks, global, random, dilated), and patterns that content chooses."""
+"""Sparse attention: patterns of positions (window, blocks, global, random, dilated, axes), and patterns that content chooses."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from interlayer.core.mixer import Attention, attend
+from interlayer.core.mixer import Attention, Context, attend
+from interlayer.core.parts import Linear, plain_linear
+from interlayer.core.stream import QKV
 
 
 class BlockSparse(Attention):
@@ -17,29 +21,45 @@ class BlockSparse(Attention):
     A subclass says which blocks (``layout``) and, if not all pairs in them, which pairs (``keep``). ``pattern`` is the same as a
     matrix, which is the naive twin; it also serves decoding, where there are few new queries.
 
-    S (c block) scores a head for c key blocks, in place of S^2.
+    S (c block) scores a head for c key blocks, in place of S^2. An input that is shorter than the pattern's reach is
+    attended to densely, which is what the pattern says; a model whose longest input is that short is refused.
 
     Args:
         width: Features D.
         heads: Query heads.
-        block: Places in a block.
+        block: Positions in a block.
+        length: Longest sequence, if known.
         **options: As for ``Attention``.
+
+    Raises:
+        ValueError: A pattern that is dense at ``length``.
     """
 
     offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "rotate"})
 
-    def __init__(self, width: int, heads: int, *, block: int = 64, **options: Any) -> None:
+    def __init__(self, width: int, heads: int, *, block: int = 64, length: int | None = None, **options: Any) -> None:
         super().__init__(width, heads, **options)
         if block < 1:
             raise ValueError(f"{type(self).__name__}: block {block} must be at least 1.")
         self.block = block
+        if length is not None and self.dense(length):
+            refuse_dense(self, length)
+
+    def dense(self, length: int) -> bool:
+        """Whether the pattern leaves no pair out at a length."""
+        with torch.device("cpu"):
+            count = -(-length // self.block)
+            if count > self.layout(count).shape[1]:
+                return False
+            seen = self.pattern(length, length)
+            return bool((seen | (torch.ones_like(seen).triu(1) & self.causal)).all())
 
     def layout(self, count: int) -> Tensor:
         """[count, c]: the key blocks of each query block, each once; numbers outside 0 .. count - 1 stand for none."""
         return torch.arange(count)[:, None]
 
     def keep(self, i: Tensor, j: Tensor) -> Tensor:
-        """Which pairs of places (query i, key j) may meet, of those in blocks that meet."""
+        """Which pairs of positions (query i, key j) may meet, of those in blocks that meet."""
         return torch.ones((), dtype=torch.bool, device=i.device)
 
     def pattern(self, new: int, total: int, device: torch.device | None = None) -> Tensor:
@@ -58,8 +78,15 @@ class BlockSparse(Attention):
             return attend(q, k, v, causal=False, mask=mask, allowed=seen)
         return self.blocks(q, k, v, mask)
 
-    def blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The fast path: [B, H, S, K] for equally many queries and keys."""
+    def blocks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        seen_by_all: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The fast path: [B, H, S, K] for equally many queries and keys; ``seen_by_all`` are further keys and values."""
         length, b = q.shape[-2], self.block
         count = -(-length // b)
         if k.shape[1] != q.shape[1]:
@@ -70,12 +97,18 @@ class BlockSparse(Attention):
         layout = self.layout(count).to(q.device)
         there = (layout >= 0) & (layout < count)
         at = layout.clamp(0, count - 1)
-        place = torch.arange(count * b, device=q.device).view(count, b)
-        i, j = place[:, :, None], place[at].flatten(1)[:, None]  # [n, b, 1], [n, 1, c b]
+        index = torch.arange(count * b, device=q.device).view(count, b)
+        i, j = index[:, :, None], index[at].flatten(1)[:, None]  # [n, b, 1], [n, 1, c b]
         seen = there.repeat_interleave(b, 1)[:, None] & self.keep(i, j)
         seen = seen & (j <= i) if self.causal else seen
         seen = seen & real.unflatten(-1, (count, b))[..., at, :].flatten(-2)[..., None, :]
         gathered_k, gathered_v = (t[:, :, at].flatten(3, 4) for t in (k, v))
+        if seen_by_all is not None:
+            gathered_k, gathered_v = (
+                torch.cat((t, more[:, :, None].expand(-1, -1, count, -1, -1)), 3)
+                for t, more in zip((gathered_k, gathered_v), seen_by_all, strict=True)
+            )
+            seen = F.pad(seen, (0, seen_by_all[0].shape[-2]), value=True)
         # A padding query may see nothing: it sees its own block, and is cut off below.
         blind = ~seen.any(-1, keepdim=True)
         y = F.scaled_dot_product_attention(q, gathered_k, gathered_v, attn_mask=seen | blind)
@@ -87,12 +120,12 @@ class BlockLocal(BlockSparse):
 
 
 class SlidingWindow(BlockSparse):
-    """Band attention: a token sees those less than ``window`` places away (causal: the last ``window``, itself among them).
+    """Band attention: a token sees those less than ``window`` positions away (causal: the last ``window``, itself among them).
 
     Args:
         width: Features D.
         heads: Query heads.
-        window: Places.
+        window: Positions.
         **options: As for ``Attention``.
     """
 
@@ -108,21 +141,21 @@ class SlidingWindow(BlockSparse):
 
 
 class Dilated(SlidingWindow):
-    """A window with gaps: of the ``window x dilation`` places around, a token sees every ``dilation``-th.
+    """A window with gaps: of the ``window x dilation`` positions around, a token sees every ``dilation``-th.
 
     Args:
         width: Features D.
         heads: Query heads.
-        window: Places that are seen on a side, itself included.
+        window: Positions that are seen on a side, itself included.
         dilation: Gap.
         **options: As for ``Attention``.
     """
 
     def __init__(self, width: int, heads: int, *, window: int = 64, dilation: int = 2, **options: Any) -> None:
-        super().__init__(width, heads, window=window, **options)
         if dilation < 1:
             raise ValueError(f"Dilated: dilation {dilation} must be at least 1.")
-        self.dilation = dilation
+        self.dilation = dilation  # before the base asks for the pattern
+        super().__init__(width, heads, window=window, **options)
 
     def pattern(self, new: int, total: int, device: torch.device | None = None) -> Tensor:
         i, j = torch.arange(total - new, total, device=device)[:, None], torch.arange(total, device=device)
@@ -146,23 +179,23 @@ class Dilated(SlidingWindow):
 
 
 class GlobalWindow(SlidingWindow):
-    """A window, and the first ``tokens`` places, which see and are seen by all (causal: by all later ones).
+    """A window, and the first ``tokens`` positions, which see and are seen by all (causal: by all later ones).
 
-    Longformer's and ETC's compound pattern (Beltagy et al., arXiv:2004.05150); with ``window=1`` nearly Star-Transformer's.
+    Longformer's compound pattern (Beltagy et al., arXiv:2004.05150); ``window=1`` leaves the global tokens alone.
 
     Args:
         width: Features D.
         heads: Query heads.
-        window: Places.
-        tokens: Global places, at most ``window``.
+        window: Positions.
+        tokens: Global positions, at most ``window``.
         **options: As for ``Attention``.
     """
 
     def __init__(self, width: int, heads: int, *, window: int = 64, tokens: int = 1, **options: Any) -> None:
-        super().__init__(width, heads, window=window, **options)
         if not 1 <= tokens <= window:
             raise ValueError(f"GlobalWindow: tokens {tokens} must lie between 1 and the window {window}.")
-        self.tokens = tokens
+        self.tokens = tokens  # before the base asks for the pattern
+        super().__init__(width, heads, window=window, **options)
 
     def layout(self, count: int) -> Tensor:
         near = super().layout(count)
@@ -189,8 +222,9 @@ class GlobalWindow(SlidingWindow):
 class BigBird(BlockSparse):
     """Blocks beside, the first block, and blocks at random (Zaheer et al., arXiv:2007.14062), drawn once from ``seed``.
 
-    The first block sees everything (causal: what is before it). With ``beside=False, first=False`` only random blocks and
-    the own one are left: the survey's random attention.
+    Random blocks are drawn without repetition from those that are not seen anyway. The first block sees everything (causal: what
+    is before it). With ``beside=False, first=False`` only random blocks and the own one are left: the survey's random
+    attention.
 
     Args:
         width: Features D.
@@ -213,19 +247,19 @@ class BigBird(BlockSparse):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(width, heads, **options)
+        # before the base asks for the pattern
         self.random, self.beside, self.first, self.seed = random, beside, first, seed
+        super().__init__(width, heads, **options)
 
     def layout(self, count: int) -> Tensor:
-        own = torch.arange(count)[:, None]
-        parts = [
-            own + torch.tensor((-1, 0, 1) if self.beside and not self.causal else (-1, 0) if self.beside else (0,))
-        ]
-        if self.first:
-            parts.append(torch.zeros_like(own))
-        reach = own + 1 if self.causal else torch.full_like(own, count)
-        parts.append(_scrambled(own * 7919 + torch.arange(self.random) * 104729 + self.seed * 1299709) % reach)
-        layout = torch.cat(parts, 1).sort(1).values
+        own, every = torch.arange(count)[:, None], torch.arange(count)
+        around = (0,) if not self.beside else (-1, 0) if self.causal else (-1, 0, 1)
+        taken = torch.cat((own + torch.tensor(around), *([torch.zeros_like(own)] if self.first else [])), 1)
+        free = (taken[:, :, None] != every).all(1)
+        free = free.tril() if self.causal else free
+        draw = _scrambled(own * 7919 + every * 104729 + self.seed * 1299709).masked_fill(~free, -1)
+        best = draw.topk(min(self.random, count), 1)
+        layout = torch.cat((taken, torch.where(best.values < 0, -1, best.indices)), 1).sort(1).values
         again = F.pad(layout[:, 1:] == layout[:, :-1], (1, 0))
         return torch.where(again, -1, layout)
 
@@ -244,40 +278,170 @@ class BigBird(BlockSparse):
 
 
 def _scrambled(x: Tensor) -> Tensor:
-    """Whole numbers that look random, the same for the same input: a generator could not be made inside a compiled graph."""
+    """Integers that look random, the same for the same input: a compiled graph can make no generator."""
     for factor in (2246822519, 3266489917, 668265263):
         x = (x % 2**31 ^ (x % 2**31 >> 15)) * factor % 2**31
     return x ^ (x >> 13)
 
 
-class Segments(BlockSparse):
-    """Segment recurrence: a token sees its own segment and the one before, which gets no gradient through it.
+class Axial(Attention):
+    """Blocks attend in turn along the rows and along the columns of a grid (Axial Transformer; Ho et al., arXiv:1912.12180).
 
-    Transformer-XL's (Dai et al., arXiv:1901.02860) within one pass: layer on layer, what is known reaches one segment
-    further back.
+    S (rows + columns) / 2 scores a head and block. A text is laid out in rows.
+
+    Args:
+        width: Features D.
+        heads: Query heads.
+        grid: Shape of the positions; a text has one side.
+        layer: Number of the sublayer: its block attends along rows if even, along columns if odd.
+        branches: Sublayers in a block.
+        row: Length of a row. Defaults to the grid's, for a text to the square root of its length.
+        **options: As for ``Attention``.
     """
 
-    def layout(self, count: int) -> Tensor:
-        return torch.arange(count)[:, None] + torch.tensor((-1, 0))
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "rotate"})
 
-    def blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Own and earlier segment apart, so that only the own one is learned through."""
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        grid: tuple[int, ...],
+        layer: int = 0,
+        branches: int = 2,
+        row: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(width, heads, **options)
+        self.row = row or (grid[-1] if len(grid) > 1 else math.isqrt(grid[0] - 1) + 1)
+        self.down = layer // branches % 2 == 1
+        if not 1 < self.row < math.prod(grid):
+            raise ValueError(f"Axial: rows of {self.row} in a grid {grid}; wanted more than one row and column.")
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        length = q.shape[-2]
+        more = -length % self.row
+        real = torch.arange(length + more, device=q.device) < length
+        real = real[None] if mask is None else F.pad(mask, (0, more))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        lines = [F.pad(t, (0, 0, 0, more)).unflatten(-2, (-1, self.row)) for t in (q, k, v)]
+        real = real.unflatten(-1, (-1, self.row))
+        if self.down:
+            lines, real = [t.transpose(2, 3) for t in lines], real.transpose(1, 2)
+        seen = real[:, None, :, None]
+        if self.causal:
+            seen = seen & torch.ones(2 * lines[0].shape[3:4], dtype=torch.bool, device=q.device).tril()
+        y = F.scaled_dot_product_attention(*lines, attn_mask=seen | ~seen.any(-1, keepdim=True))
+        return (y.transpose(2, 3) if self.down else y).flatten(2, 3)[:, :, :length]
+
+
+class Segments(Attention):
+    """Segment recurrence with relative positions (Transformer-XL; Dai et al., arXiv:1901.02860, section 3).
+
+    A token sees its own segment and the one before, whose hidden states h get no gradient: keys and values are those of
+    ``[stop(h_before), h]``. Layer on layer, what is known reaches one segment further back; a whole text is one pass here.
+    ``score_ij = ((q_i + u) k_j + (q_i + v) W_R r_{i-j}) / sqrt(K)`` with sinusoids r and learned u and v.
+
+    S 2 block scores a head. Take ``position="none"`` with it.
+
+    Args:
+        width: Features D, even.
+        heads: Query heads.
+        block: Tokens in a segment.
+        length: Longest sequence, if known.
+        linear: Called with ``inputs=, outputs=``.
+        **options: As for ``Attention``.
+
+    Raises:
+        ValueError: A model of a single segment.
+    """
+
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "cache"})
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        block: int = 64,
+        length: int | None = None,
+        linear: Linear = plain_linear,
+        **options: Any,
+    ) -> None:
+        super().__init__(width, heads, linear=linear, **options)
+        if block < 1 or width % 2:
+            raise ValueError(f"Segments: block {block}, width {width}; wanted at least 1, and an even width.")
+        if length is not None and length <= block:
+            refuse_dense(self, length)
+        self.block = block
+        self.relative = linear(inputs=width, outputs=width, bias=False)
+        self.u, self.v = (nn.Parameter(0.02 * torch.randn(heads, 1, self.head_width)) for _ in range(2))
+
+    def pattern(self, new: int, total: int, device: torch.device | None = None) -> Tensor:
+        """Which of ``total`` keys each of the last ``new`` queries sees."""
+        i, j = torch.arange(total - new, total, device=device)[:, None], torch.arange(total, device=device)
+        back = i // self.block - j // self.block
+        return (back >= 0) & (back <= 1) & ((j <= i) | (not self.causal))
+
+    def bias(self, q: Tensor, distance: Tensor) -> Tensor:
+        """``(q + v) W_R r / sqrt(K)``, [B, H, n, a, c], of queries [B, H, n, a, K] and distances [a, c]."""
+        width = self.relative.in_features
+        low, high = 0 if self.causal else 1 - self.block, 2 * self.block
+        rate = 10000 ** (-torch.arange(0, width, 2, device=q.device) / width)
+        angle = torch.arange(low, high, device=q.device)[:, None] * rate
+        table = torch.cat((angle.sin(), angle.cos()), -1).to(q.dtype)
+        r = self.relative(table).unflatten(-1, (self.heads, -1)).transpose(0, 1)[:, None]  # [H, 1, distances, K]
+        score = (q + self.v[:, None].to(q.dtype)) @ r.transpose(-1, -2) * q.shape[-1] ** -0.5
+        at = (distance - low).clamp(0, high - low - 1)
+        return score.gather(-1, at.expand(*score.shape[:-1], -1))
+
+    def forward(self, x: Float[Tensor, "B S D"] | QKV, context: Context | None = None) -> Float[Tensor, "B S D"]:
+        """Let every token read from its own segment and from the one before."""
+        context = context or Context()
+        q, k, v = self.project(x)
+        if context.cache is not None:
+            k, v = context.cache.extend("k", context.layer, k), context.cache.extend("v", context.layer, v)
+        groups = self.heads // self.kv_heads
+        if q.shape[-2] != k.shape[-2]:
+            k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+            y = self.decoded(q, k, v, context.mask)
+        else:
+            old = QKV(*(t.detach() for t in x)) if isinstance(x, QKV) else x.detach()
+            past = self.project(old)[1:] if torch.is_grad_enabled() else (k, v)
+            y = self.blocks(q, *(t.repeat_interleave(groups, 1) for t in (k, v, *past)), context.mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def decoded(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """All pairs, as decoding needs them, where nothing is learned."""
+        new, total = q.shape[-2], k.shape[-2]
+        index = torch.arange(total, device=q.device)
+        bias = self.bias(q[:, :, None], index[total - new :, None] - index)[:, :, 0]
+        seen = self.pattern(new, total, q.device)
+        return attend(q + self.u.to(q.dtype), k, v, causal=False, mask=mask, bias=bias.masked_fill(~seen, -torch.inf))
+
+    def blocks(
+        self, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Segment by segment; ``past_k`` and ``past_v`` are the keys and values of hidden states without gradient."""
         length, b = q.shape[-2], self.block
-        mask = torch.ones(len(q), length, dtype=torch.bool, device=q.device) if mask is None else mask
-        if k.shape[1] != q.shape[1]:
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
         count = -(-length // b)
         more = count * b - length
-        q, k, v = (F.pad(t, (0, 0, 0, more)).unflatten(-2, (count, b)) for t in (q, k, v))
-        real = F.pad(mask, (0, more)).unflatten(1, (count, b))
-        before_k, before_v = (F.pad(t.detach()[:, :, :-1], (0, 0, 0, 0, 1, 0)) for t in (k, v))
+        q, k, v, past_k, past_v = (
+            F.pad(t, (0, 0, 0, more)).unflatten(-2, (count, b)) for t in (q, k, v, past_k, past_v)
+        )
+        real = torch.arange(count * b, device=q.device) < length
+        real = (real[None] if mask is None else F.pad(mask, (0, more))).unflatten(1, (count, b))
+        past_k, past_v = (F.pad(t[:, :, :-1], (0, 0, 0, 0, 1, 0)) for t in (past_k, past_v))
         before = F.pad(real[:, :-1], (0, 0, 1, 0))
         own = torch.ones(b, b, dtype=torch.bool, device=q.device)
         own = own.tril() if self.causal else own
         seen = torch.cat((before[:, :, None].expand(-1, -1, b, -1), real[:, :, None] & own), -1)[:, None]
         seen = seen | ~seen.any(-1, keepdim=True)
+        index = torch.arange(b, device=q.device)
+        distance = index[:, None] - torch.cat((index - b, index))
+        bias = self.bias(q, distance).masked_fill(~seen, -torch.inf)
         y = F.scaled_dot_product_attention(
-            q, torch.cat((before_k, k), -2), torch.cat((before_v, v), -2), attn_mask=seen
+            q + self.u[:, None].to(q.dtype), torch.cat((past_k, k), -2), torch.cat((past_v, v), -2), attn_mask=bias
         )
         return y.flatten(2, 3)[:, :, :length]
 
@@ -291,13 +455,19 @@ class TopK(Attention):
         width: Features D.
         heads: Query heads.
         keep: Keys that a query sees.
+        length: Longest sequence, if known.
         **options: As for ``Attention``.
+
+    Raises:
+        ValueError: A ``length`` of at most ``keep``.
     """
 
     offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "rotate"})
 
-    def __init__(self, width: int, heads: int, *, keep: int = 8, **options: Any) -> None:
+    def __init__(self, width: int, heads: int, *, keep: int = 8, length: int | None = None, **options: Any) -> None:
         super().__init__(width, heads, **options)
+        if length is not None and length <= keep:
+            refuse_dense(self, length)
         self.keep = keep
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -360,14 +530,105 @@ class Routing(Attention):
         return summed / count.clamp(min=1)
 
 
+class Hashed(Attention):
+    """Queries meet the keys that fall into their bucket (LSH attention; Reformer, Kitaev et al., arXiv:2001.04451, section 2).
+
+    Queries and keys are one projection, ``k = q / |q|``. A vector's bucket is ``argmax([x R; -x R])`` for a random rotation
+    R. Tokens are sorted by bucket and cut into chunks of ``2 S / buckets``; a query sees those of its own bucket in its
+    own chunk and in the one before, and itself only if there is no other. ``rounds`` of hashing are joined as one softmax over
+    the union. Chunks depend on all tokens, so there is no strictly causal form.
+
+    S rounds 4 S / buckets scores a head.
+
+    Args:
+        width: Features D.
+        heads: Heads.
+        buckets: How many, even.
+        rounds: Independent rotations.
+        causal: Whether a token sees only earlier ones.
+        linear: Called with ``inputs=, outputs=``.
+
+    Raises:
+        ValueError: A causal model, padding, or an odd number of buckets.
+    """
+
+    offers: ClassVar[frozenset[str]] = frozenset()
+    rotations: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        buckets: int = 8,
+        rounds: int = 2,
+        causal: bool = False,
+        linear: Linear = plain_linear,
+    ) -> None:
+        super().__init__(width, heads, causal=causal, values=False, linear=linear)
+        refuse_causal(self)
+        if buckets < 2 or buckets % 2:
+            raise ValueError(f"Hashed: buckets {buckets}; wanted an even number of at least 2.")
+        self.buckets = buckets
+        self.register_buffer("rotations", torch.randn(rounds, self.head_width, buckets // 2))
+
+    def project(self, x: Tensor | QKV) -> list[Tensor]:
+        q, v = super().project(x)
+        return [q, F.normalize(q, dim=-1), v]
+
+    def bucket(self, q: Tensor) -> Tensor:
+        """The bucket of each query in each round, [B, H, rounds, S]."""
+        turned = torch.einsum("bhsk,rkn->bhrsn", q.detach(), self.rotations.to(q.dtype))
+        return torch.cat((turned, -turned), -1).argmax(-1)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        refuse_mask(self, mask)
+        length = q.shape[-2]
+        size = -(-2 * length // self.buckets)
+        count = -(-length // size)
+        bucket = self.bucket(q)
+        order = (bucket * length + torch.arange(length, device=q.device)).argsort(-1)
+        chunk = order.argsort(-1) // size  # of every token in every round
+        # Chunks of tokens, the last filled up with index S, which stands for nobody.
+        token = F.pad(order, (0, count * size - length), value=length).unflatten(-1, (count, size))
+        near = torch.cat((F.pad(token[..., :-1, :], (0, 0, 1, 0), value=length), token), -1)  # [B, H, R, c, 2 size]
+
+        def rows(t: Tensor, at: Tensor) -> Tensor:  # [B, H, S, *] at [B, H, R, c, n] gives [B, H, R, c, n, *]
+            t = F.pad(t, (0, 0, 0, 1))
+            return t.gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.shape[-1])).unflatten(2, at.shape[2:])
+
+        # In how many rounds each of these pairs meets: it counts once in the union.
+        place, bin_ = (t.transpose(2, 3) for t in (chunk, bucket))  # [B, H, S, R]
+        step = rows(place, token)[..., :, None, :] - rows(place, near)[..., None, :, :]
+        met = (rows(bin_, token)[..., :, None, :] == rows(bin_, near)[..., None, :, :]) & (step >= 0) & (step <= 1)
+        times = met.sum(-1)
+        here = torch.diagonal(met.movedim(-1, 2), dim1=2, dim2=3).movedim(-1, 2)  # met in this very round
+        score = rows(q, token) @ rows(k, near).transpose(-1, -2) * q.shape[-1] ** -0.5 - times.clamp(min=1).log()
+        score = score.masked_fill(~here | (near == length)[..., None, :], -torch.inf)
+        score = torch.where(token[..., :, None] == near[..., None, :], -1e5, score)  # itself, if there is no other
+        total = score.logsumexp(-1, keepdim=True)
+        y = (score - total).exp() @ rows(v, near)
+        back = order.argsort(-1)[..., None]  # where each token stands in the sorted sequence
+        y, total = (t.flatten(3, 4).gather(3, back.expand(*back.shape[:-1], t.shape[-1])) for t in (y, total))
+        return (total.softmax(2) * y).sum(2)
+
+
+def refuse_dense(mixer: Attention, length: int) -> None:
+    """Raise because nothing is left out at the longest input."""
+    raise ValueError(
+        f"{type(mixer).__name__}: every token sees all others up to the model's length {length}, so nothing is sparse. Take a "
+        "smaller window, block or number of keys, or mixer='attention'."
+    )
+
+
 def gather(t: Tensor, at: Tensor) -> Tensor:
-    """Rows [B, H, c, n, K] of [B, H, S, K] at places [B, H, c, n]."""
+    """Rows [B, H, c, n, K] of [B, H, S, K] at indices [B, H, c, n]."""
     picked = t.gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.shape[-1]))
     return picked.unflatten(2, at.shape[2:])
 
 
 def refuse_causal(mixer: Attention) -> None:
-    """Say why there is no causal form."""
+    """Raise in a causal model: the mixer has no causal form."""
     if mixer.causal:
         raise ValueError(
             f"{type(mixer).__name__}: what a token sees depends on all tokens, so there is no causal form; "
@@ -376,6 +637,6 @@ def refuse_causal(mixer: Attention) -> None:
 
 
 def refuse_mask(mixer: Attention, mask: Tensor | None) -> None:
-    """Say that padding cannot be left out."""
+    """Raise if there is padding, which the mixer cannot leave out."""
     if mask is not None:
         raise ValueError(f"{type(mixer).__name__}: takes no padding mask; give sequences of one length.")
