@@ -68,3 +68,15 @@ def test_median_time_leaves_out_the_first_steps():
     assert cost.median_time([100, 50, 1, 3, 2]) == 2
     assert cost.median_time([4.0]) == 4
     assert math.isnan(cost.median_time([]))
+
+
+def test_a_parameter_as_the_input_of_a_part_is_counted():
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries, self.map = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.map(self.queries.expand(len(x), -1, -1))
+
+    assert cost.flops(Queries(), torch.zeros(5, 1)) == 2 * 5 * 3 * 4 * 2

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from interlayer import catalog
+from interlayer.core.slots import parse_spec, resolve
 from interlayer.core.trunk import Trunk
 from interlayer.models import MLP, ConvNet, Encoder, Transformer, VisionTransformer
 
@@ -57,9 +58,21 @@ def names(slot):
     """Every filling of a slot that the catalogue knows."""
     if slot in ("kv_heads", "hidden"):
         return SOME[slot]
-    short = {"big-bird": "big-bird(block=4)"}  # the default sees the whole of so short an input
+    short = {  # the defaults see the whole of so short an input
+        "big-bird": "big-bird(block=4)",
+        "sliding-window": "sliding-window(window=8)",
+        "block-local": "block-local(block=8)",
+        "dilated": "dilated(window=4)",
+        "global-window": "global-window(window=8)",
+        "external-nodes": "external-nodes(window=8)",
+        "segments": "segments(block=8)",
+    }
     systems = [s.slug for s in catalog.load().values() if s.slot == slot and s.state == "ready"]
     return tuple(short.get(name, name) for name in (*catalog.builtins(slot), *systems))
+
+
+def name_of(spec):
+    return parse_spec(str(spec))[0]
 
 
 @cache
@@ -89,8 +102,10 @@ def is_default(backbone, slot, what, beside):
     default = {"position": "learned" if backbone == "VisionTransformer" else "rotary"}.get(slot, default)
     if slot == "activation" and default is None:
         default = "silu" if beside == "glu" else "gelu"
-    unturned = beside in ("synthesizer", "lite")  # mixers that no default position acts on
-    return what == default or (unturned and (slot, what) == ("position", "none"))
+    if (slot, what) == ("position", "none") and name_of(beside) in map(name_of, names("mixer")):
+        offers = getattr(resolve("mixer", name_of(beside)), "offers", None)
+        return "rotate" not in (offers or ())  # such a mixer has no position by default
+    return what == default
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,12 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> int:
     """
     was = model.training
     model.eval()
+    # A view of a parameter, made without gradients, still asks for one, which the counter's module tracker does not expect.
+    weights = {name: p.detach() for name, p in model.named_parameters()}
     own = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
     try:
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=own) as counter:
-            model(*inputs, **keywords)
+            torch.func.functional_call(model, weights, inputs, keywords)
     finally:
         model.train(was)
     return int(counter.get_total_flops())

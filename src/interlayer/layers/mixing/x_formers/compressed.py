@@ -90,7 +90,7 @@ class Compressed(Attention):
         ValueError: Padding.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "rotate"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache"})
 
     def __init__(self, width: int, heads: int, *, ratio: int = 3, **options: Any) -> None:
         super().__init__(width, heads, **options)

@@ -208,8 +208,9 @@ class TalkingHeads(Attention):
 
 
 class AdaptiveSpan(Attention):
-    """Each head learns how far back it looks: weights fade out over ``ramp`` positions beyond its span (Sukhbaatar et al., arXiv:1905.07799).
+    """Each head learns how far back it looks (adaptive span; Sukhbaatar et al., arXiv:1905.07799).
 
+    Weights fade out over ``ramp`` positions beyond a head's span z_h.
     ``w_ij = m(i - j) e_ij / sum m(i - j) e_ij`` with ``m(d) = clamp((ramp + z_h - d) / ramp, 0, 1)``. A penalty on the spans
     (``extra_loss``) keeps them short. All S^2 scores are computed here; what lies beyond the longest span could be left out.
 

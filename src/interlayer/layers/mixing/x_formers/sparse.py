@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from interlayer.core.mixer import Attention, Context, attend
 from interlayer.core.parts import Linear, plain_linear
+from interlayer.core.position import Position
 from interlayer.core.stream import QKV
+from interlayer.layers.mixing.x_formers.linear import Late
 
 
 class BlockSparse(Attention):
@@ -484,12 +486,12 @@ class TopK(Attention):
         return attend(q, k, v, causal=self.causal, mask=mask, allowed=score >= least)
 
 
-class Routing(Attention):
+class Routing(Late):
     """Queries and keys near the same centroid meet (Routing Transformer, Roy et al., arXiv:2003.05997).
 
     Each of c centroids takes the S / c queries and keys that are nearest; in training they move towards these. A token that
     several take gets the mean, one that none takes gets zero. S^2 / c scores a head, S sqrt(S) at c = sqrt(S).
-    Who is among the nearest depends on all tokens, so there is no causal form.
+    Who is among the nearest depends on all tokens, so there is no causal form. Positions do not move tokens between centroids.
 
     Args:
         width: Features D.
@@ -512,14 +514,17 @@ class Routing(Attention):
         start = torch.randn(heads, clusters, self.head_width)
         self.register_buffer("centroids", F.normalize(start, dim=-1))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, position: Position | None = None
+    ) -> Tensor:
         refuse_mask(self, mask)
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         take = -(-q.shape[-2] // self.centroids.shape[1])
         close = (self.centroids.to(t.dtype) @ F.normalize(t, dim=-1).transpose(-1, -2) for t in (q, k))
         at_q, at_k = (c.topk(take, -1).indices for c in close)  # [B, H, c, take]
         near_q, near_k = gather(q, at_q), gather(k, at_k)
-        y = F.scaled_dot_product_attention(near_q, near_k, gather(v, at_k))
+        asks, keys = (q, k) if position is None else position.rotate(q, k)
+        y = F.scaled_dot_product_attention(gather(asks, at_q), gather(keys, at_k), gather(v, at_k))
         if self.training:
             with torch.no_grad():
                 mean = F.normalize((near_q + near_k).mean((0, 3)), dim=-1)
