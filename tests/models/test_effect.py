@@ -120,7 +120,7 @@ def test_a_pair_of_slots_is_refused_or_both_have_an_effect(backbone, one, two):
             both = output(backbone, pair)
             if isinstance(both, str):
                 said = re.sub(r"[^a-z]", "", both.lower())
-                words = (re.sub(r"[^a-z]", "", str(word)) for word in (first, second, one, two))
+                words = (re.sub(r"[^a-z]", "", name_of(word)) for word in (first, second, one, two))
                 assert any(word and word in said for word in words), both
                 continue
             for (slot, what), (beside, alone) in (pair, pair[::-1]):

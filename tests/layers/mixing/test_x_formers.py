@@ -614,7 +614,9 @@ def test_linear_attention_learns_when_compiled():
     torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), layer.qkv.weight)[0], wanted)
 
 
-@pytest.mark.parametrize("spec", ["persistent-memory", "induced", "segments(block=4)", "external-nodes(window=4)"])
+@pytest.mark.parametrize(
+    "spec", ["persistent-memory", "induced", "dilated(window=3, dilation=3)", "external-nodes(window=4)"]
+)
 def test_mixers_are_exported_with_a_dynamic_batch(spec):
     layer, x = mixer(spec, name_of(spec) not in ONLY_WHOLE).eval(), torch.randn(3, 9, 8)
     program = torch.export.export(layer, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -69,7 +69,7 @@ class Star(Attention):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-class External(SlidingWindow):
+class ExternalNodes(SlidingWindow):
     """A window, and global nodes beside the tokens (ETC; Ainslie et al., arXiv:2004.08483, section 3).
 
     Tokens read the tokens of their window and all global nodes; the nodes read everything, with projections of their own:
@@ -124,7 +124,7 @@ class External(SlidingWindow):
         elif "nodes" in context.memory:
             g = context.memory["nodes"]
         else:
-            raise ValueError("External: the first block holds the nodes; run it before this one.")
+            raise ValueError("ExternalNodes: the first block holds the nodes; run it before this one.")
         q, k, v = self.project(x)
         _, *beside = (t.repeat_interleave(self.heads // t.shape[1], 1) for t in self.project(g))
         y = self.blocks(q, k, v, mask, (beside[0], beside[1]))

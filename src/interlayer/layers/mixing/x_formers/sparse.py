@@ -167,7 +167,7 @@ class Dilated(SlidingWindow):
     def blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         length, d = q.shape[-2], self.dilation
         more = -length % d
-        mask = torch.ones(len(q), length, dtype=torch.bool, device=q.device) if mask is None else mask
+        mask = torch.ones(q.shape[0], length, dtype=torch.bool, device=q.device) if mask is None else mask
         if k.shape[1] != q.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
 
