@@ -36,7 +36,7 @@ ONLY_WHOLE = {"routing", "hashed", "star", "external-nodes", "clustered", "linfo
 ONLY_CAUSAL = {"delta"}
 SPARSE = [*list(SMALL.values())[:5], "big-bird(block=3, random=2, beside=False, first=False)"]
 TOKENS = torch.randint(0, 20, (2, 23), generator=torch.Generator().manual_seed(0))
-SIZES = {"vocab": 20, "length": 24, "depth": 3, "width": 16, "heads": 2}
+SIZES = {"vocab": 20, "length": 24, "depth": 3, "width": 16, "heads": 4}
 
 
 def name_of(spec):
@@ -58,7 +58,7 @@ def noisy(module):
 
 def of_leaf(leaf, kind):
     """A model with the leaf's parts, and the trunk of the root of the same size; None where the leaf is refused."""
-    sizes = {"depth": 3, "width": 16, "heads": 2}
+    sizes = {"depth": 3, "width": 16, "heads": 4}
     try:
         if kind == "image":
             model = XFormer(leaf, channels=1, image=(8, 8), patch=2, classes=3, **sizes)
@@ -585,6 +585,14 @@ def test_persistent_memory_has_no_position():
     both = torch.cat((score, q @ layer.keys.mT / 2), -1).softmax(-1)
     wanted = both[..., :11] @ v + both[..., 11:] @ layer.values
     torch.testing.assert_close(layer.mix(q, k, v, position=turn), wanted)
+
+
+def test_low_rank_attention_has_projections_of_its_own():
+    layer, x = noisy(mixer("low-rank(rank=2, window=3)", True, width=12, heads=3)), torch.randn(2, 11, 12)
+    q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in layer.qkv(x).chunk(3, -1))
+    low_q, low_k = (t.unflatten(-1, (3, 2)).transpose(1, 2) for t in layer.low(x).chunk(2, -1))
+    read = low_rank_twin(layer, torch.cat((q, low_q), -1), torch.cat((k, low_k), -1), v)
+    torch.testing.assert_close(layer(x), layer.out(read.transpose(1, 2).flatten(2)))
 
 
 def test_lite_attends_with_positions_and_convolves():

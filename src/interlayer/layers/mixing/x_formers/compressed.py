@@ -240,7 +240,7 @@ class LowRank(SlidingWindow):
         assert isinstance(x, Tensor)
         q, k, v = super().project(x)
         low = self.low(x).unflatten(-1, (2, self.heads, -1)).movedim(1, 3)
-        return [torch.cat((t, part), -1) for t, part in zip((q, k), low.unbind(2), strict=True)] + [v]
+        return [torch.cat((t, part), -1) for t, part in zip((q, k), low.unbind(1), strict=True)] + [v]
 
     def place(self, q: Tensor, k: Tensor, position: Position | None, offset: int) -> tuple[Tensor, Tensor]:
         """There is nothing to rotate: the band knows what is near."""
@@ -286,7 +286,7 @@ class Nystrom(Whole):
 
 def pseudo_inverse(a: Tensor, rounds: int) -> Tensor:
     """``Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4`` from ``A' / (|A|_1 |A|_inf)``, in at least single precision."""
-    with torch.autocast(a.device.type, enabled=False):
+    with torch.autocast("cuda" if a.is_cuda else "cpu", enabled=False):
         a = a if a.dtype == torch.float64 else a.float()
         eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         z = a.transpose(-1, -2) / (a.abs().sum(-2).amax(-1) * a.abs().sum(-1).amax(-1))[..., None, None]

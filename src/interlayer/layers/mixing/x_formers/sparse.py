@@ -254,16 +254,19 @@ class BigBird(BlockSparse):
         super().__init__(width, heads, **options)
 
     def layout(self, count: int) -> Tensor:
-        own, every = torch.arange(count)[:, None], torch.arange(count)
+        own = torch.arange(count)[:, None]
         around = (0,) if not self.beside else (-1, 0) if self.causal else (-1, 0, 1)
-        taken = torch.cat((own + torch.tensor(around), *([torch.zeros_like(own)] if self.first else [])), 1)
-        free = (taken[:, :, None] != every).all(1)
-        free = free.tril() if self.causal else free
-        draw = _scrambled(own * 7919 + every * 104729 + self.seed * 1299709).masked_fill(~free, -1)
-        best = draw.topk(min(self.random, count), 1)
-        layout = torch.cat((taken, torch.where(best.values < 0, -1, best.indices)), 1).sort(1).values
-        again = F.pad(layout[:, 1:] == layout[:, :-1], (1, 0))
-        return torch.where(again, -1, layout)
+        near = torch.cat((own + torch.tensor(around), *([torch.zeros_like(own)] if self.first else [])), 1)
+        reach = own + 1 if self.causal else torch.full_like(own, count)
+        near = torch.where((near < 0) | (near >= reach), count, near).sort(1).values  # count stands for none
+        taken = torch.where(F.pad(near[:, 1:] == near[:, :-1], (1, 0)), count, near)
+        for draw in range(self.random):
+            room = reach - (taken < count).sum(1, keepdim=True)
+            one = _scrambled(own * 7919 + draw * 104729 + self.seed * 1299709) % room.clamp(min=1)
+            for block in taken.sort(1).values.split(1, 1):  # number ``one`` of those that are free
+                one = one + (one >= block)
+            taken = torch.cat((taken, torch.where(room > 0, one, count)), 1)
+        return torch.where(taken < count, taken, -1)
 
     def pattern(self, new: int, total: int, device: torch.device | None = None) -> Tensor:
         seen = super().pattern(new, total, device)
