@@ -71,8 +71,8 @@ class Trunk(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.length = width, length
-        sizes = {"depth": depth, "width": width, "heads": heads, "length": length, "branches": 2, "causal": causal}
-        sizes["grid"] = grid or (length,)
+        sizes: dict[str, Any] = {"depth": depth, "width": width, "heads": heads, "length": length, "branches": 2}
+        sizes |= {"causal": causal, "grid": grid or (length,)}
         line = factory("linear", linear)
         inner = {"activation": factory("activation", activation)} if activation else {}
         make_norm = norms("Transformer", norm, "features")

@@ -71,7 +71,7 @@ class Filler(nn.Module):
     def __init__(self, arm: str) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(256, SIZES["width"]), nn.Linear(SIZES["width"], 256)
-        initialise(self)
+        initialise(self.head)
         self.trunk = build_trunk(depth=2, length=LONG, causal=arm in CAUSAL, **SIZES, **_use(arm))
 
     def forward(self, tokens: Tensor) -> Tensor:

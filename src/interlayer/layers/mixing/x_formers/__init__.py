@@ -80,13 +80,13 @@ class XFormer(nn.Module):
         self.embed: nn.Module
         grid: tuple[int, ...] = (length,)
         if vocab:
-            self.embed = nn.Embedding(vocab, width)
+            self.embed = nn.Embedding(
+                vocab, width
+            )  # of variance 1 beside the sinusoids, as in Vaswani et al., section 3.4
         else:
             self.embed = Patches(channels, (image[0], image[1]), patch, width)
             length, grid = self.embed.count, self.embed.grid
         self.head = nn.Linear(width, classes or vocab)
-        if vocab:
-            initialise(self.embed)
         initialise(self.head)
         sizes = {"depth": depth, "width": width, "heads": heads, "length": length, "grid": grid, "causal": not classes}
         self.trunk = build_trunk(**sizes, **{**VANILLA, **self.leaf.use, **slots})

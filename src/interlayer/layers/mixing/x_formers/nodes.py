@@ -126,8 +126,8 @@ class ExternalNodes(SlidingWindow):
         else:
             raise ValueError("ExternalNodes: the first block holds the nodes; run it before this one.")
         q, k, v = self.project(x)
-        _, *beside = (t.repeat_interleave(self.heads // t.shape[1], 1) for t in self.project(g))
-        y = self.blocks(q, k, v, mask, (beside[0], beside[1]))
+        _, node_k, node_v = (t.repeat_interleave(self.heads // t.shape[1], 1) for t in self.project(g))
+        y = self.gathered(q, k, v, mask, (node_k, node_v))
         if self.update is not None:
             both = torch.cat((g, x), 1)
             seen = None if mask is None else F.pad(mask, (g.shape[1], 0), value=True)

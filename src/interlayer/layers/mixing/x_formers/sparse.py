@@ -80,15 +80,14 @@ class BlockSparse(Attention):
             return attend(q, k, v, causal=False, mask=mask, allowed=seen)
         return self.blocks(q, k, v, mask)
 
-    def blocks(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None = None,
-        seen_by_all: tuple[Tensor, Tensor] | None = None,
+    def blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The fast path: [B, H, S, K] for equally many queries and keys."""
+        return self.gathered(q, k, v, mask)
+
+    def gathered(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, beside: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """The fast path: [B, H, S, K] for equally many queries and keys; ``seen_by_all`` are further keys and values."""
+        """Every block of queries with its blocks of keys, and with further keys and values ``beside`` that all queries see."""
         length, b = q.shape[-2], self.block
         count = -(-length // b)
         if k.shape[1] != q.shape[1]:
@@ -105,12 +104,12 @@ class BlockSparse(Attention):
         seen = seen & (j <= i) if self.causal else seen
         seen = seen & real.unflatten(-1, (count, b))[..., at, :].flatten(-2)[..., None, :]
         gathered_k, gathered_v = (t[:, :, at].flatten(3, 4) for t in (k, v))
-        if seen_by_all is not None:
+        if beside is not None:
             gathered_k, gathered_v = (
                 torch.cat((t, more[:, :, None].expand(-1, -1, count, -1, -1)), 3)
-                for t, more in zip((gathered_k, gathered_v), seen_by_all, strict=True)
+                for t, more in zip((gathered_k, gathered_v), beside, strict=True)
             )
-            seen = F.pad(seen, (0, seen_by_all[0].shape[-2]), value=True)
+            seen = F.pad(seen, (0, beside[0].shape[-2]), value=True)
         # A padding query may see nothing: it sees its own block, and is cut off below.
         blind = ~seen.any(-1, keepdim=True)
         y = F.scaled_dot_product_attention(q, gathered_k, gathered_v, attn_mask=seen | blind)
@@ -390,7 +389,7 @@ class Segments(Attention):
 
     def bias(self, q: Tensor, distance: Tensor) -> Tensor:
         """``(q + v) W_R r / sqrt(K)``, [B, H, n, a, c], of queries [B, H, n, a, K] and distances [a, c]."""
-        width = self.relative.in_features
+        width = self.heads * self.head_width
         low, high = 0 if self.causal else 1 - self.block, 2 * self.block
         rate = 10000 ** (-torch.arange(0, width, 2, device=q.device) / width)
         angle = torch.arange(low, high, device=q.device)[:, None] * rate
@@ -413,7 +412,8 @@ class Segments(Attention):
         else:
             old = QKV(*(t.detach() for t in x)) if isinstance(x, QKV) else x.detach()
             past = self.project(old)[1:] if torch.is_grad_enabled() else (k, v)
-            y = self.blocks(q, *(t.repeat_interleave(groups, 1) for t in (k, v, *past)), context.mask)
+            k, v, old_k, old_v = (t.repeat_interleave(groups, 1) for t in (k, v, *past))
+            y = self.blocks(q, k, v, old_k, old_v, context.mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def decoded(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
