@@ -110,3 +110,14 @@ def test_the_last_query_is_rotated_like_the_last_key():
     whole, last = turn.rotate(q, k, 2), turn.rotate(q[:, :, 6:], k, 2)
     torch.testing.assert_close(last[0], whole[0][:, :, 6:])
     torch.testing.assert_close(last[1], whole[1])
+
+
+def test_a_cache_stores_once_what_sublayers_share():
+    cache, k, v = Cache(), torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
+    assert torch.equal(cache.extend("v", 0, v), v) and torch.equal(cache.extend("v", 2, v), v)
+    assert torch.equal(cache.extend("k", 2, k), k) and set(cache.buffers) == {("v", 0), ("k", 2)}
+    cache.length = 3
+    assert cache.bytes == 2 * 24 * 4
+    more = torch.randn(1, 2, 2, 4)
+    assert torch.equal(cache.extend("v", 0, more), torch.cat((v, more), 2))
+    assert torch.equal(cache.extend("v", 2, more), torch.cat((v, more), 2))

@@ -150,7 +150,7 @@ def test_own_model_matches_blocks_written_out_and_round_trips(variant, tmp_path)
     from interlayer.core.mixer import Context
 
     def run(i, h):
-        context = Context(2 * i, trunk.position, None, None, lambda at, k, v: (k, v), 2 * i)
+        context = Context(2 * i, trunk.position, None, None, lambda at, k, v: (k, v))
         h = h + trunk.blocks[i].mixer(trunk.stream.norms[2 * i](h), context)
         return h + trunk.blocks[i].mlp(trunk.stream.norms[2 * i + 1](h))
 

@@ -96,8 +96,8 @@ class Backbone(nn.Module):
         self.position = Position()
         self.sublayers = nn.ModuleList()
         for layer in (0, 2):
-            own = self.stream.value_layer(layer) == layer
-            self.sublayers += [Attention(width, 2, causal=True, values=own), FeedForward(width, hidden=width)]
+            values = self.stream.projects(layer)
+            self.sublayers += [Attention(width, 2, causal=True, values=values), FeedForward(width, hidden=width)]
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         """Run the sublayers, joined by the stream."""
@@ -110,8 +110,7 @@ class Backbone(nn.Module):
                 inputs, sublayer = stream.read(state, layer), self.sublayers[layer]
                 if isinstance(sublayer, Attention):
                     share = partial(stream.share, state)
-                    context = Context(layer, self.position, share=share, value_layer=stream.value_layer(layer))
-                    branch = sublayer(inputs, context)
+                    branch = sublayer(inputs, Context(layer, self.position, share=share))
                 else:
                     branch = sublayer(inputs)
                 state = stream.write(state, layer, branch)

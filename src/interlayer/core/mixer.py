@@ -17,30 +17,35 @@ from interlayer.core.stream import QKV
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, one pair of growing buffers for each sublayer that stores its own.
+    """Keys and values of the tokens seen so far, in growing buffers of each sublayer.
 
-    Buffers double when they are full, so n tokens cost O(n) copies in all.
+    Buffers double when they are full, so n tokens cost O(n) copies in all. What several sublayers use is stored once.
     """
 
     def __init__(self) -> None:
         self.length = 0
         self.buffers: dict[tuple[str, int], Tensor] = {}
+        self.step: tuple[int, dict[int, tuple[Tensor, tuple[str, int]]]] = (0, {})  # what was stored at which length
 
     def extend(self, part: str, layer: int, new: Tensor) -> Tensor:
-        """Append ``new`` [B, H, S, K] after the ``length`` tokens there are, and return all of them."""
+        """Append ``new`` [B, H, S, K] after the ``length`` tokens there are, and return all of them.
+
+        A tensor that another sublayer has stored in this step, because the stream shares it, is read from there.
+        """
+        if self.step[0] != self.length:
+            self.step = (self.length, {})
+        _, owner = self.step[1].setdefault(id(new), (new, (part, layer)))
         end = self.length + new.shape[-2]
-        old = self.buffers.get((part, layer))
+        if owner != (part, layer):
+            return self.buffers[owner][..., :end, :]
+        old = self.buffers.get(owner)
         if old is None or old.shape[-2] < end:
             grown = new.new_empty(*new.shape[:-2], max(2 * self.length, end, 16), new.shape[-1])
             if old is not None:
                 grown[..., : self.length, :] = old[..., : self.length, :]
-            self.buffers[part, layer] = old = grown
+            self.buffers[owner] = old = grown
         old[..., self.length : end, :] = new
         return old[..., :end, :]
-
-    def whole(self, part: str, layer: int, more: int) -> Tensor:
-        """What another sublayer has stored, with this step's ``more`` new tokens."""
-        return self.buffers[part, layer][..., : self.length + more, :]
 
     @property
     def bytes(self) -> int:
@@ -53,13 +58,12 @@ class Context:
     """What a mixer may use of the pass that it is part of.
 
     Attributes:
-        layer: The sublayer's number.
-        position: Turns queries and keys, if anything does.
+        layer: Number of the sublayer.
+        position: The position encoding, if it acts inside the mixer.
         cache: Keys and values of earlier tokens, if decoding.
         mask: [B, S] with True at real tokens, if there is padding.
-        share: The stream's say over keys and values: ``(layer, k, v) -> (k, v)``.
-        value_layer: The sublayer whose values this one uses.
-        memory: What mixers of earlier sublayers left in this pass for later ones.
+        share: How the stream changes keys and values: ``(layer, k, v) -> (k, v)``.
+        kept: Whatever mixers keep in this pass for those of later sublayers.
     """
 
     layer: int = 0
@@ -67,8 +71,7 @@ class Context:
     cache: Cache | None = None
     mask: Tensor | None = None
     share: Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
-    value_layer: int = 0
-    memory: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 class Attention(nn.Module):
@@ -80,7 +83,7 @@ class Attention(nn.Module):
         heads: Query heads H; ``width`` is a multiple of it.
         kv_heads: Key-value heads; ``heads`` is a multiple of it. Defaults to ``heads``.
         causal: Whether a token sees only itself and earlier ones.
-        values: Whether this sublayer projects values of its own (a stream may share another's).
+        values: Whether this sublayer projects values of its own; if not, the stream's ``share`` gives them.
         linear: Called with ``inputs=, outputs=``.
 
     Shapes: [B, S, D] to [B, S, D].
@@ -133,12 +136,7 @@ class Attention(nn.Module):
             k, v = context.share(context.layer, k, v)
         assert v is not None
         if cache is not None:
-            new = k.shape[-2]
-            k = cache.extend("k", context.layer, k)
-            if context.value_layer == context.layer:
-                v = cache.extend("v", context.layer, v)
-            else:
-                v = cache.whole("v", context.value_layer, new)
+            k, v = cache.extend("k", context.layer, k), cache.extend("v", context.layer, v)
         return self.out(self.read(q, k, v, context).transpose(1, 2).flatten(2))
 
     def place(self, q: Tensor, k: Tensor, position: Position | None, offset: int) -> tuple[Tensor, Tensor]:

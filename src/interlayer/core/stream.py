@@ -1,9 +1,8 @@
 """The stream: how inputs of sublayers are formed from what came before, and how their outputs are taken in.
 
 A backbone walks its sublayers in order. Sublayer number ``layer`` (a Transformer has two in a block: mixer, then MLP)
-gets ``stream.read(state, layer)`` and its output goes to ``stream.write(state, layer, branch)``. Everything that is
-told apart by residual paths, gates, norm placement or cross-layer connections is one small ``Stream``; backbones know
-none of them.
+gets ``stream.read(state, layer)`` and its output goes to ``stream.write(state, layer, branch)``. Residual paths, gates, norm
+placement and cross-layer connections are each one small ``Stream``; backbones know none of them.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ class Stream(nn.Module):
         depth: Number of blocks.
         branches: Sublayers in a block.
 
-    ``needs`` names what a stream asks of the mixer (``"qkv"``: separate inputs, ``"share"``: a say over keys and
-    values); a backbone refuses a pair that does not fit.
+    ``needs`` names what a stream asks of the mixer (``"qkv"``: separate inputs, ``"share"``: to change keys and values); a
+    backbone refuses a pair that does not fit.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -65,10 +64,10 @@ class Stream(nn.Module):
         self.depth, self.branches = depth, branches
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *rest: Any) -> None:
-        """Weights of another depth are told in one sentence, before torch lists every name."""
+        """Report weights saved at another depth in one sentence, before torch lists every mismatched name."""
         own = {name: tuple(t.shape) for name, t in self.state_dict().items()}
         saved = {name.removeprefix(prefix): tuple(t.shape) for name, t in state_dict.items() if name.startswith(prefix)}
-        # A part that is wholly missing or unexpected is torch's to judge: it knows whether the load is strict.
+        # Leave missing and unexpected parts to torch, which knows whether loading is strict.
         both = {n.partition(".")[0] for n in own} & {n.partition(".")[0] for n in saved}
         odd = [n for n in {**own, **saved} if n.partition(".")[0] in both and own.get(n) != saved.get(n)]
         if odd:
@@ -97,13 +96,16 @@ class Stream(nn.Module):
         return state.x
 
     def share(self, state: State, layer: int, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Change the keys and values [B, heads, S, D] that sublayer ``layer`` attends to and caches."""
+        """Change the keys and values [B, heads, S, D] that sublayer ``layer`` attends to and caches.
+
+        Values that are the very tensor of an earlier sublayer are cached once.
+        """
         assert v is not None
         return k, v
 
-    def value_layer(self, layer: int) -> int:
-        """The sublayer whose value projection and value cache ``layer`` uses; by default its own."""
-        return layer
+    def projects(self, layer: int) -> bool:
+        """Whether sublayer ``layer`` projects values of its own; if not, ``share`` gets None for them."""
+        return True
 
     def write(self, state: State, layer: int, branch: Tensor) -> State:
         """Take in the output of sublayer ``layer``."""
@@ -189,5 +191,5 @@ class PostNorm(Stream):
 
 
 def layernorm(width: int) -> nn.Module:
-    """The norm that streams take unless told."""
+    """The default norm of streams."""
     return nn.LayerNorm(width)

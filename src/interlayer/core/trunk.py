@@ -81,7 +81,7 @@ class Trunk(nn.Module):
         for layer in range(0, 2 * depth, 2):
             attention = fill(
                 "mixer", mixer, **sizes, kv_heads=kv_heads, linear=line, layer=layer,
-                values=self.stream.value_layer(layer) == layer, norm=make_norm,
+                values=self.stream.projects(layer), norm=make_norm,
             )  # fmt: skip
             channels = fill("mlp", mlp, **sizes, hidden=hidden, linear=line, layer=layer, **inner)
             self.blocks.append(Block(attention, channels))
@@ -134,19 +134,11 @@ class Trunk(nn.Module):
         state = stream.start(self.position.embed(x, start))
         if answer is not None:
             state.answer = lambda at: answer(stream.finish(replace(at, kept=dict(at.kept))))
-        memory: dict[str, Any] = {}
+        kept: dict[str, Any] = {}
 
         def step(state: State, block: int, source: Tensor | None = None) -> State:
             layer, here = 2 * block, cast(Block, self.blocks[block])
-            context = Context(
-                layer,
-                self.position,
-                cache,
-                mask,
-                lambda at, k, v: stream.share(state, at, k, v),
-                stream.value_layer(layer),
-                memory,
-            )
+            context = Context(layer, self.position, cache, mask, lambda at, k, v: stream.share(state, at, k, v), kept)
             inputs = stream.read(state, layer)
             if source is not None:
                 keys = stream.read(replace(state, x=source), layer)

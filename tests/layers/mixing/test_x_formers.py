@@ -766,7 +766,7 @@ def test_residual_scores_reach_the_next_layer():
     x, context = torch.randn(1, 5, 8), Context()
     lower(x, context)
     alone = upper(x, Context())
-    scores = context.memory["scores"].clone()
+    scores = context.kept["scores"].clone()
     both = upper(x, context)
     assert not torch.allclose(both, alone)
     q, k, v = upper.project(x)

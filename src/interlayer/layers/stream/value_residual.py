@@ -129,8 +129,8 @@ class ValueResidual(PreNorm):
         super().__init__(depth, width, branches=branches, norm=norm)
         self.mode = choose("ValueResidual: mode", mode, MODES, depth=depth)
 
-    def value_layer(self, layer: int) -> int:
-        return 0 if isinstance(self.mode, Shared) else layer
+    def projects(self, layer: int) -> bool:
+        return layer == 0 or not isinstance(self.mode, Shared)
 
     def share(self, state: State, layer: int, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
         if layer == 0:

@@ -34,9 +34,9 @@ class CrossLayer(ValueResidual):
     def __init__(self, depth: int, width: int, **rest: Any) -> None:
         super().__init__(depth, width, mode="shared", **rest)
 
-    def value_layer(self, layer: int) -> int:
+    def projects(self, layer: int) -> bool:
         """The first of each pair of layers."""
-        return layer - layer % (2 * self.branches)
+        return layer % (2 * self.branches) == 0
 
     def share(self, state: Any, layer: int, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keep the values of the first of a pair for the second."""
@@ -52,9 +52,9 @@ class Second(ValueResidual):
     def __init__(self, depth: int, width: int, **rest: Any) -> None:
         super().__init__(depth, width, mode="shared", **rest)
 
-    def value_layer(self, layer: int) -> int:
+    def projects(self, layer: int) -> bool:
         """One index of the equation moved."""
-        return min(layer, self.branches)
+        return layer <= self.branches
 
     def share(self, state: Any, layer: int, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keep the second layer's values for the later ones."""

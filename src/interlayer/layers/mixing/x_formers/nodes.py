@@ -50,13 +50,13 @@ class Star(Attention):
         assert isinstance(x, Tensor)
         context = context or Context()
         refuse_mask(self, context.mask)
-        if self.relay is None or "star" not in context.memory:
+        if self.relay is None or "star" not in context.kept:
             embedded, s = x, x.mean(1, keepdim=True)
         else:
-            embedded, s = context.memory["star"]
+            embedded, s = context.kept["star"]
             both = torch.cat((s, x), 1)
             s = self.norm(F.relu(self.relay(QKV(s, both, both))))
-        context.memory["star"] = embedded, s
+        context.kept["star"] = embedded, s
         q, k, v = self.project(torch.cat((x, embedded, s), 1))
         length = x.shape[1]
         keys, values = (
@@ -121,8 +121,8 @@ class ExternalNodes(SlidingWindow):
         mask = context.mask
         if self.nodes is not None:
             g = self.nodes.to(x.dtype).expand(x.shape[0], -1, -1)
-        elif "nodes" in context.memory:
-            g = context.memory["nodes"]
+        elif "nodes" in context.kept:
+            g = context.kept["nodes"]
         else:
             raise ValueError("ExternalNodes: the first block holds the nodes; run it before this one.")
         q, k, v = self.project(x)
@@ -132,5 +132,5 @@ class ExternalNodes(SlidingWindow):
             both = torch.cat((g, x), 1)
             seen = None if mask is None else F.pad(mask, (g.shape[1], 0), value=True)
             g = self.norm(g + self.update(QKV(g, both, both), Context(mask=seen)))
-        context.memory["nodes"] = g
+        context.kept["nodes"] = g
         return self.out(y.transpose(1, 2).flatten(2))

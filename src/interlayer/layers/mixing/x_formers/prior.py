@@ -72,8 +72,8 @@ class ResidualScores(Attention):
         """Attend with the scores of both blocks."""
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         bias = None if context.position is None else context.position.bias(q.shape[-2], k.shape[-2])
-        score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + context.memory.get("scores", 0)
-        context.memory["scores"] = score
+        score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + context.kept.get("scores", 0)
+        context.kept["scores"] = score
         score = score if bias is None else score + bias
         return attend(torch.zeros_like(q), k, v, causal=self.causal, mask=context.mask, bias=score)
 
