@@ -425,7 +425,7 @@ TWINS = {
     "clustered(clusters=3)": clustered_twin,
     "routing(clusters=3)": routing_twin,
     "hashed(buckets=4)": hashed_twin,
-    "nystrom(landmarks=3)": nystrom_twin,
+    "nystrom(landmarks=3, rounds=20)": nystrom_twin,
     "low-rank(rank=2, window=3)": low_rank_twin,
     "linformer(rank=3)": projected_twin,
     "induced(points=3)": induced_twin,
@@ -689,7 +689,7 @@ def test_clusters_nystrom_and_routing_are_exact_in_their_limits():
     exact = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(Clustered(8, 2, clusters=12).mix(q, k, v), exact)
     torch.testing.assert_close(
-        Nystrom(8, 2, landmarks=12).double().mix(q.double(), k.double(), v.double()).float(),
+        Nystrom(8, 2, landmarks=12, rounds=20).double().mix(q.double(), k.double(), v.double()).float(),
         exact,
         rtol=1e-3,
         atol=1e-3,
@@ -704,12 +704,11 @@ def test_the_pseudo_inverse_has_converged_by_default(landmarks):
     for scale in (0.3, 1.0, 3.0):
         q, k = (torch.randn(20, landmarks, 16) for _ in range(2))
         a = (scale * q @ k.mT / 4).softmax(-1)
-        z = pseudo_inverse(a, rounds)
-        assert ((a @ z @ a - a).norm(dim=(1, 2)) / a.norm(dim=(1, 2))).max() < 3e-4
+        for given, most in ((6, 0.05), (rounds, 0.004), (20, 4e-4)):
+            z = pseudo_inverse(a, given)
+            assert ((a @ z @ a - a).norm(dim=(1, 2)) / a.norm(dim=(1, 2))).max() < most
         exact = torch.linalg.pinv(a[0].double())
-        torch.testing.assert_close(
-            pseudo_inverse(a[0].double(), rounds), exact, rtol=1e-6, atol=1e-6 * exact.abs().max()
-        )
+        torch.testing.assert_close(pseudo_inverse(a[0].double(), 30), exact, rtol=1e-6, atol=1e-6 * exact.abs().max())
     same = a.clone()
     same[:, 1] = same[:, 0]  # two equal landmarks
     assert pseudo_inverse(same, rounds).abs().max() < 1e4

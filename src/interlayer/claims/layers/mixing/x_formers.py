@@ -15,9 +15,8 @@ from interlayer.claims import Claim, Scale, effect, fits, lowest, mechanism
 from interlayer.claims.training import batches, built, task
 from interlayer.core import cost
 from interlayer.core.extra import extra_loss
-from interlayer.core.slots import fill
+from interlayer.core.slots import fill, parse_spec, resolve
 from interlayer.core.trunk import build_trunk, initialise
-from interlayer.layers.mixing.x_formers import VANILLA
 from interlayer.layers.mixing.x_formers.linear import Linear
 
 FULL, BLIND = "softmax attention", "no mixing"
@@ -62,7 +61,12 @@ MIXERS: dict[str, dict[str, Any]] = {
 
 
 def _use(arm: str) -> dict[str, Any]:
-    return {**VANILLA, **(LEAVES[arm].use if arm in LEAVES else MIXERS[arm])}
+    """The slots of an arm: pre-norm, which learns sooner, and rotary positions where the mixer takes them, else sinusoids."""
+    use = dict(LEAVES[arm].use if arm in LEAVES else MIXERS[arm])
+    mixer = use.get("mixer", "attention")
+    part = resolve("mixer", parse_spec(mixer)[0]) if isinstance(mixer, str) else mixer
+    rotary = "rotate" in getattr(part, "offers", ())
+    return {"position": "rotary" if rotary else "sinusoidal", **use}
 
 
 class Filler(nn.Module):

@@ -255,8 +255,9 @@ class LowRank(SlidingWindow):
 class Nystrom(Whole):
     """The softmax matrix from a few landmarks: ``A_ql pinv(A_ll) A_lk v`` (Nystroemformer; Xiong et al., arXiv:2102.03902, equation 13).
 
-    Landmarks are means of equal segments. The pseudo-inverse is ``rounds`` steps of the paper's third-order iteration (equation 11).
-    The paper takes 6, which leaves an error of up to 4% in ``A Z A = A`` for 8 to 32 landmarks; after 20 it is below 0.02%.
+    Landmarks are means of equal segments. The pseudo-inverse Z is ``rounds`` steps of the paper's third-order iteration (equation 11).
+    For random queries and keys and 8 to 32 landmarks, ``A Z A`` is off A by up to 4% after the 6 rounds of the paper, 0.3% after
+    10 and 0.02% after 20; an inverse as exact as that has large gradients, and learned worse in the pilots of the claim.
     2 S m scores a head for m landmarks.
 
     Args:
@@ -267,7 +268,7 @@ class Nystrom(Whole):
         **options: As for ``Attention``.
     """
 
-    def __init__(self, width: int, heads: int, *, landmarks: int = 16, rounds: int = 20, **options: Any) -> None:
+    def __init__(self, width: int, heads: int, *, landmarks: int = 16, rounds: int = 10, **options: Any) -> None:
         super().__init__(width, heads, **options)
         self.landmarks, self.rounds = landmarks, rounds
 
