@@ -186,6 +186,7 @@ def compare(
     storage: Annotated[
         str | None, typer.Option(help="Database URL for the records; defaults to SQLite in the output folder.")
     ] = None,
+    export: Annotated[str | None, typer.Option(help="Other forms of the records: parquet, tensorboard.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for records and report.")] = None,
     allow_equal: Annotated[
         bool, typer.Option("--allow-equal", help="Allow arms that equal the baseline (an A/A study).")
@@ -205,7 +206,7 @@ def compare(
         "task": task, "base": model, "arms": arms, "seeds": seeds, "steps": steps, "seconds": seconds,
         "workers": workers, "storage": storage, "out": str(out) if out else None, "lr": lr,
         "rates": rates.split(",") if rates else None, "allow_equal": allow_equal or None,
-        "batch_size": batch_size, "device": device, "keep": keep or None,
+        "batch_size": batch_size, "device": device, "keep": keep or None, "export": export,
     }  # fmt: skip
     spec = _told(lambda: StudySpec.from_values(study, {k: v for k, v in given.items() if v is not None}))
     result = _told(lambda: run_study(spec, resume=resume))
@@ -349,11 +350,14 @@ def _model(path: str, base: str | None) -> Any:
 
 
 @app.command()
-def report(out: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
+def report(
+    out: Annotated[Path, typer.Argument(help="Folder of a study.")],
+    export: Annotated[str, typer.Option(help="Other forms of the records: parquet, tensorboard.")] = "",
+) -> None:
     """Write a study's table, CSV and report.html again from its records."""
     from interlayer.study import report as write
 
-    _told(lambda: write(out))
+    _told(lambda: write(out, export=export))
 
 
 def _get(slug: str) -> catalog.System:

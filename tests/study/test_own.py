@@ -296,3 +296,23 @@ class Lock(list):
 
     def __reduce__(self):
         raise TypeError("not to be copied")
+
+
+def test_records_leave_as_parquet_and_for_tensorboard(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    result = study(tmp_path, arms=["plain", "norm=rmsnorm"], export="parquet,tensorboard")
+    table = pandas.read_parquet(tmp_path / "results.parquet")
+    assert list(table["loss"]) == [r.record.metrics["loss"] for r in result.runs] and table["lr"].dtype == float
+    curve = pandas.read_parquet(tmp_path / "curves.parquet")
+    assert len(curve) == len((tmp_path / "curves.csv").read_text().splitlines()) - 1
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "norm-rmsnorm" / "seed-0")).Reload()
+    shown = [(e.step, e.value) for e in events.Scalars("loss/validation")]
+    wanted = [(p["step"], p["loss"]) for p in result.of("norm=rmsnorm")[0].record.curve]
+    assert shown == [(step, pytest.approx(loss)) for step, loss in wanted]
+    (tmp_path / "results.parquet").unlink()
+    interlayer.study.report(tmp_path, console=Console(file=io.StringIO()), export="parquet")
+    assert (tmp_path / "results.parquet").exists()
+    with pytest.raises(StudyError, match="parquet"):
+        study(tmp_path, export="parket")

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from interlayer.study.engine import Result
-    from interlayer.study.report import Row
+from interlayer.study.result import Result, Row
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; (light page, dark page). The baseline is grey.
 GREY = ("#5f6670", "#a3abb6")

@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from interlayer.core.extras import need
+from interlayer.study.result import Result, Run
 from interlayer.study.spec import SEARCH_SEED, StudyError, StudySpec, plain, shown
-from interlayer.study.stats import LEVEL, Interval, interval, paired, sequential
 from interlayer.study.task import Task
 from interlayer.study.train import Record
 from interlayer.version import __version__
@@ -41,95 +39,6 @@ HEARTBEAT, GRACE = 5, 30  # seconds
 TRIES = 10  # to open a database that other processes open at the same moment
 DRIVERS = {"psycopg": '"psycopg[binary]"', "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}  # as pip calls them
 KILLS = 2  # a run whose process was killed this often is reported as failed
-
-
-@dataclass
-class Run:
-    """One finished run as the report needs it.
-
-    Attributes:
-        state: ``done``, ``diverged``, ``failed`` or ``missing``.
-    """
-
-    arm: str
-    seed: int
-    state: str
-    lr: float | None = None
-    record: Record = field(default_factory=Record)
-    error: str = ""
-    traceback: str = ""
-    where: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Result:
-    """A study's outcome.
-
-    Attributes:
-        spec: What was run.
-        runs: One for each arm and seed that was wanted, in the order of the study.
-        search: One for each arm and learning rate that was tried.
-        about: The task as data: name, metric, higher, unit, item, about, trivial (scores of a predictor that ignores its
-            inputs; a diverged run counts as one).
-        shared: By arm, the share of its random initial numbers that are the baseline's.
-        base: The backbone.
-        out: Folder of the report and the CSV files.
-    """
-
-    spec: StudySpec
-    runs: list[Run]
-    search: list[Run]
-    about: dict[str, Any]
-    base: str
-    out: Path
-    shared: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def finished(self) -> bool:
-        """Whether every run finished, and not all diverged. A diverged run counts as finished; one that raised does not."""
-        states = {run.state for run in self.runs}
-        return "done" in states and states <= {"done", "diverged"}
-
-    def frame(self) -> Any:
-        """The runs as a ``pandas.DataFrame``: arm, seed, state, learning rate, steps, seconds, metrics, costs and error.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        from interlayer.study.report import columns
-
-        return need("pandas", "frames", "Result.frame").DataFrame(columns(self))
-
-    def _repr_html_(self) -> str:
-        """The table for a notebook."""
-        from interlayer.study.report import html
-
-        return html(self)
-
-    def of(self, arm: str) -> list[Run]:
-        """The runs of an arm."""
-        return [run for run in self.runs if run.arm == arm]
-
-    def values(self, arm: str, metric: str = "") -> dict[int, float]:
-        """Last value of a metric by seed, over the arm's finished runs; a diverged run has the trivial predictor's."""
-        metric = metric or self.about["metric"]
-        trivial = self.about.get("trivial", {})
-        scores = {r.seed: r.record.metrics if r.state == "done" else trivial for r in self.of(arm)
-                  if r.state in ("done", "diverged")}  # fmt: skip
-        return {seed: found[metric] for seed, found in scores.items() if metric in found}
-
-    def difference(self, arm: str, metric: str = "") -> Interval | None:
-        """The arm's paired difference to the baseline with its interval; None for the baseline itself.
-
-        Where arms stop as soon as they are decided, the interval holds for all looks and all arms of the study together.
-        Otherwise it is a plain 95% t interval.
-        """
-        if arm == self.spec.baseline:
-            return None
-        apart = paired(self.values(arm, metric), self.values(self.spec.baseline, metric))
-        if not self.spec.until_decided:
-            return interval(apart)
-        return sequential(apart, self.spec.looks, LEVEL / (len(self.spec.arms) - 1))
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -270,12 +179,20 @@ class Engine:
         for arm, seed, lr in wanted:
             if (phase, arm, seed, None if phase == "run" else lr) not in there:
                 params = {} if lr is None else {"lr": lr}
-                attrs = {"phase": phase, "arm": arm, "use": self.uses[arm], "seed": seed, "lr": lr}
+                attrs = {"phase": phase, "arm": arm, "use": self.uses.get(arm, arm), "seed": seed, "lr": lr}
                 self.study.enqueue_trial(params, user_attrs=attrs)
 
     def refuse(self, arm: str, seed: int, found: dict[str, str]) -> None:
         """Record an arm that cannot be trained as failed."""
-        attrs = {"phase": "run", "arm": arm, "use": self.uses[arm], "seed": seed, "lr": None, "where": where(), **found}
+        attrs = {
+            "phase": "run",
+            "arm": arm,
+            "use": self.uses.get(arm, arm),
+            "seed": seed,
+            "lr": None,
+            "where": where(),
+            **found,
+        }
         known = self._last().get(("run", arm, seed, None))
         if known is None or (known.state == TrialState.FAIL and known.user_attrs.get("error") != found["error"]):
             self.study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attrs))

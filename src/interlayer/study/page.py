@@ -5,13 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from interlayer.study.charts import colours, costs, forest, learning, rates, var, variables
-
-if TYPE_CHECKING:
-    from interlayer.study.engine import Result
-    from interlayer.study.report import Row
+from interlayer.study.result import Result, Row, headline
 
 STYLE = """
 :root{color-scheme:light dark;--page:#fbfbf9;--card:#fff;--ink:#1c1e21;--soft:#5d636b;--line:#e3e3de;--faint:#f1f1ec;--bad:#a8321a}
@@ -52,46 +49,6 @@ details pre{border-top:1px solid var(--line)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:5px 22px;font-size:14.5px;margin:14px 0 0}dt{color:var(--soft)}dd{margin:0}
 @media print{body{background:#fff}main{padding:0}figure,.scroll{break-inside:avoid}}
 """
-
-
-def headline(result: Result, found: Sequence[Row]) -> tuple[str, str]:
-    """What was decided, and what was not."""
-    about, spec = result.about, result.spec
-    metric, base = about["metric"], spec.baseline
-    budget = f"{spec.budget['steps']:,} steps" if "steps" in spec.budget else f"{spec.seconds:g} s of training"
-    judged = [r for r in found if metric in r.metrics]
-    if not judged:
-        return "No arm finished", "Every run failed, diverged or is still missing; the reasons are below."
-    verdicts: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
-    for r in found:
-        if r.difference is not None and r.difference.n:
-            sure = r.difference.decided
-            kind = ("better" if (r.difference.mean > 0) == about["higher"] else "worse") if sure else "open"
-            verdicts[kind].append(r.arm)
-    if not any(verdicts.values()):
-        best = (max if about["higher"] else min)(judged, key=lambda r: r.metrics[metric].mean)
-        return f"{best.arm}: validation {metric} {best.metrics[metric].mean:.4g} after {budget}", ""
-    parts = [
-        f"{_list(verdicts[k])} {'is' if len(verdicts[k]) == 1 else 'are'} {k} than {base}"
-        for k in ("better", "worse")
-        if verdicts[k]
-    ]
-    title = "; ".join(parts) if parts else f"Nothing is decided: no arm can be told from {base}"
-    text = (
-        f"Validation {metric} after {budget}, each arm at its own best learning rate. "
-        if not spec.lr
-        else f"Validation {metric} after {budget}. "
-    )
-    if verdicts["open"]:
-        seeds = max(r.runs for r in found)
-        text += f"Not decided with {seeds} seed{'s' if seeds > 1 else ''}: {_list(verdicts['open'])}. "
-        if not spec.until_decided and spec.looks[-1] < 4:
-            text += "More seeds would tell; --seeds 4..12 runs each arm until it is decided."
-    return title, text
-
-
-def _list(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _table(result: Result, found: Sequence[Row], lines: Sequence[dict[str, str]], number: dict[str, int]) -> str:

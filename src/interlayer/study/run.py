@@ -26,10 +26,12 @@ from interlayer.core.equal import difference
 from interlayer.core.pairing import Paired, shared
 from interlayer.study import tasks
 from interlayer.study.arms import Arm, parse
-from interlayer.study.engine import HEARTBEAT, Engine, Result, open_storage, plain_errors, where
+from interlayer.study.engine import HEARTBEAT, Engine, open_storage, plain_errors, where
 from interlayer.study.loaders import LoaderTask
 from interlayer.study.objects import Objects, shown
+from interlayer.study.outputs import check_exports, write
 from interlayer.study.progress import Progress
+from interlayer.study.result import Result
 from interlayer.study.spec import SEARCH_SEED, ArmSpec, StudyError, StudySpec
 from interlayer.study.task import Task
 from interlayer.study.train import Diverged, Record, check, device_of, takes_lr, train
@@ -84,14 +86,13 @@ def compare(
 
 
 def _compare(spec: StudySpec, given: Objects, console: Console, resume: bool) -> Result:
-    from interlayer.study.report import write
-
     task = tasks.load(spec.task, given)
     if isinstance(task, LoaderTask) and "batch_size" in spec.model_fields_set:
         raise StudyError(
             f"batch_size: the batches of task {task.name!r} come from its own loaders; set their size there."
         )
     device_of(spec)
+    check_exports(spec.export)
     base = spec.base or task.base
     spec.folder.mkdir(parents=True, exist_ok=True)
     engine = Engine(spec, task.higher, resume=resume)
@@ -203,24 +204,25 @@ def _score_diverged(engine: Engine, task: Task, progress: Progress) -> None:
         )
 
 
-def report(source: str | Path, *, console: Console | None = None, out: str | Path | None = None) -> Result:
+def report(
+    source: str | Path, *, console: Console | None = None, out: str | Path | None = None, export: str = ""
+) -> Result:
     """Write the table, the CSV files and the page again from the records.
 
     Args:
         source: A study's folder, or the URL of its database (the study last run there).
         console: Where the table goes.
         out: Folder to write to. Defaults to the study's own.
+        export: Other forms beside CSV, such as ``"parquet,tensorboard"``. Defaults to the study's own.
 
     Raises:
         StudyError: There are no records, or they cannot be read.
     """
     with plain_errors(str(source)):
-        return _report(source, console or Console(), out)
+        return _report(source, console or Console(), out, export)
 
 
-def _report(source: str | Path, console: Console, out: str | Path | None) -> Result:
-    from interlayer.study.report import write
-
+def _report(source: str | Path, console: Console, out: str | Path | None, export: str) -> Result:
     url = str(source)
     if "://" not in url:
         path = Path(url)
@@ -239,7 +241,8 @@ def _report(source: str | Path, console: Console, out: str | Path | None) -> Res
     )
     engine = Engine(spec, False, name=last.study_name)
     result = engine.result()
-    result.spec = StudySpec.model_validate(last.user_attrs["spec"])
+    result.spec = StudySpec.parse({**last.user_attrs["spec"], **({"export": export} if export else {})}, "report")
+    check_exports(result.spec.export)
     spec.folder.mkdir(parents=True, exist_ok=True)
     result.out = spec.folder
     write(result, console)

@@ -104,6 +104,9 @@ class StudySpec(BaseModel):
     storage: str | None = Field(
         default=None, description="URL of the database with the records; defaults to SQLite in `out`"
     )
+    export: tuple[Literal["parquet", "tensorboard"], ...] = Field(
+        default=(), description="other forms of the records beside CSV: parquet, tensorboard"
+    )
     out: Path | None = Field(default=None, description="folder of the records and the report; defaults to runs/TASK")
 
     @field_validator("arms", mode="before")
@@ -115,6 +118,11 @@ class StudySpec(BaseModel):
             arms = [arm for v in value for arm in (_all_of(v) if isinstance(v, str) else [v])]
             return tuple({"name": v, "use": v} if isinstance(v, str) else v for v in arms)
         return value
+
+    @field_validator("export", mode="before")
+    @classmethod
+    def _export(cls, value: Any) -> Any:
+        return tuple(split_top(value, ",")) if isinstance(value, str) else value
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -165,7 +173,9 @@ class StudySpec(BaseModel):
     @property
     def identity(self) -> str:
         """Name of the study in its storage. Everything but its arms and a plain number of seeds makes it another study."""
-        free = {"arms", "workers", "storage", "out", "allow_equal"} | (set() if self.until_decided else {"seeds"})
+        free = {"arms", "workers", "storage", "out", "export", "allow_equal"} | (
+            set() if self.until_decided else {"seeds"}
+        )
         same = json.dumps(self.model_dump(mode="json", exclude=free), sort_keys=True)
         return f"{plain(self.task)}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
 

@@ -34,7 +34,12 @@ def _net(name: str, arm: str, scale: Scale, recursions: int) -> SReT:
         "own projections": {"recursions": recursions, "groups": ((1,),), "projections": "own"},
     }.get(arm, {"recursions": recursions, "groups": (scale.groups,)})
     depth = scale.blocks * (recursions if arm == "unshared" else 1)
-    sizes = {"stem": max(shape.height // scale.side, 1), "depths": (depth,), "widths": (scale.width,), "heads": (scale.heads,)}
+    sizes = {
+        "stem": max(shape.height // scale.side, 1),
+        "depths": (depth,),
+        "widths": (scale.width,),
+        "heads": (scale.heads,),
+    }
     return SReT.for_task(shape, block=block, **sizes, **options)
 
 

@@ -1,21 +1,103 @@
-"""The outcome of a study as a table, as CSV files and as a page."""
+"""The outcome of a study: its runs, what is decided, and both as text."""
 
 from __future__ import annotations
 
-import csv
 import math
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from interlayer.core.extras import need
+from interlayer.study.spec import StudySpec
+from interlayer.study.stats import LEVEL, Interval, critical, interval, paired, sequential
+from interlayer.study.train import Record
 
-from interlayer.study.engine import Result
-from interlayer.study.page import headline, page
-from interlayer.study.stats import LEVEL, Interval, critical, interval
+
+@dataclass
+class Run:
+    """One finished run as the report needs it.
+
+    Attributes:
+        state: ``done``, ``diverged``, ``failed`` or ``missing``.
+    """
+
+    arm: str
+    seed: int
+    state: str
+    lr: float | None = None
+    record: Record = field(default_factory=Record)
+    error: str = ""
+    traceback: str = ""
+    where: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """A study's outcome.
+
+    Attributes:
+        spec: What was run.
+        runs: One for each arm and seed that was wanted, in the order of the study.
+        search: One for each arm and learning rate that was tried.
+        about: The task as data: name, metric, higher, unit, item, about, trivial (scores of a predictor that ignores its
+            inputs; a diverged run counts as one).
+        shared: By arm, the share of its random initial numbers that are the baseline's.
+        base: The backbone.
+        out: Folder of the report and the CSV files.
+    """
+
+    spec: StudySpec
+    runs: list[Run]
+    search: list[Run]
+    about: dict[str, Any]
+    base: str
+    out: Path
+    shared: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every run finished, and not all diverged. A diverged run counts as finished; one that raised does not."""
+        states = {run.state for run in self.runs}
+        return "done" in states and states <= {"done", "diverged"}
+
+    def frame(self) -> Any:
+        """The runs as a ``pandas.DataFrame``: arm, seed, state, learning rate, steps, seconds, metrics, costs and error.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return need("pandas", "frames", "Result.frame").DataFrame(columns(self))
+
+    def _repr_html_(self) -> str:
+        """The table for a notebook."""
+        return html(self)
+
+    def of(self, arm: str) -> list[Run]:
+        """The runs of an arm."""
+        return [run for run in self.runs if run.arm == arm]
+
+    def values(self, arm: str, metric: str = "") -> dict[int, float]:
+        """Last value of a metric by seed, over the arm's finished runs; a diverged run has the trivial predictor's."""
+        metric = metric or self.about["metric"]
+        trivial = self.about.get("trivial", {})
+        scores = {r.seed: r.record.metrics if r.state == "done" else trivial for r in self.of(arm)
+                  if r.state in ("done", "diverged")}  # fmt: skip
+        return {seed: found[metric] for seed, found in scores.items() if metric in found}
+
+    def difference(self, arm: str, metric: str = "") -> Interval | None:
+        """The arm's paired difference to the baseline with its interval; None for the baseline itself.
+
+        Where arms stop as soon as they are decided, the interval holds for all looks and all arms of the study together.
+        Otherwise it is a plain 95% t interval.
+        """
+        if arm == self.spec.baseline:
+            return None
+        apart = paired(self.values(arm, metric), self.values(self.spec.baseline, metric))
+        if not self.spec.until_decided:
+            return interval(apart)
+        return sequential(apart, self.spec.looks, LEVEL / (len(self.spec.arms) - 1))
 
 
 @dataclass(frozen=True)
@@ -98,29 +180,44 @@ def cells(row: Row, result: Result) -> dict[str, str]:
     return found
 
 
-def write(result: Result, console: Console) -> None:
-    """Print the table and write ``results.csv``, ``curves.csv`` and ``report.html`` to the study's folder."""
-    lines = [cells(row, result) for row in rows(result)]
-    table = Table(
-        title=f"{result.about['name']}, {result.base}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+def headline(result: Result, found: Sequence[Row]) -> tuple[str, str]:
+    """What was decided, and what was not."""
+    about, spec = result.about, result.spec
+    metric, base = about["metric"], spec.baseline
+    budget = f"{spec.budget['steps']:,} steps" if "steps" in spec.budget else f"{spec.seconds:g} s of training"
+    judged = [r for r in found if metric in r.metrics]
+    if not judged:
+        return "No arm finished", "Every run failed, diverged or is still missing; the reasons are below."
+    verdicts: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+    for r in found:
+        if r.difference is not None and r.difference.n:
+            sure = r.difference.decided
+            kind = ("better" if (r.difference.mean > 0) == about["higher"] else "worse") if sure else "open"
+            verdicts[kind].append(r.arm)
+    if not any(verdicts.values()):
+        best = (max if about["higher"] else min)(judged, key=lambda r: r.metrics[metric].mean)
+        return f"{best.arm}: validation {metric} {best.metrics[metric].mean:.4g} after {budget}", ""
+    parts = [
+        f"{_list(verdicts[k])} {'is' if len(verdicts[k]) == 1 else 'are'} {k} than {base}"
+        for k in ("better", "worse")
+        if verdicts[k]
+    ]
+    title = "; ".join(parts) if parts else f"Nothing is decided: no arm can be told from {base}"
+    text = (
+        f"Validation {metric} after {budget}, each arm at its own best learning rate. "
+        if not spec.lr
+        else f"Validation {metric} after {budget}. "
     )
-    for name in lines[0]:
-        table.add_column(
-            name.replace(" ", "\n", 1), justify="left" if name == "arm" else "right", no_wrap=True, overflow="fold"
-        )
-    for line in lines:
-        table.add_row(*line.values())
-    (console if console.is_terminal else Console(file=console.file, width=180)).print(table)
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    say(note(result))
-    bad = [r for r in result.runs if r.state in ("failed", "diverged")]
-    for arm, state, error in dict.fromkeys((r.arm, r.state, r.error.split("\n")[0]) for r in bad):
-        seeds = ", ".join(str(r.seed) for r in bad if (r.arm, r.state) == (arm, state))
-        say(f"{arm}, seed {seeds} {state}: {error}")
-    csv_files(result)
-    path = result.out / "report.html"
-    path.write_text(page(result, rows(result), lines, note(result)), encoding="utf-8")
-    say(f"report: {path}")
+    if verdicts["open"]:
+        seeds = max(r.runs for r in found)
+        text += f"Not decided with {seeds} seed{'s' if seeds > 1 else ''}: {_list(verdicts['open'])}. "
+        if not spec.until_decided and spec.looks[-1] < 4:
+            text += "More seeds would tell; --seeds 4..12 runs each arm until it is decided."
+    return title, text
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def note(result: Result) -> str:
@@ -183,23 +280,3 @@ def html(result: Result) -> str:
         f"<p><b>{escape(headline(result, rows(result))[0])}</b></p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         f"<p>{escape(note(result))}</p><p>Report: <code>{escape(str(result.out / 'report.html'))}</code></p>"
     )
-
-
-def csv_files(result: Result) -> None:
-    """``results.csv``: a line for each run. ``curves.csv``: a line for each value of each curve."""
-    metrics = list(dict.fromkeys(k for r in result.runs for k in r.record.metrics))
-    table = columns(result)
-    with (result.out / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        sheet = csv.writer(file)
-        sheet.writerow(table)
-        sheet.writerows(["" if v is None else v for v in line] for line in zip(*table.values(), strict=True))
-    with (result.out / "curves.csv").open("w", newline="", encoding="utf-8") as file:
-        sheet = csv.writer(file)
-        sheet.writerow(["arm", "seed", "step", "split", "metric", "value"])
-        for r in result.runs:
-            for step, value in r.record.train:
-                sheet.writerow([r.arm, r.seed, int(step), "train", "loss", "" if value is None else value])
-            for point in r.record.curve:
-                for m in metrics:
-                    if point.get(m) is not None:
-                        sheet.writerow([r.arm, r.seed, int(point["step"]), "validation", m, point[m]])
