@@ -1,7 +1,7 @@
-"""Read, patch and clamp activations at named places of any module, and leave no trace.
+"""Read, patch and clamp activations of named modules inside any model, and leave no trace.
 
-A place is a module; its activation is the first tensor of its output (many modules return tuples or dictionaries).
-Which modules are meant is said as ``select.where`` reads it.
+A module's activation is the first tensor of its output (many modules return tuples or dictionaries). ``at`` selects
+modules as ``select.where`` does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _leaves(value: Any) -> Iterator[Tensor]:
 
 
 def swap(value: Any, new: Tensor) -> Any:
-    """The same output with its first tensor exchanged; ``value`` stays as it is."""
+    """The same output with its first tensor replaced; ``value`` itself is unchanged."""
     if isinstance(value, Tensor):
         return new
     if isinstance(value, Mapping):
@@ -60,17 +60,17 @@ def swap(value: Any, new: Tensor) -> Any:
 def read(
     model: nn.Module, at: At, *, side: str = "output", every: bool = False, detach: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """Keep the activations of the named places while the context is open; the dictionary stays readable afterwards.
+    """Keep the activations of the selected modules while the context is open; the dictionary stays readable afterwards.
 
     Args:
         model: Any module.
         at: Which modules.
-        side: ``"output"``, or ``"input"`` for what comes into the module.
-        every: Keep a list with one activation for each call; otherwise the last call counts.
-        detach: Cut the activations off the graph.
+        side: ``"output"``, or ``"input"`` for the first tensor among the module's arguments.
+        every: Keep a list with one activation for each call. By default the last call's.
+        detach: Detach the activations from the graph.
 
     Raises:
-        ValueError: No module is meant, or ``side`` is unknown.
+        ValueError: No module is selected, or ``side`` is unknown.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -100,15 +100,15 @@ def read(
 
 @contextmanager
 def patch(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
-    """Change the activations of the named places while the context is open.
+    """Change the activations of the selected modules while the context is open.
 
     Args:
         model: Any module.
-        changes: Name or glob to a tensor or number that takes the activation's place (it is broadcast), or to a
-            function of the activation. Where two name one module, they act in their order.
+        changes: Name or glob to a tensor or number that replaces the activation (it is broadcast), or to a function of
+            the activation. Where two select the same module, they act in the order of the mapping.
 
     Raises:
-        ValueError: A name means no module.
+        ValueError: A name selects no module.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -166,7 +166,7 @@ def _hooks(places: Iterable[tuple[str, nn.Module]], hook: Callable[[str], Callab
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[nn.Module]:
-    """Hold a model in eval mode, and put everything back: modes, weights' gradients, buffers, the random state.
+    """Hold a model in eval mode and restore everything afterwards: modes, gradients, buffers, the random state.
 
     >>> net = nn.BatchNorm1d(2)
     >>> with at_rest(net):
@@ -196,7 +196,7 @@ def at_rest(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def feed(model: nn.Module, data: Any) -> Iterator[Any]:
-    """Run a model over data and give each output.
+    """Run a model over data and yield each output.
 
     Args:
         model: Any module.

@@ -97,19 +97,20 @@ def _whole(tracer: Tracer, model: nn.Module) -> None:
 def counted(whole: Any, output: str | Callable[[Any], Any] | None) -> list[Tensor]:
     """The tensors of a model's output that count; see ``trace``."""
     if isinstance(output, str):
-        fields = dict(whole) if isinstance(whole, Mapping) else vars(whole) if hasattr(whole, "__dict__") else {}
-        if output not in fields:
+        found = whole.get(output) if isinstance(whole, Mapping) else getattr(whole, output, None)
+        if found is None:
+            fields = f" with {', '.join(whole)}" if isinstance(whole, Mapping) else ""
             raise TypeError(
-                f"trace: the model returns {type(whole).__name__} with {', '.join(fields) or 'no fields'}; wanted one with "
-                f"{output!r}. Name a field of the output, or give a function of it."
+                f"trace: the model returns {type(whole).__name__}{fields}; wanted one with {output!r}. "
+                "Name a field of the output, or give a function of it."
             )
-        whole = fields[output]
+        whole = found
     elif output is not None:
         whole = output(whole)
-    found = tensors(whole)
-    if not found:
+    leaves = tensors(whole)
+    if not leaves:
         raise TypeError(f"trace: no tensor in the output that counts ({type(whole).__name__}). Name another one.")
-    return found
+    return leaves
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class Wiring:
     aliases: dict[str, str]
 
     def permute(self, state: Mapping[str, Tensor], perms: Mapping[str, Any]) -> dict[str, Tensor]:
-        """New weights of the same function: in each named group, place i takes what place ``perm[i]`` held.
+        """New weights of the same function: in each named group, position i takes what position ``perm[i]`` held.
 
         Groups are permuted in the order of ``groups``, units of a parent before what is inside them.
         """
@@ -100,7 +100,7 @@ def collect(tr: Labelling) -> Wiring:
         for i in places:
             key = ix.expand(int(i))
             met[key] += 1
-            # places of one axis that move together (q and k in a fused weight) are told apart by their order
+            # positions of one axis that move together (q and k in a fused weight) are distinguished by their order
             out.append(key if met[key] == 1 else (*key, ix.constant(-1, met[key])))
         return out
 

@@ -1,4 +1,4 @@
-"""Indices: what tells the positions on the axes of weights apart, and which of them are the same."""
+"""Indices: what distinguishes the positions on the axes of weights, and which of them are the same."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 Axis = tuple[str, int]  # (weight or module, dim)
-Keys = list[tuple[int, ...]]  # for each position of an axis, the basic indices that locate it
+Keys = list[tuple[int, ...]]  # for each position of an axis, the basic indices that address it
 Array = NDArray[np.int64]
 FREE = "free"  # the tensor is constant along this axis: any order is the same
-Label = Array | str | None  # None: every position of the axis is told apart
+Label = Array | str | None  # None: every position of the axis is distinct
 Labels = list[Label]
 
 
 class Indices:
-    """Union-find over indices; an index is basic, or a tuple of basic ones that locate it (head, place in the head)."""
+    """Union-find over indices; an index is basic, or a tuple of basic ones that address it (head, position in the head)."""
 
     def __init__(self) -> None:
         self.up: list[int] = []
@@ -57,7 +57,7 @@ class Indices:
         return i
 
     def expand(self, i: int) -> tuple[int, ...]:
-        """The basic indices that locate i, outer first, constants last."""
+        """The basic indices that address i, outer first, constants last."""
         i = self.find(i)
         if i not in self.parts:
             return (i,)
@@ -65,7 +65,7 @@ class Indices:
         return (*(b for b in flat if b not in self.constant_ids), *(b for b in flat if b in self.constant_ids))
 
     def pack(self, parts: Sequence[int]) -> int:
-        """The index that these basic indices locate together."""
+        """The index that these basic indices address together."""
         parts = [b for p in parts for b in self.expand(p)]
         key = (*(b for b in parts if b not in self.constant_ids), *(b for b in parts if b in self.constant_ids))
         if len(key) == 1:
@@ -75,7 +75,7 @@ class Indices:
             for root in list(self.parts):
                 other = known.setdefault(self.expand(root), root)
                 if other != root:
-                    self._join(root, other)  # the same place: what it is located by does not change
+                    self._join(root, other)  # the same position: its address does not change
             self.known = known
         if key not in self.known:
             i = self.new()
@@ -97,7 +97,7 @@ class Indices:
         self.known = None
 
     def define(self, i: int, parts: tuple[int, ...]) -> None:
-        """Basic i turns out to be located by ``parts``."""
+        """Record that basic index i is addressed by ``parts``."""
         i = self.find(i)
         marks = self.marks[i]
         self.parts[i] = parts
@@ -113,7 +113,7 @@ class Indices:
         if a in self.parts and b in self.parts:
             left, right = list(self.expand(a)), list(self.expand(b))
             self._join(a, b)
-            while left and right and left[-1] == right[-1]:  # the same place inside, then the same place outside
+            while left and right and left[-1] == right[-1]:  # the same position inside, then the same one outside
                 left.pop(), right.pop()
             while left and right and left[0] == right[0]:
                 left.pop(0), right.pop(0)
@@ -127,14 +127,14 @@ class Indices:
         elif a in self.parts or b in self.parts:
             basic, made = (b, a) if a in self.parts else (a, b)
             if basic in self.constant_ids or basic in self.expand(made):
-                self.pin((a, b), "is tied to itself at another place")
+                self.pin((a, b), "is tied to itself at another position")
             else:
                 marks = self.marks[basic]
                 self._join(basic, made)
                 for mark in marks:
                     self.mark(made, mark)
         elif a in self.constant_ids or b in self.constant_ids:
-            self.pin((a, b), "meets a fixed place")
+            self.pin((a, b), "meets a fixed position")
         else:
             self._join(max(a, b), min(a, b))
 

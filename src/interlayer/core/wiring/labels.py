@@ -74,7 +74,7 @@ class Labelling:
             return []
         if id(t) not in self.labels:
             name = self.sources.get(view_key(t)) if t.numel() else None
-            if name is not None:  # `.data` of a weight makes a tensor behind our back
+            if name is not None:  # `.data` of a weight makes a tensor that no operator made
                 self.put(t, list(self.labels[id(self.weights[name])]))
             else:
                 for other in self.storages.get(t.untyped_storage().data_ptr(), ()) if t.numel() else ():
@@ -84,7 +84,7 @@ class Labelling:
         return list(self.labels[id(t)])
 
     def fix(self, label: Label, dim: int, why: str) -> None:
-        """Tell the positions along the axis apart (the same way for every outer unit)."""
+        """Mark the positions along the axis as distinct (the same way for every outer unit)."""
         if isinstance(label, np.ndarray):
             tag = self.ix.tag(why)
             for where, i in np.ndenumerate(label):
@@ -200,7 +200,7 @@ class Labelling:
         return [*rest[:p], outer, inner, *rest[p + 1 :]], [*shape[:p], a, b, *shape[p + 1 :]]
 
     def _blocks(self, rows: Array, tag: int) -> bool:
-        """See to it that the indices of each row share what locates the row, and differ in the rest."""
+        """Make the indices of a row share the row's address, and differ in the rest. False if they can't."""
         ix = self.ix
         for _ in range(2):
             places = [[ix.expand(int(i)) for i in row] for row in rows]

@@ -150,7 +150,7 @@ def _expand(tr: Labelling, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Labels
 
 
 def _taken(tr: Labelling, labels: Labels, dim: int, places: Any) -> Labels:
-    """Only some places of an axis, in some order: they are told apart from the others."""
+    """Only some positions of an axis, in some order: they are marked as distinct from the others."""
     label = labels[dim]
     if isinstance(label, np.ndarray):
         along = np.moveaxis(label, dim, 0)
@@ -158,7 +158,7 @@ def _taken(tr: Labelling, labels: Labels, dim: int, places: Any) -> Labels:
         if len(part) < len(axis):
             inside = [tr.ix.expand(i) for i in part]
             outside = [tr.ix.expand(i) for i in axis - part]
-            tag = tr.ix.tag("is one of few selected places" if len(part) == 1 else "")
+            tag = tr.ix.tag("is one of few selected positions" if len(part) == 1 else "")
             for slot in range(min(map(len, inside + outside))):
                 chosen = {p[slot] for p in inside}
                 if chosen.isdisjoint(p[slot] for p in outside):
@@ -223,7 +223,7 @@ def _joined(tr: Labelling, parts: list[Labels], sizes: list[int], dim: int) -> L
         if label is None:
             tr.fix(arrays[-1], dim, "meets an input or a constant")
     roots = [{tr.ix.find(int(i)) for i in label.ravel()} for label in arrays]
-    if sum(map(len, roots)) > len(set().union(*roots)):  # the same units twice: told apart by where they stand
+    if sum(map(len, roots)) > len(set().union(*roots)):  # the same units twice: their position distinguishes them
         pack = np.vectorize(lambda i, n: tr.ix.pack((int(i), tr.ix.constant(len(own), int(n)))), otypes=[np.int64])
         arrays = [pack(label, n) for n, label in enumerate(arrays)]
     grid = np.broadcast_shapes(*(tuple(1 if d == dim else s for d, s in enumerate(a.shape)) for a in arrays))
@@ -363,7 +363,7 @@ def _convolution(
     data, kernel = tr.get(x), tr.get(w)
     for d in range(2, rank):
         tr.fix(data[d], d, "is moved over by a kernel")
-        tr.fix(kernel[d], d, "is a place of a kernel")
+        tr.fix(kernel[d], d, "is a position of a kernel")
     data = tr.collapse(data, range(1, rank))
     a, b = (0, 1) if transposed else (1, 0)  # axes of w: in, out
 

@@ -31,7 +31,7 @@ class Tracer(Labelling, TorchDispatchMode):
         self.decisions: set[str] = set()
 
     def seen(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        """Hook: note the indices of a module's output."""
+        """Forward hook: record the indices of a module's output."""
         for t in tensors(output)[:1]:
             for dim, label in enumerate(self.get(t)):
                 if isinstance(label, np.ndarray):
@@ -77,7 +77,7 @@ class Tracer(Labelling, TorchDispatchMode):
     def _written(self, t: Tensor, before: list[tuple[Tensor, Labels]]) -> None:
         """After an in-place write, tensors that share the memory are no longer constant where it was not.
 
-        Units written where they cannot be followed are told apart by their position.
+        Units written where they cannot be followed are pinned to their positions.
         """
         old = next((labels for u, labels in before if u is t), [])
         ended = [
