@@ -227,7 +227,12 @@ class Painters(Transform):
 
 
 def _blocks(model: nn.Module, at: str | None) -> tuple[str, nn.ModuleList | nn.Sequential]:
-    """The list of blocks that is meant, and its name."""
+    """The selected list of blocks, and its name."""
+    if any(isinstance(m, Parallel) for m in model.modules()):
+        raise ValueError(
+            f"painters: blocks of {type(model).__name__} run side by side already; wanted blocks that run one after another. "
+            "Start from the model before."
+        )
     if at is None:
         if hasattr(model, "down_blocks") and hasattr(model, "up_blocks"):
             raise ValueError(
