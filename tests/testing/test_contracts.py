@@ -610,6 +610,6 @@ def test_kinds_and_examples():
     assert example_of(catalog.get("rmsnorm").resolve()).make().width == 12
     with pytest.raises(LookupError, match="EXAMPLE"):
         example_of(nn.Linear)
-    with pytest.raises(ValueError, match="no kind"):
+    with pytest.raises(ValueError, match="kind 'leyer'"):
         contracts("leyer")
     assert testing.check is check

@@ -1,4 +1,4 @@
-"""What a component keeps beside itself so that its contracts can be checked: how to make it, and what goes in."""
+"""What the contracts need to know of a component: how to build it, and its inputs."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Example:
         axis: For a layer: the axis of its inputs that counts positions (tokens, pixels), where any length is allowed.
         causal: For a layer: whether a later position never changes an earlier output.
         modes: For a layer: other ways to build it, by name, that run other code on the same inputs.
-        hf: The inputs of a transform with an unmodified Hugging Face model in place of the plain one.
+        hf: The inputs of a transform with an unmodified Hugging Face model instead of the plain one.
         nothing: Inputs of a transform in which there is nothing to do. Defaults to a model without parameters.
         train: For a model: gives ``(score, trivial)``, two losses of which the first must be the lower, after a real
             training run.
-        planted: For a probe: whether its finding has what the example planted.
+        planted: For a probe: whether its finding shows what the example planted.
         exceptions: Contracts that the component can't keep, each with the reason. They must really fail.
     """
 
@@ -67,10 +67,10 @@ class Example:
 
 
 class Backbone(nn.Module):
-    """The smallest network around a stream: two blocks of causal attention and an MLP. What a stream's example makes.
+    """The smallest network around a stream, for its example: two blocks of causal attention and an MLP.
 
     Args:
-        stream: Called with ``depth=, width=, branches=`` as far as it names them.
+        stream: Called with those of ``depth=, width=, branches=`` that it names.
         width: Features D.
         order: In which order the blocks run; called with ``depth=``.
 

@@ -1,4 +1,4 @@
-"""What the contracts of several kinds use: seeds, comparisons, and a picture of a model to see traces by."""
+"""Helpers of all contracts: seeds, comparisons, and snapshots of a model that reveal changes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ HOOKS = (
 
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
-    """A known seed inside; the generator is afterwards as it was."""
+    """Set the seed inside, and restore the generator afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def make(build: Callable[[], Any], seed: int = 0) -> Any:
-    """What ``build`` makes of a known seed."""
+    """Call ``build`` under a known seed."""
     with seeded(seed):
         return build()
 
@@ -42,12 +42,12 @@ def require(condition: bool, message: str) -> None:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """The tensors in any nesting of containers."""
+    """The tensors in nested containers."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def same(a: Any, b: Any, what: str, *, rtol: float = 0.0, atol: float = 0.0) -> None:
-    """Require equal tensors in two nestings: bit for bit unless a tolerance is given."""
+    """Require equal tensors in two nested containers, bit for bit by default."""
     left, right = tensors(a), tensors(b)
     require(len(left) == len(right), f"{what}: {len(left)} tensors against {len(right)}")
     for x, y in zip(left, right, strict=True):
@@ -83,20 +83,20 @@ def hooks(model: nn.Module) -> list[str]:
 
 
 def picture(model: nn.Module) -> dict[str, Any]:
-    """All that a visitor could have changed: weights, buffers, gradients, modes, hooks, modules, replaced methods."""
-    told: dict[str, Any] = {f"hooks {i}": h for i, h in enumerate(hooks(model))}
+    """A snapshot of weights, buffers, gradients, modes, hooks, modules and replaced methods."""
+    found: dict[str, Any] = {f"hooks {i}": h for i, h in enumerate(hooks(model))}
     for name, m in model.named_modules():
-        told[f"module {name}"] = (type(m), m.training)
-        told[f"methods {name}"] = sorted(k for k, v in vars(m).items() if callable(v) and hasattr(type(m), k))
+        found[f"module {name}"] = (type(m), m.training)
+        found[f"methods {name}"] = sorted(k for k, v in vars(m).items() if callable(v) and hasattr(type(m), k))
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        told[f"value {name}"] = t.detach().clone()
-        told[f"gradient {name}"] = None if t.grad is None else t.grad.clone()
-        told[f"setting {name}"] = (t.requires_grad, t.dtype, t.device, id(t))
-    return told
+        found[f"value {name}"] = t.detach().clone()
+        found[f"gradient {name}"] = None if t.grad is None else t.grad.clone()
+        found[f"setting {name}"] = (t.requires_grad, t.dtype, t.device, id(t))
+    return found
 
 
 def unchanged(before: dict[str, Any], model: nn.Module, who: str) -> None:
-    """Require that the model looks as in the picture."""
+    """Require that the model equals its snapshot."""
     after = picture(model)
     for key in [*before, *(k for k in after if k not in before)]:
         require(key in before and key in after, f"{who} left or removed: {key}")

@@ -1,4 +1,4 @@
-"""Which contracts a kind has, and how a component is held to them."""
+"""The contracts of each kind, and how to check a component against them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Contract = Callable[[Example], None]
 
 
 class ContractError(AssertionError):
-    """A component breaks a contract, or keeps one that it declares an exception to."""
+    """A component breaks a contract, or keeps one to which it declares an exception."""
 
 
 def contracts(kind: str) -> Mapping[str, Contract]:
-    """The contracts of a kind by name; each takes an ``Example`` and raises if it is broken.
+    """The contracts of a kind by name; each takes an ``Example`` and raises if the contract is broken.
 
     Raises:
         ValueError: Unknown kind.
@@ -32,7 +32,7 @@ def contracts(kind: str) -> Mapping[str, Contract]:
         "probe": probes.PROBE,
     }
     if kind not in kinds:
-        raise ValueError(f"testing: no kind {kind!r}; there are {', '.join(kinds)}.")
+        raise ValueError(f"testing: kind {kind!r} is not one of {list(kinds)}.")
     return kinds[kind]
 
 
@@ -45,7 +45,7 @@ def kind_of(component: type) -> str:
 
 
 def example_of(component: type) -> Example:
-    """The ``EXAMPLE`` that stands in the component's module, or in a package above it.
+    """The ``EXAMPLE`` in the component's module, or in a package above it.
 
     Raises:
         LookupError: There is none.
@@ -63,16 +63,16 @@ def example_of(component: type) -> Example:
 
 
 def hold(name: str, kind: str, example: Example) -> str:
-    """Hold an example to one contract: ``"kept"``, or the reason of a declared exception that really fails.
+    """Check one contract: ``"kept"``, or the reason of a declared exception that really fails.
 
     Raises:
-        ContractError: The contract is broken, or kept in spite of a declared exception.
+        ContractError: The contract is broken, or kept although an exception is declared.
     """
     import torch
 
     contract, reason = contracts(kind)[name], example.exceptions.get(name)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # an example is small: a second thread would only wait
+    torch.set_num_threads(1)  # examples are small: a second thread would only wait
     try:
         contract(example)
     except Exception as error:
@@ -82,17 +82,17 @@ def hold(name: str, kind: str, example: Example) -> str:
     finally:
         torch.set_num_threads(threads)
     if reason is not None:
-        raise ContractError(f"{name}: kept, although it is declared as an exception ({reason}). Remove the exception.")
+        raise ContractError(f"{name}: kept, although an exception is declared ({reason}). Remove the exception.")
     return "kept"
 
 
 def check(component: type, example: Example | None = None, *, kind: str | None = None) -> dict[str, str]:
-    """Hold a component to all contracts of its kind.
+    """Check all contracts of a component's kind.
 
     Args:
         component: The class.
-        example: How to make one and what goes in; the ``EXAMPLE`` beside the class unless told.
-        kind: ``layer``, ``model``, ``transform``, ``rule`` or ``probe``; seen from the base class unless told (a
+        example: How to build it, and its inputs. Defaults to the ``EXAMPLE`` beside the class.
+        kind: ``layer``, ``model``, ``transform``, ``rule`` or ``probe``. Defaults to what the base class says (a
             ``torch.nn.Module`` is a layer).
 
     Returns:
@@ -100,8 +100,8 @@ def check(component: type, example: Example | None = None, *, kind: str | None =
 
     Raises:
         ContractError: Names every contract that is broken.
-        LookupError: No example was given and none stands beside the class.
-        ValueError: An exception is declared to a contract that there is not.
+        LookupError: No example is given, and there is none beside the class.
+        ValueError: An exception is declared to an unknown contract.
     """
     kind = kind or kind_of(component)
     example = example or example_of(component)
@@ -117,8 +117,8 @@ def check(component: type, example: Example | None = None, *, kind: str | None =
         except ContractError as error:
             broken.append(error)
     if broken:
-        told = "\n".join(f"  {error}" for error in broken)
+        lines = "\n".join(f"  {error}" for error in broken)
         raise ContractError(
-            f"{component.__name__} breaks {len(broken)} of {len(contracts(kind))} contracts:\n{told}"
+            f"{component.__name__} breaks {len(broken)} of {len(contracts(kind))} contracts:\n{lines}"
         ) from broken[0]
     return outcomes

@@ -1,4 +1,4 @@
-"""Two processes under DistributedDataParallel, forked so that any module can go along and none needs a file."""
+"""Two processes under DistributedDataParallel, forked so that modules need not be pickled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch._dynamo  # DistributedDataParallel wants it; imported once here instead of in every child
+import torch._dynamo  # DistributedDataParallel wants it; import it once here instead of in every child
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ SECONDS = 30
 
 
 def two_processes(module: nn.Module, step: Callable[[nn.Module, int], object]) -> dict[str, Tensor]:
-    """Run ``step(wrapped module, rank)`` in two gloo processes and give the gradients that the first then holds.
+    """Run ``step(wrapped module, rank)`` in two gloo processes and return the gradients of the first.
 
     Raises:
         AssertionError: A process failed (with its traceback) or took longer than ``SECONDS``.
@@ -37,14 +37,14 @@ def two_processes(module: nn.Module, step: Callable[[nn.Module, int], object]) -
         done = [folder / f"done{rank}" for rank in range(2)]
         while time.monotonic() < end and not all(d.exists() for d in done) and not list(folder.glob("error*")):
             time.sleep(0.005)
-        # No orderly end of the group: that now and then waits for ever for a peer that has already gone.
+        # The group is not destroyed in order: that sometimes hangs on a peer that has already exited.
         for pid in children:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        if told := sorted(folder.glob("error*")):
-            raise AssertionError(f"two processes failed: {told[0].read_text()}")
+        if errors := sorted(folder.glob("error*")):
+            raise AssertionError(f"two processes failed: {errors[0].read_text()}")
         if not all(d.exists() for d in done):
-            raise AssertionError(f"two processes did not end within {SECONDS} s")
+            raise AssertionError(f"two processes did not finish within {SECONDS} s")
         return load_file(folder / "grads.safetensors")
 
 
@@ -52,7 +52,7 @@ def _fork(module: nn.Module, step: Callable[[nn.Module, int], object], rank: int
     pid = os.fork()
     if pid:
         return pid
-    try:  # nothing may leave this block: the stack above belongs to the parent
+    try:  # leave this block only by _exit: the stack above belongs to the parent
         _child(module, step, rank, folder)
         (folder / f"done{rank}").touch()
         time.sleep(2 * SECONDS)

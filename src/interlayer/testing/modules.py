@@ -215,7 +215,7 @@ def state_dict(example: Example) -> None:
     """Weights go through safetensors into another instance, which then gives the same numbers."""
     module, inputs = _pair(example)
     other = make(example.make, 1)
-    _run(module, inputs)  # what a pass leaves in buffers is state too
+    _run(module, inputs)  # buffers that a pass changes are state too
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "layer.safetensors")
         save_model(module, path)
@@ -231,7 +231,7 @@ def compiles(example: Example) -> None:
     torch._dynamo.reset()
     twin = copy.deepcopy(module)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
+        warnings.simplefilter("ignore")  # of the compiler
         compiled = torch.compile(twin, fullgraph=True, backend="aot_eager", dynamic=False)
         out = [t for t in tensors(compiled(*inputs)) if t.is_floating_point()]
         weights = [torch.linspace(-1, 1.3, t.numel(), dtype=torch.float64).view(t.shape) for t in out]
@@ -260,14 +260,14 @@ def traces(example: Example) -> None:
     module, inputs = _pair(example)
     module.eval()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer's own, of every check of a shape
+        warnings.simplefilter("ignore")  # of the tracer, for every check of a shape
         program = torch.jit.trace(module, inputs, check_trace=False)
         for given in (inputs, _longer(inputs)):
             same(module(*given), program(*given), "traced output", rtol=1e-4, atol=1e-5)
 
 
 def per_example(example: Example) -> None:
-    """``vmap`` of ``torch.func.grad`` gives each example the gradients that it has on its own."""
+    """``vmap`` of ``torch.func.grad`` gives the gradients of each example alone."""
     module, inputs = _pair(example)
     module, inputs = module.double().eval(), _double(inputs)
     weights = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
@@ -325,7 +325,7 @@ def batch(example: Example) -> None:
 
 
 def state(example: Example) -> None:
-    """A second call gives the same numbers, or the layer says ``reset()``, after which it does."""
+    """A second call gives the same numbers, if needed after the layer's ``reset()``."""
     module, inputs = _pair(example)
     module.eval()
     with torch.no_grad():
@@ -383,7 +383,7 @@ def wrong(example: Example) -> None:
 
 
 def training(example: Example) -> None:
-    """One real training run beats the trivial predictor: on ``train()``, else on digits if the inputs are their images."""
+    """A real training run beats the trivial predictor: ``train()``, or on digits if the inputs are such images."""
     if example.train is not None:
         score, trivial = make(example.train)
     else:
@@ -398,7 +398,7 @@ def _digits(module: nn.Module, like: Tensor) -> tuple[float, float]:
 
     require(
         tuple(like.shape[1:]) in ((1, 8, 8), (64,)) and like.is_floating_point(),
-        f"no train() is given, and inputs {tuple(like.shape)} are not those of the digits, [batch, 1, 8, 8] or [batch, 64]",
+        f"no train() is given, and inputs {tuple(like.shape)} are not digits, [batch, 1, 8, 8] or [batch, 64]",
     )
     data = load_digits()
     x = torch.tensor(data.data, dtype=torch.float32).div_(8).sub_(1).view(-1, *like.shape[1:])

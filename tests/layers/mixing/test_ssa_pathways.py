@@ -219,7 +219,7 @@ def test_what_cannot_work_is_told():
         SSA(8, 2)(torch.zeros(1, 5, 9))
     model, cache = Transformer(**SIZES, mixer="ssa-pathways"), Cache()
     tokens = torch.zeros(1, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"SSA: a cache.*Decode after model.eval\(\), with resample off"):
+    with pytest.raises(ValueError, match=r"SSA: a cache.*Decode after model.eval\(\) and with resample off"):
         model(tokens, cache=cache)
     with pytest.raises(ValueError, match=r"SSA: mask \(1, 6\).*wanted bool \(1, 5\)"):
         SSA(8, 2)(torch.zeros(1, 5, 8), Context(mask=torch.ones(1, 6, dtype=torch.bool)))

@@ -134,7 +134,7 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="a causal model needs fixed steps"):
         Transformer(**sizes, order=adapted)
     shared = Transformer(**sizes, stream="value-residual", order=partial(Integrate, solver="midpoint"))
-    with pytest.raises(ValueError, match=r"carries \['v'\] beside the state"):
+    with pytest.raises(ValueError, match=r"carries \['v'\] besides the state"):
         shared(torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="'rk5' is not one of"):
         Integrate(2, solver="rk5")

@@ -22,17 +22,17 @@ class Bilinear(GLU):
     symmetric part counts, and ``y`` is a linear map (``symmetric``) of the D (D + 1) / 2 distinct products
     (``symmetric_product``). ``with_attention`` and ``residual_stack`` carry this through heads and residuals.
 
-    The layer costs 3 D hidden multiply-adds a position; its tensor has D^3 numbers.
+    The layer costs 3 D hidden multiply-adds for each position; its tensor has D^3 numbers.
 
     Args:
         width: Features D.
-        hidden: Inner features; 8/3 D rounded up to a multiple of 8 unless told, as many parameters as an MLP of 4 D.
+        hidden: Hidden features. Defaults to 8/3 D rounded up to a multiple of 8, for the parameters of an MLP with 4 D.
         linear: Called with ``inputs=, outputs=, bias=``.
 
     Shapes: [..., D] to [..., D].
 
     Raises:
-        ValueError: An input of other features.
+        ValueError: An input with another number of features.
 
     Examples:
         >>> import torch
@@ -56,7 +56,7 @@ class Bilinear(GLU):
         return torch.einsum("ih,hj,hk->ijk", self.down.weight, self.gate.weight, self.up.weight)
 
     def symmetric(self) -> Float[Tensor, "D P"]:
-        """The map from ``symmetric_product(x)`` to the output; squares once, mixed products with both their entries of B."""
+        """The map from ``symmetric_product(x)`` to the output; squares have one entry of B, mixed products the sum of two."""
         b_DDD = self.tensor()
         j, k = torch.triu_indices(self.width, self.width, device=b_DDD.device)
         return b_DDD[:, j, k] + torch.where(j == k, 0, b_DDD[:, k, j])
@@ -72,7 +72,7 @@ def with_attention(layer: Bilinear, ov: Float[Tensor, "H D D"]) -> Float[Tensor,
     """The layer after attention heads, as one tensor over pairs of heads.
 
     A head h with pattern ``A^h`` gives ``sum_s A^h_ts O_h x_s``, where ``O_h`` is its output times its value map. With the tensor C given
-    here, the layer's output at t is ``sum_{h,g,s,r} A^h_ts A^g_tr C[h, g] x_s x_r``. A residual path is a head more, with the
+    here, the layer's output at t is ``sum_{h,g,s,r} A^h_ts A^g_tr C[h, g] x_s x_r``. A residual path is one more head, with the
     identity as pattern and as map.
 
     Args:
@@ -83,7 +83,7 @@ def with_attention(layer: Bilinear, ov: Float[Tensor, "H D D"]) -> Float[Tensor,
 
 
 def residual_stack(layers: Sequence[Bilinear]) -> list[Tensor]:
-    """The stack ``x + f(x)``, layer on layer, as one polynomial: tensor m (from 0) maps m + 1 copies of x, [D, D, ..., D].
+    """The residual stack of layers ``x + f(x)`` as one polynomial: tensor m (from 0) maps m + 1 copies of x, [D, D, ..., D].
 
     ``y = sum_m T_m x^(m+1)``. L layers reach degree 2^L, and the largest tensor has D^(2^L + 1) numbers: for small cases.
     """

@@ -1,4 +1,4 @@
-"""HeLU: ReLU forwards, with a threshold of its own for the gradient."""
+"""HeLU: ReLU in the forward pass, with another threshold in the backward pass."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from interlayer.core.example import Example
 
 
 class HeLU(nn.Module):
-    """Hysteresis ReLU: zero below 0, but units that are off by less than ``alpha`` still learn.
+    """Hysteresis ReLU: zero below 0, but units less than ``alpha`` below 0 still get a gradient.
 
     Paper: Kimhi et al., "Hysteresis Activation Function for Efficient Inference", arXiv:2411.10573.
 
-    Equation: ``y = max(x, 0)`` with the gradient ``dy/dx = 1`` where ``x > -alpha`` and 0 elsewhere. Inference is ReLU's and
-    costs the same. The default ``alpha`` is that of the authors' code (github.com/idankdev/helu).
+    Equation: ``y = max(x, 0)`` with the gradient ``dy/dx = 1`` where ``x > -alpha`` and 0 elsewhere. Inference is that of ReLU
+    and costs the same. The default ``alpha`` is that of the authors' code (github.com/idankdev/helu).
 
     Args:
         alpha: How far below 0 the gradient reaches. Defaults to 0.05.
@@ -45,7 +45,7 @@ class HeLU(nn.Module):
         """ReLU."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(
-                f"HeLU: input {x.dtype if isinstance(x, Tensor) else type(x).__name__}; wanted a floating tensor."
+                f"HeLU: input {x.dtype if isinstance(x, Tensor) else type(x).__name__}; wanted a floating-point tensor."
             )
         return Hysteresis.apply(x, self.alpha) if torch.is_grad_enabled() else torch.relu(x)
 

@@ -1,4 +1,4 @@
-"""Rational activations: learnable quotients of polynomials, one for each place or one shared by all."""
+"""Rational activations: learnable quotients of polynomials, one for each layer or one shared by all."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
 def fit(
     like: str | Callable[[Tensor], Tensor], degrees: tuple[int, int], bound: float = 3.0
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Coefficients a, b with which the unit comes nearest to a function on [-bound, bound], in least squares.
+    """Coefficients a, b of the unit's least-squares fit to a function on [-bound, bound].
 
-    The denominator gets even powers with coefficients of at least 0 alone: it is 1 or more without the absolute value, and
-    nothing is lost for functions that are odd or even up to a straight line, which most activations are.
+    The denominator has only even powers, with coefficients of at least 0, so that it is at least 1 without the absolute value.
+    Functions that are odd or even up to a straight line, as most activations are, lose nothing by that.
     """
     from scipy.optimize import least_squares, lsq_linear
 
@@ -56,23 +56,23 @@ def fit(
 
 
 class Rational(nn.Module):
-    """An activation that is learned: a polynomial divided by one that has no root, begun as a well-known function.
+    """A learned activation: a polynomial divided by one without roots, initialised to a well-known function.
 
     Paper: Delfosse et al., "Adaptive Rational Activations to Boost Deep Reinforcement Learning", arXiv:2102.09407.
 
     Equation: ``R(x) = sum_{j=0..m} a_j x^j / (1 + |sum_{k=1..n} b_k x^k|)``. The denominator is at least 1, so that there
-    is no pole. Degrees and start are the defaults of the authors' library, whose version B this is; the start is computed
-    (see ``fit``) where the library has a table. Outside the range of the fit R grows like a power of x, at the defaults
-    usually the first (``a_m x / b_n``); float32 overflows where x^m does.
+    is no pole. Degrees and initial function are the defaults of the authors' library, whose version B this is; the initial
+    coefficients are computed (see ``fit``) where the library has a table. Outside the range of the fit R grows like a power
+    of x, usually the first at the defaults (``a_m x / b_n``); float32 overflows where x^m does.
 
     For m > n a residual connection around a unit gives a rational unit of the same degrees: ``residual`` builds it. One unit
     for all layers is the paper's joint (recurrent) rational: ``joint``.
 
-    Cost: m + n multiply-adds and a division for each number, in the backward pass about twice that.
+    Cost: m + n multiply-adds and a division for each number, about twice that in the backward pass.
 
     Args:
-        like: Function that the start is fitted to on [-3, 3]: ``identity``, ``relu``, ``leaky-relu``, ``tanh``, ``sigmoid``,
-            ``silu``, ``gelu``, or a function of a float64 tensor.
+        like: Function to which the initial coefficients are fitted on [-3, 3]: ``identity``, ``relu``, ``leaky-relu``,
+            ``tanh``, ``sigmoid``, ``silu``, ``gelu``, or a function of a float64 tensor.
         degrees: Degrees (m, n) of numerator and denominator.
 
     Shapes: any shape, to the same, in the type of the input. bfloat16 and float16 are computed in float32.
@@ -121,7 +121,7 @@ class Rational(nn.Module):
 
         Raises:
             ValueError: The numerator's degree is not above the denominator's, or the polynomial under the absolute value
-                changes its sign, so that x times it is no polynomial.
+                changes sign, so that x times it is not a polynomial.
         """
         m, n = self.degrees
         if m <= n:
@@ -133,7 +133,7 @@ class Rational(nn.Module):
         seen = np.r_[seen, np.polynomial.polynomial.polyval(turns, b)]
         if seen.min() < 0 < seen.max():
             raise ValueError(
-                "Rational: the polynomial under the absolute value changes its sign; x + R(x) is another kind."
+                "Rational: the polynomial under the absolute value changes sign, so that x + R(x) is not of this form."
             )
         new = Rational(like=self.like, degrees=self.degrees).to(self.numerator)
         new.denominator.copy_(self.denominator)
@@ -196,7 +196,7 @@ class Quotient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, a, b = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted: the same in operations that have one
+        if torch.is_grad_enabled():  # for second derivatives: the same with differentiable operations
             return gradients_naive(x, a, b, dy)
         m, n = len(a) - 1, len(b)
         top = max(m, n) + 1
@@ -226,23 +226,23 @@ class Quotient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, int | None]:
-        """Numbers are independent; coefficients that are batched too take the equation."""
+        """Elements are independent; with batched coefficients, use the equation."""
         if in_dims[1] is None and in_dims[2] is None:
             return Quotient.apply(x, a, b), in_dims[0]
         return torch.vmap(rational_naive, in_dims)(x, a, b), 0
 
 
 def joint(**options: Any) -> Callable[..., Rational]:
-    """A filling for the slot, or for ``replace(model, at=..., with_=...)``, that puts one and the same unit everywhere.
+    """A factory for the slot, or for ``replace(model, at=..., with_=...)``, that puts the same unit everywhere.
 
-    A backbone's ``deepcopy`` keeps it one. Every joint filling is for one model.
+    A deep copy of the model still has a single unit. Use each joint factory for one model only.
     """
     unit = Rational(**options)
     return lambda *_: unit
 
 
 def figure(model: nn.Module, bound: float = 5.0) -> Any:
-    """Draw every rational of a model as it is (a line) and as it began (dots), with the range of the fit shaded."""
+    """Draw every rational of a model now (line) and at initialisation (dots), with the range of the fit shaded."""
     from matplotlib.figure import Figure
 
     units = {name: m for name, m in model.named_modules() if isinstance(m, Rational)}
@@ -255,7 +255,7 @@ def figure(model: nn.Module, bound: float = 5.0) -> Any:
         start = [torch.tensor(c) for c in fit(unit.like, unit.degrees)]
         axes.axvspan(-3, 3, color="0.95")
         axes.plot(x, rational_naive(x, *now), label="learned")
-        axes.plot(x, rational_naive(x, *start), ":", color="0.4", label="start")
+        axes.plot(x, rational_naive(x, *start), ":", color="0.4", label="initial")
         axes.set_title(name or "unit", fontsize="small")
     axes.legend(fontsize="small")
     return drawn

@@ -25,8 +25,8 @@ class RESCU(nn.Module):
 
     Equation: with ``u = clamp((x + alpha) / (alpha + beta), 0, 1)``, s the blend of the gradients and S its integral,
     ``y = t + g_- (x + alpha) + (g_+ - g_-) ((alpha + beta) S(u) + max(x - beta, 0))``, so that ``dy/dx = g_- + (g_+ - g_-) s(u)``.
-    Any s that rises from 0 to 1 gives continuous value and gradient; ``s(u) = u`` gives the generalised SmeLU. That RESCUs
-    are built from the blend of the gradients is this project's way to put it; the blends beside ``linear`` are its own.
+    Any s that rises from 0 to 1 gives continuous value and gradient; ``s(u) = u`` gives the generalised SmeLU. To
+    build RESCUs from the blend of the gradients is this project's formulation, and so are the blends other than ``linear``.
 
     Args:
         alpha: The left joint lies at ``-alpha``.
@@ -60,10 +60,10 @@ class RESCU(nn.Module):
         super().__init__()
         if alpha + beta <= 0:
             raise ValueError(
-                f"{type(self).__name__}: joints at {-alpha} and {beta}; the left one must lie left of the right."
+                f"{type(self).__name__}: joints at {-alpha} and {beta}; wanted the left one below the right one."
             )
         if blend not in BLENDS:
-            raise ValueError(f"{type(self).__name__}: no blend {blend!r}; there are {', '.join(BLENDS)}.")
+            raise ValueError(f"{type(self).__name__}: blend {blend!r} is not one of {list(BLENDS)}.")
         self.alpha, self.beta, self.left, self.right, self.offset, self.blend = alpha, beta, left, right, offset, blend
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -82,11 +82,11 @@ class SmeLU(RESCU):
     """Smooth ReLU: 0 below ``-beta``, x above ``beta``, and the parabola ``(x + beta)^2 / (4 beta)`` between.
 
     Paper: Shamir et al., "Smooth activations and reproducibility in deep networks", arXiv:2010.09931; the generalised form
-    has its own left joint and slopes (see ``RESCU``). The paper tunes beta for each task; 1 is this project's start.
+    has its own left joint and slopes (see ``RESCU``). The paper tunes beta for each task; the default of 1 is this project's.
 
     Args:
         beta: Half width of the smooth part.
-        alpha: The left joint lies at ``-alpha``; ``beta`` unless told.
+        alpha: The left joint lies at ``-alpha``. Defaults to ``beta``.
         left: Slope on the left.
         right: Slope on the right.
         offset: Value at the left joint.

@@ -1,4 +1,4 @@
-"""D'OH: all layers of an implicit representation from one latent code by fixed random projections."""
+"""D'OH: generate all layers of an implicit representation from one latent code by fixed random projections."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from interlayer.core.implicit import Layout, dequantize, grid, quantize
 
 @configured
 class DOH(nn.Module):
-    """A signal as a latent code: a decoder-only hypernetwork, random and never trained, makes every layer from it.
+    """A signal as a latent code, from which a random, untrained decoder-only hypernetwork makes every layer.
 
     Paper: Gordon et al., "D'OH: Decoder-Only Random Hypernetworks for Implicit Neural Representations", arXiv:2403.19163.
 
     Equation: layer l of the implicit network has the weights ``W_l = s_l B_l z`` with one code z for all layers, learned for
-    this signal alone, and a fixed random ``B_l`` that is never stored but drawn again from ``seed``. What is stored is the code,
-    the biases, which are learned as they are, and the seed. Here B_l is Gaussian with variance 1 / latent, z starts standard
-    normal, and ``s_l`` is the deviation with which that layer would usually begin, so that the generated network begins as an
-    ordinary one does (with sines, the last layer as a linear one without them, as a code cannot grow for one layer alone).
-    The paper's own distributions could not be verified.
+    this signal alone, and a fixed random ``B_l`` that is drawn from ``seed`` and never stored. A stored signal is the code, the
+    biases, which are learned directly, and the seed. Here B_l is Gaussian with variance 1 / latent, z is standard normal at
+    initialisation, and ``s_l`` is the usual standard deviation of that layer's weights at initialisation, so that the generated
+    network is initialised as an ordinary one (with sines, the last layer as a linear one, as the code cannot grow for one
+    layer alone). The paper's distributions could not be verified.
 
-    The footprint is ``latent`` numbers and the biases whatever the network is: the rate is chosen without a search over
-    networks. With P weights a forward pass costs P latent multiply-adds more than the network itself, and as much memory.
+    The footprint is ``latent`` numbers and the biases for any network, so that the rate is chosen without a search over
+    architectures. For a network of P weights, a forward pass costs P latent multiply-adds more than the network, and as much
+    memory.
 
     Args:
         inputs: Coordinates D.
@@ -42,9 +43,9 @@ class DOH(nn.Module):
         width: Features of each hidden layer of the network.
         depth: Hidden layers.
         activation: ``relu`` or ``sine``.
-        frequencies: Of the positional encoding; 0 for none.
+        frequencies: Number of frequencies of the positional encoding; 0 for none.
         omega: Frequency of the sines.
-        seed: Of the projections.
+        seed: Seed of the projections.
 
     Shapes: coordinates [..., D] to values [..., C].
 
@@ -89,12 +90,12 @@ class DOH(nn.Module):
         projection *= (scale / latent**0.5).unsqueeze(1)
         self.register_buffer("projection", projection, persistent=False)
         self.latent = nn.Parameter(torch.randn(latent))
-        starts = [b * 3**0.5 * (2 * torch.rand(o) - 1) for (o, _), (_, b) in zip(shapes, spread, strict=True)]
-        self.biases = nn.Parameter(torch.cat(starts))
+        initial = [b * 3**0.5 * (2 * torch.rand(o) - 1) for (o, _), (_, b) in zip(shapes, spread, strict=True)]
+        self.biases = nn.Parameter(torch.cat(initial))
 
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
-        """For a task from vectors, as coordinates, to values or classes; images and tokens have no coordinates here."""
+        """A representation for a task with vectors of coordinates as inputs."""
         if shape.kind != "vector":
             raise ValueError(f"DOH: takes vectors of coordinates, not {shape.kind}.")
         return cls(shape.features, shape.classes, **{"frequencies": 0, **options})
@@ -111,19 +112,19 @@ class DOH(nn.Module):
         return self.layout(x, self.layers())
 
     def bits(self, bits: int) -> int:
-        """Size of code and biases alone at so many bits a number."""
+        """Size of code and biases in bits, at so many bits for each number."""
         return bits * sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()
     def quantized(self, bits: int) -> Self:
-        """A copy whose code lies on the even grid of 2^bits values between its smallest and its largest; so the biases."""
+        """A copy with code and biases rounded to a uniform grid of 2^bits values from the minimum to the maximum."""
         new = type(self)(**self.config).to(self.latent)  # type: ignore[arg-type]
         for mine, its in zip(self.parameters(), new.parameters(), strict=True):
             its.copy_(dequantize(*quantize(mine.detach().cpu().float(), bits)))
         return new
 
     def save(self, path: str | Path, bits: int = 8) -> Self:
-        """Write the quantised numbers, their bits packed without gaps, and what is needed to build the network again.
+        """Write the quantised numbers, with bits packed, and what is needed to build the network again.
 
         Returns:
             The model that ``load`` will give.
@@ -138,8 +139,8 @@ class DOH(nn.Module):
         for name, p in self.named_parameters():
             levels, *grids[name] = quantize(p.detach().cpu().float(), bits)
             packed[name] = torch.from_numpy(np.packbits((levels.numpy()[:, None] >> np.arange(bits)) & 1))
-        told = json.dumps({"config": self.config, "bits": bits, "grids": grids})
-        save_file(packed, path, metadata={"doh": told})
+        header = json.dumps({"config": self.config, "bits": bits, "grids": grids})
+        save_file(packed, path, metadata={"doh": header})
         return self.quantized(bits)
 
     @classmethod
@@ -153,18 +154,18 @@ class DOH(nn.Module):
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if "doh" not in metadata:
-                raise ValueError(f"DOH: {path} has no code of a DOH; it is written by save().")
-            told = json.loads(metadata["doh"])
-            model, bits = cls(**told["config"]), told["bits"]
+                raise ValueError(f"DOH: {path} is not a file that DOH.save() wrote.")
+            header = json.loads(metadata["doh"])
+            model, bits = cls(**header["config"]), header["bits"]
             for name, p in model.named_parameters():
                 rows = np.unpackbits(file.get_tensor(name).numpy(), count=p.numel() * bits).reshape(-1, bits)
                 levels = torch.from_numpy((rows.astype(np.int64) << np.arange(bits)).sum(1))
-                p.copy_(dequantize(levels, *told["grids"][name]))
+                p.copy_(dequantize(levels, *header["grids"][name]))
         return model
 
 
 def _picture() -> tuple[float, float]:
-    """Squared error on a photograph of scikit-learn, 32 x 32 grey, after 150 steps, and that of its mean."""
+    """Squared error on a 32 x 32 grey photograph after 150 steps, and that of its mean."""
     from sklearn.datasets import load_sample_image
 
     pixels = torch.from_numpy(load_sample_image("china.jpg")[:416, :416].copy()).float().mean(-1) / 255

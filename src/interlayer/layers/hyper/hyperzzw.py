@@ -1,4 +1,4 @@
-"""Terminator: a slow network writes the kernels of a fast one, and activations multiply them before they are used."""
+"""Terminator: a slow network writes the kernels of a fast one, and activations multiply these before use."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ class Block(nn.Module):
 
 @configured
 class Terminator(nn.Module):
-    """Classify images or sequences with full context in every layer and no residual: kernels are written by slow networks.
+    """A classifier with full context in every layer and no residual, whose kernels slow networks write.
 
     Paper: Zhang, "HyperZ.Z.W Operator Connects Slow-Fast Networks for Full Context Interaction", arXiv:2401.17948.
 

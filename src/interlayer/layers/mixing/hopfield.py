@@ -55,13 +55,13 @@ def retrieve(
 
 
 class Association(nn.Module):
-    """State patterns retrieve from stored patterns in a learned space: the part that all Hopfield layers share.
+    """State patterns retrieve stored patterns in a learned space; the base of all Hopfield layers.
 
     Args:
         width: Features D of the patterns.
         heads: Associative spaces H of width D / H; divides ``width``.
-        steps: Updates; the last one reads the projected patterns.
-        beta: Inverse temperature; 1 / sqrt(D / H) unless told.
+        steps: Number of updates; the last one reads the value patterns.
+        beta: Inverse temperature. Defaults to 1 / sqrt(D / H).
         learn_beta: Whether each head learns its own.
         normalise: Whether state patterns and stored patterns are layer-normalised first.
         linear: Called with ``inputs=, outputs=``.
@@ -80,13 +80,13 @@ class Association(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if width % heads:
-            raise ValueError(f"{name}: width {width} is not a multiple of heads {heads}.")
+        if heads < 1 or width % heads:
+            raise ValueError(f"{name}: width {width} is not a multiple of heads {heads}, or heads is below 1.")
         if steps < 1 or (beta is not None and beta <= 0):
             raise ValueError(f"{name}: steps {steps} must be at least 1 and beta {beta} above 0.")
         self.heads, self.steps, self.width = heads, steps, width
-        start = torch.full((heads, 1, 1), beta or (width // heads) ** -0.5)
-        self.beta = nn.Parameter(start, requires_grad=learn_beta)
+        initial = torch.full((heads, 1, 1), beta or (width // heads) ** -0.5)
+        self.beta = nn.Parameter(initial, requires_grad=learn_beta)
         self.state_norm = nn.LayerNorm(width) if normalise else nn.Identity()
         self.stored_norm = nn.LayerNorm(width) if normalise else nn.Identity()
         self.state_map = linear(inputs=width, outputs=width)
@@ -94,7 +94,7 @@ class Association(nn.Module):
         self.out = linear(inputs=width, outputs=width)
 
     def split(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B H S K"]:
-        """Into the heads' spaces."""
+        """Split the features into the heads' spaces."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def project(self, state: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +108,7 @@ class Association(nn.Module):
         return self.split(self.state_map(self.state_norm(state))), self.split(k), self.split(v)
 
     def settle(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-        """All updates, and back from the heads' spaces."""
+        """Run all updates and join the heads' spaces."""
         beta = self.beta.to(q.dtype)
         for _ in range(self.steps - 1):
             q = attend(beta * q, k, k, causal=causal, mask=mask, scale=1.0)
@@ -128,15 +128,15 @@ class Hopfield(Association):
     Paper: Ramsauer et al., "Hopfield Networks is All You Need", arXiv:2008.02217.
 
     Equation (10): ``Z = softmax(beta R W_Q (Y W_K)') Y W_V``, with state patterns R and stored patterns Y layer-normalised;
-    with ``steps`` above 1 the state is first moved by ``xi <- softmax(beta xi K') K`` that many times less one. One step
+    with more than one step, the state is first updated ``steps - 1`` times by ``xi <- softmax(beta xi K') K``. One step
     with the default beta and without normalisation is scaled dot-product attention. Cost: ``steps`` times attention's.
 
     Args:
         width: Features D.
         heads: Associative spaces H.
         causal: Whether a token associates only with itself and earlier ones.
-        steps: Updates.
-        beta: Inverse temperature; 1 / sqrt(D / H) unless told.
+        steps: Number of updates.
+        beta: Inverse temperature. Defaults to 1 / sqrt(D / H).
         learn_beta: Whether each head learns its own.
         normalise: Whether patterns are layer-normalised first.
         linear: Called with ``inputs=, outputs=``.
@@ -174,7 +174,7 @@ class Hopfield(Association):
         self.causal = causal
 
     def forward(self, x: Float[Tensor, "B S D"], context: Context | None = None) -> Float[Tensor, "B S D"]:
-        """Every token settles among the tokens."""
+        """Update every token's state among all tokens."""
         context = context or Context()
         cache = context.cache
         q, k, v = self.project(x, x)
@@ -201,6 +201,8 @@ class HopfieldPooling(Association):
 
     def __init__(self, width: int, heads: int = 1, *, queries: int = 1, **options: Any) -> None:
         super().__init__(width, heads, **options)
+        if queries < 1:
+            raise ValueError(f"HopfieldPooling: queries {queries} must be at least 1.")
         self.queries = nn.Parameter(torch.randn(1, queries, width) * 0.02)
 
     def forward(self, bag: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B Q D"]:
@@ -209,7 +211,7 @@ class HopfieldPooling(Association):
 
 
 class HopfieldLayer(Association):
-    """A memory of learned prototypes in which inputs look up: [B, S, D] to [B, S, D].
+    """Inputs look up a memory of learned prototypes: [B, S, D] to [B, S, D].
 
     Args:
         width: Features D.
@@ -224,6 +226,8 @@ class HopfieldLayer(Association):
 
     def __init__(self, width: int, heads: int = 1, *, prototypes: int = 64, **options: Any) -> None:
         super().__init__(width, heads, **options)
+        if prototypes < 1:
+            raise ValueError(f"HopfieldLayer: prototypes {prototypes} must be at least 1.")
         self.prototypes = nn.Parameter(torch.randn(1, prototypes, width))
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:

@@ -25,11 +25,11 @@ SIZES = {
 
 
 class TokenMixing(nn.Module):
-    """The same MLP across the S places of every channel: [B, S, D] to [B, S, D].
+    """The same MLP across the S positions of every channel: [B, S, D] to [B, S, D].
 
     Args:
-        length: Places S.
-        hidden: Inner features.
+        length: Positions S.
+        hidden: Hidden features.
         activation: Called without arguments.
         linear: Called with ``inputs=, outputs=``.
     """
@@ -39,7 +39,7 @@ class TokenMixing(nn.Module):
         self.mlp = FeedForward(length, hidden=hidden, **parts)
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        """Mix places."""
+        """Mix positions."""
         return self.mlp(x.transpose(1, 2)).transpose(1, 2)
 
 
@@ -51,7 +51,7 @@ class MLPMixer(nn.Module):
 
     Equation (1): ``U_{*,i} = X_{*,i} + W2 gelu(W1 LayerNorm(X)_{*,i})`` for every channel i, then
     ``Y_{j,*} = U_{j,*} + W4 gelu(W3 LayerNorm(U)_{j,*})`` for every patch j; a norm, the mean over patches and a linear
-    head that starts at zero, as in the authors' code. There is no position embedding: places are told apart by W1 and W2.
+    head that is zero at initialisation, as in the authors' code. There is no position embedding: W1 and W2 depend on the position.
 
     Cost for an image of N patches: N D (token_hidden + hidden) multiply-adds in a block, linear in N.
 
@@ -62,9 +62,9 @@ class MLPMixer(nn.Module):
         classes: Number of classes K.
         size: ``nano``, or ``S``, ``B``, ``L``, ``H`` of the paper's table 1; the four numbers below override it.
         depth: Number of blocks.
-        width: Channels D inside.
-        token_hidden: Inner features of the MLP over patches.
-        hidden: Inner features of the MLP over channels.
+        width: Channels D of a patch.
+        token_hidden: Hidden features of the MLP over patches.
+        hidden: Hidden features of the MLP over channels.
         stream: How sublayers are joined.
         norm: What the stream normalises with.
         activation: Inside the MLPs.
@@ -101,8 +101,8 @@ class MLPMixer(nn.Module):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"MLPMixer: size {size!r} is not one of {list(SIZES)}.")
-        told = {"depth": depth, "width": width, "token_hidden": token_hidden, "hidden": hidden}
-        sizes = SIZES[size] | {k: v for k, v in told.items() if v is not None}
+        given = {"depth": depth, "width": width, "token_hidden": token_hidden, "hidden": hidden}
+        sizes = SIZES[size] | {k: v for k, v in given.items() if v is not None}
         depth, width = sizes["depth"], sizes["width"]
         parts = {"activation": factory("activation", activation), "linear": factory("linear", linear)}
         self.patches = Patches(channels, image, patch, width)
@@ -119,7 +119,7 @@ class MLPMixer(nn.Module):
 
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
-        """A Mixer for a task of images and classes; ``nano`` with small patches unless told."""
+        """A Mixer for a task of images and classes; by default ``nano`` with small patches."""
         shape.require("MLPMixer", "image", "classes")
         options = {"size": "nano", "patch": 2 if shape.height <= 16 else 4, **options}
         return cls(shape.channels, (shape.height, shape.width), classes=shape.classes, **options)

@@ -1,4 +1,4 @@
-"""Parametric spans: one definition of a linear layer, of which dense, convolution, pooling, graph and attention are cases."""
+"""Parametric spans: one definition of a linear layer with dense, convolution, pooling, graph and attention layers as instances."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from interlayer.core.example import Example
 class Span(nn.Module):
     """Three maps out of one index space: ``source: E -> X``, ``target: E -> Y`` and ``weight: E -> W``, and a measure on E.
 
-    An edge e says: the input at ``source[e]``, multiplied by the weight at ``weight[e]``, goes to the output at
-    ``target[e]``. ``push`` is the layer; ``adjoint`` and ``weight_gradient`` are its derivatives, by the same construction
-    with the three maps in other roles.
+    For each edge e, the input at ``source[e]`` times the weight at ``weight[e]`` is added to the output at ``target[e]``.
+    ``push`` is the layer; ``adjoint`` and ``weight_gradient`` are its derivatives, by the same construction with the three
+    maps exchanged.
 
     Args:
-        source: [E], numbers of input sites.
-        target: [E], numbers of output sites.
-        weight: [E], numbers of weights.
-        sizes: How many input sites X, output sites Y and weights W there are.
-        mass: [E], the measure that is integrated against; 1 for each edge if None.
+        source: [E], indices of input sites.
+        target: [E], indices of output sites.
+        weight: [E], indices of weights.
+        sizes: Number of input sites X, output sites Y and weights W.
+        mass: [E], the measure of integration. Defaults to 1 for each edge.
 
     Raises:
-        ValueError: Maps of different length, or a number outside its size.
+        ValueError: Maps of different lengths, or an index out of range.
     """
 
     source: Tensor
@@ -57,23 +57,23 @@ class Span(nn.Module):
 
     @property
     def edges(self) -> int:
-        """How many edges there are."""
+        """Number of edges."""
         return len(self.source)
 
     def adjoint(self) -> Span:
-        """The span read backwards: its layer, with transposed weights, takes output gradients to input gradients."""
+        """The reversed span: its layer, with transposed weights, maps output gradients to input gradients."""
         x, y, w = self.sizes
         return Span(self.target, self.source, self.weight, (y, x, w), self.mass)
 
     def plan(self, outputs: int, inputs: int) -> str:
-        """Where multiplying is cheapest; by the projection formula all four give the same.
+        """Where to multiply most cheaply; all four give the same result by the projection formula.
 
         ``matrix``: the span's dense matrix, W x E written and X Y multiplied; ``targets``: after pushing to (target,
         weight) pairs; ``sources``: before pulling back; ``edges``: in between, as the definition says.
         """
         x, y, w = self.sizes
         each = outputs * inputs
-        # An edge costs a gather and a scatter beside its products, which are not as fast as those of a matrix.
+        # An edge costs a gather and a scatter besides its products, which are slower than a matrix product's.
         costs = {
             "matrix": x * y * each,
             "targets": 4 * self.edges * inputs + w * y * each,
@@ -87,8 +87,8 @@ class Span(nn.Module):
 
         Args:
             x_BCX: Inputs.
-            w: [W, O, C], a matrix over channels for each weight; or [W] or [B, W], numbers that act on all channels.
-            plan: See ``plan``; the cheapest unless told.
+            w: [W, O, C], a matrix over channels for each weight; or [W] or [B, W], scalars for all channels.
+            plan: See ``plan``. Defaults to the cheapest.
 
         Returns:
             [B, O, Y].
@@ -121,7 +121,7 @@ class Span(nn.Module):
         if plan == "edges":
             z = torch.einsum("bce,eoc->boe", x_BCX[..., self.source], w[self.weight])
             return _integrate(z, mass, self.target, outs)
-        raise ValueError(f"Span: no plan {plan!r}; there are matrix, targets, sources and edges.")
+        raise ValueError(f"Span: plan {plan!r} is not one of 'matrix', 'targets', 'sources' and 'edges'.")
 
     def _numbers(self, x_BCX: Tensor, w: Tensor) -> Tensor:
         sites, outs, _ = self.sizes
@@ -149,7 +149,7 @@ def _integrate(values: Tensor, mass: Tensor | None, along: Tensor, size: int) ->
 
 
 def dense(inputs: int, outputs: int) -> Span:
-    """Every input with every output, each pair with a weight of its own: ``torch.nn.Linear``."""
+    """Every input with every output, one weight for each pair: ``torch.nn.Linear``."""
     edge = torch.arange(inputs * outputs)
     return Span(edge % inputs, edge // inputs, edge, (inputs, outputs, inputs * outputs))
 
@@ -169,9 +169,9 @@ def convolution(
         shape: Sizes of the grid.
         kernel: Sizes of the kernel.
         stride: Steps between outputs, in sites.
-        padding: Zeros on each side; edges that would begin there are left out.
+        padding: Zeros on each side; edges from them are left out.
         dilation: Steps between the kernel's sites.
-        shared: Whether outputs share their weights; otherwise the layer is locally connected.
+        shared: Whether outputs share weights; otherwise the layer is locally connected.
 
     Raises:
         ValueError: The kernel does not fit into the padded grid.
@@ -188,7 +188,7 @@ def convolution(
         raise ValueError(
             f"Span: kernel {kernels} with dilation {gaps} does not fit into {list(shape)} with padding {pads}."
         )
-    # [outputs, kernel sites, axes]: where each output looks
+    # [outputs, kernel sites, axes]: what each output reads
     y = torch.cartesian_prod(*map(torch.arange, outs)).view(prod(outs), 1, axes)
     k = torch.cartesian_prod(*map(torch.arange, kernels)).view(1, prod(kernels), axes)
     at = y * torch.tensor(strides) - torch.tensor(pads) + k * torch.tensor(gaps)
@@ -201,7 +201,7 @@ def convolution(
 
 
 def pooling(shape: Sequence[int], kernel: int | Sequence[int], *, stride: int | Sequence[int] | None = None) -> Span:
-    """Averages over windows: one weight, and a measure that gives every window the mass 1 (``avg_pool``)."""
+    """Averages over windows: one weight, and a measure that gives every window mass 1 (``avg_pool``)."""
     grid = convolution(shape, kernel, stride=kernel if stride is None else stride)
     share = torch.full((grid.edges,), 1.0 / grid.sizes[2], dtype=torch.float64)
     return Span(grid.source, grid.target, torch.zeros_like(grid.weight), (*grid.sizes[:2], 1), share)
@@ -213,7 +213,7 @@ def graph(edges: Int[Tensor, "2 E"], nodes: int, *, mass: Tensor | None = None) 
 
 
 def attention(queries: int, keys: int, *, causal: bool = False) -> Span:
-    """Every query with every key (causal: not with later ones, the last query seeing all); the weights come from the data."""
+    """Every query with every key (causal: only with earlier ones, where the last query sees all keys); the weights come from the data."""
     pair = torch.arange(queries * keys)
     if causal:
         pair = pair[pair % keys <= pair // keys + keys - queries]
@@ -221,14 +221,14 @@ def attention(queries: int, keys: int, *, causal: bool = False) -> Span:
 
 
 class ParametricSpan(nn.Module):
-    """The linear layer of a span: inputs are pulled back to edges, multiplied by weights, and summed where they go.
+    """The linear layer of a span: pull inputs back to edges, multiply them by weights, and sum at the targets.
 
     Paper: Bergomi and Vertechi, "Neural network layers as parametric spans", arXiv:2208.00809.
 
     Equation: for ``X <-s- E -t-> Y`` and ``p: E -> W``, ``y = t_!(s^* x . p^* w)``, that is
-    ``y[j] = sum over e with t(e) = j of m(e) w[p(e)] x[s(e)]``, m being the measure. The derivatives have the same form
-    with the maps exchanged: ``dx = s_!(t^* dy . p^* w')`` and ``dw = p_!(t^* dy . s^* x)``. Channels are a dense factor: each
-    weight is a matrix over them. The paper's text could not be read in full; notation and the discrete form are this project's.
+    ``y[j] = sum over e with t(e) = j of m(e) w[p(e)] x[s(e)]``, where m is the measure. The derivatives have the same
+    form with the maps exchanged: ``dx = s_!(t^* dy . p^* w')`` and ``dw = p_!(t^* dy . s^* x)``. Channels are a dense factor: each
+    weight is a matrix over them. The paper could not be read in full; notation and discrete form are this project's.
 
     Cost: that of the cheapest of four orders (``Span.plan``); a convolution is as many products as torch's, on gathered
     inputs.
@@ -237,12 +237,12 @@ class ParametricSpan(nn.Module):
         span: Which inputs meet which weights and where they go: ``dense``, ``convolution``, ``pooling``, ``graph`` or your own.
         inputs: Input channels C.
         outputs: Output channels O.
-        bias: Whether every output channel has a learned offset.
+        bias: Whether to add a learned offset to each output channel.
 
     Shapes: [B, C, X] to [B, O, Y].
 
     Raises:
-        ValueError: An input of other channels or sites.
+        ValueError: An input with another number of channels or sites.
 
     Examples:
         >>> import torch

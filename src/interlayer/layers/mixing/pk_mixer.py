@@ -24,27 +24,27 @@ def commutation(rows: int, columns: int) -> Tensor:
 
 
 class PermutedKronecker(nn.Module):
-    """One small matrix, applied to every group of a permuted vector: ``y = J_2' (I_n (x) W) J_1 x``.
+    """Apply one small matrix to every group of a permuted vector: ``y = J_2' (I_n (x) W) J_1 x``.
 
     Paper: Hayase and Karakida, "Understanding MLP-Mixer as a Wide and Sparse MLP", arXiv:2306.01470.
 
     Equation: for features X [S, C] in one vector of m = S C, channel mixing ``X W'`` is ``I_S (x) W`` and token mixing ``V X`` is
     ``J' (I_C (x) V) J`` with the commutation J. Both are the same layer with other permutations; ``random`` draws J_1 and
-    J_2 once. As a matrix (``dense``) it is n inputs wide times n outputs, of which a share ``1 / n`` is not zero.
+    J_2 once. As a matrix (``dense``) it has n outputs x n inputs entries, of which a share ``1 / n`` is not zero.
 
-    Cost: n inputs outputs multiply-adds; as a dense layer it would be n times as many.
+    Cost: n inputs outputs multiply-adds; a dense layer takes n times as many.
 
     Args:
-        copies: n, how often the matrix is applied.
+        copies: Number of groups n.
         inputs: Columns of W.
         outputs: Rows of W.
         order: Which entries form a group: ``channels`` (neighbours), ``tokens`` (every n-th) or ``random``.
-        bias: Whether the outputs have a learned offset, shared by the groups.
+        bias: Whether to add a learned offset, shared by the groups.
 
     Shapes: [..., n inputs] to [..., n outputs].
 
     Raises:
-        ValueError: Unknown order, sizes below 1, or an input of other features.
+        ValueError: Unknown order, sizes below 1, or an input with another number of features.
 
     Examples:
         >>> import torch
@@ -113,18 +113,18 @@ class PKMixer(nn.Module):
     """A Mixer whose layers are permuted-Kronecker: the usual blocks or the simplest ones, with ordered or random groups.
 
     ``normal``: pre-normed residual branches of two layers each, across tokens and across channels, as in the MLP-Mixer.
-    ``simple``: ``x <- act(mix x)``, tokens and channels in turn, nothing else; that is a wide MLP with sparse weights, and
-    ``wide()`` gives its dense twin. With ``random`` groups (RP-Mixer) no layer knows of tokens or channels.
+    ``simple``: ``x <- act(mix x)``, alternating between tokens and channels, and nothing else; this is a wide MLP with sparse
+    weights, whose dense twin is ``wide()``. With ``random`` groups (RP-Mixer) the layers ignore tokens and channels.
 
     Args:
         channels: Channels of the image.
         image: Height and width in pixels, or one number.
         patch: Side of a patch in pixels.
         classes: Number of classes K.
-        tokens: Tokens S that patches are mapped to; as many as there are patches unless told.
-        width: Channels C inside.
+        tokens: Tokens S to which patches are mapped. Defaults to the number of patches.
+        width: Channels C of a token.
         depth: Blocks, each with one mixing across tokens and one across channels.
-        hidden: Inner features of ``normal``, as a multiple of S and of C.
+        hidden: Hidden features of ``normal``, as a multiple of S and of C.
         variant: ``normal`` or ``simple``.
         random: Whether groups are random.
 
@@ -163,14 +163,14 @@ class PKMixer(nn.Module):
         self.variant, self.tokens, self.width = variant, s, width
         across, along = ("random", "random") if random else ("tokens", "channels")
         self.arrange = PermutedKronecker(c, count, s, order="tokens", bias=False) if s != count else None
-        inner = {"tokens": [s], "channels": [c]}
+        hidden_sizes = {"tokens": [s], "channels": [c]}
         if variant == "normal":
-            inner = {"tokens": [s, round(hidden * s), s], "channels": [c, round(hidden * c), c]}
+            hidden_sizes = {"tokens": [s, round(hidden * s), s], "channels": [c, round(hidden * c), c]}
         else:
-            inner = {"tokens": [s, s], "channels": [c, c]}
+            hidden_sizes = {"tokens": [s, s], "channels": [c, c]}
         self.branches = nn.ModuleList()
         for _ in range(depth):
-            for order, sizes, copies in ((across, inner["tokens"], c), (along, inner["channels"], s)):
+            for order, sizes, copies in ((across, hidden_sizes["tokens"], c), (along, hidden_sizes["channels"], s)):
                 layers = [PermutedKronecker(copies, a, b, order=order) for a, b in pairwise(sizes)]
                 self.branches.append(nn.ModuleList(layers))
         norms = depth * 2 + 1 if variant == "normal" else 0

@@ -1,4 +1,4 @@
-"""RepGhost: features reused by addition, in a form that melts into one depthwise convolution for inference."""
+"""RepGhost: features reused by addition, in a form that fuses into one depthwise convolution for inference."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 
 
 class RepGhost(nn.Module):
-    """A 1x1 convolution makes channels, a cheap depthwise one adds to them: reuse by addition, not by concatenation.
+    """A 1x1 convolution makes channels and a cheap depthwise one adds to them: reuse by addition, not by concatenation.
 
     Paper: Chen et al., "RepGhost: A Hardware-Efficient Ghost Module via Re-parameterization", arXiv:2211.06088.
 
-    Equation: ``x_1 = relu(BN(W * x))``, ``y = relu(BN(D * x_1) + BN'(x_1))`` with the depthwise D. Without activation inside, the
-    two norms and D are one depthwise convolution with bias: its kernel is D's, scaled, with the scale of BN' added in the
-    middle. ``fused()`` gives that form, with the norms of the 1x1 convolution melted in too.
+    Equation: ``x_1 = relu(BN(W * x))``, ``y = relu(BN(D * x_1) + BN'(x_1))`` with the depthwise D. There is no activation between,
+    so that the two norms and D are one depthwise convolution with bias: its kernel is that of D, scaled, plus the scale of BN'
+    at the centre. ``fused()`` gives that form and fuses the norm of the 1x1 convolution too.
 
-    Cost: inputs outputs + k^2 outputs multiply-adds a pixel, in training twice outputs more for the branch.
+    Cost: inputs outputs + k^2 outputs multiply-adds for each pixel, and 2 outputs for the branch in training.
 
     Args:
         inputs: Input channels.
         outputs: Output channels.
         kernel: Side k of the depthwise kernel, odd.
-        activation: Whether to rectify (after the 1x1 convolution and at the end).
-        branch: Whether there is the batch-norm branch; without it nothing is reused.
+        activation: Whether to apply ReLU, after the 1x1 convolution and at the end.
+        branch: Whether to build the batch-norm branch; without it nothing is reused.
 
     Shapes: [B, inputs, H, W] to [B, outputs, H, W].
 
     Raises:
-        ValueError: An even kernel, or an input of other channels.
+        ValueError: An even kernel, an input with another number of channels, or without pixels.
 
     Examples:
         >>> import torch
@@ -80,7 +80,7 @@ class RepGhost(nn.Module):
     ) -> None:
         super().__init__()
         if kernel % 2 == 0:
-            raise ValueError(f"RepGhost: kernel {kernel} is even; it needs a middle.")
+            raise ValueError(f"RepGhost: kernel {kernel} is even; wanted an odd one, which has a centre.")
         self.inputs = inputs
         self.primary, self.cheap = _conv(inputs, outputs, 1), _conv(outputs, outputs, kernel, groups=outputs)
         self.branch = nn.BatchNorm2d(outputs) if branch else None
@@ -114,13 +114,13 @@ def _fused_pair(pair: nn.Sequential) -> nn.Conv2d:
 
 
 class Ghost(nn.Module):
-    """GhostNet's module (Han et al., arXiv:1911.11907): the cheap convolution's channels are put beside the first ones.
+    """GhostNet's module (Han et al., arXiv:1911.11907): the cheap convolution's channels are concatenated with the first ones.
 
     Args:
         inputs: Input channels.
         outputs: Output channels, even.
         kernel: Side of the depthwise kernel, odd.
-        activation: Whether to rectify both halves.
+        activation: Whether to apply ReLU to both halves.
 
     Shapes: [B, inputs, H, W] to [B, outputs, H, W].
     """
@@ -128,7 +128,9 @@ class Ghost(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, kernel: int = 3, activation: bool = True) -> None:
         super().__init__()
         if outputs % 2:
-            raise ValueError(f"Ghost: outputs {outputs} is odd; half of them are made from the other half.")
+            raise ValueError(
+                f"Ghost: outputs {outputs} is odd; wanted an even number, as one half is made from the other."
+            )
         half = outputs // 2
         self.inputs = inputs
         self.primary, self.cheap = _conv(inputs, half, 1), _conv(half, half, kernel, groups=half)
@@ -141,24 +143,24 @@ class Ghost(nn.Module):
         return torch.cat((x, self.act(self.cheap(x))), 1)
 
     def fused(self) -> Ghost:
-        """A copy whose norms are melted into its convolutions, for inference."""
+        """A copy for inference with the norms fused into the convolutions."""
         twin = copy.deepcopy(self).eval()
         twin.primary, twin.cheap = (nn.Sequential(_fused_pair(pair)) for pair in (self.primary, self.cheap))
         return twin
 
 
 class SqueezeExcite(nn.Module):
-    """Channels scaled by gates that see the mean of the whole image (Hu et al., arXiv:1709.01507).
+    """Scale channels by gates that depend on the mean of the image (Hu et al., arXiv:1709.01507).
 
     Args:
         channels: Channels C.
-        ratio: Inner channels as a share of C, rounded to a multiple of 4.
+        ratio: Hidden channels as a share of C, rounded to a multiple of 4.
     """
 
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__()
-        inner = _divisible(channels * ratio)
-        self.down, self.up = nn.Conv2d(channels, inner, 1), nn.Conv2d(inner, channels, 1)
+        hidden = _divisible(channels * ratio)
+        self.down, self.up = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Scale the channels."""
@@ -175,7 +177,7 @@ class Bottleneck(nn.Module):
         kernel: Side of the strided depthwise kernel and of the shortcut's.
         stride: 1 or 2.
         squeeze: Ratio of the squeeze-and-excitation; 0 for none.
-        concatenate: Build GhostNet's modules, with twice the middle channels, which are as many FLOPs but for the last
+        concatenate: Build GhostNet's modules, with twice the middle channels for the same FLOPs, except for the last
             depthwise kernel.
         branch: Whether RepGhost modules have their branch.
     """
@@ -221,7 +223,7 @@ class RepGhostNet(nn.Module):
     Args:
         channels: Channels of the image.
         classes: Number of classes K.
-        width: What all channel counts are multiplied by, then rounded to a multiple of 4 as the authors do.
+        width: Factor of all channel counts, which are then rounded to multiples of 4 as in the authors' code.
         units: (kernel, middle, outputs, squeeze, stride) of each unit.
         stem: Stride of the first convolution.
         head: Features of the last hidden layer.
@@ -275,7 +277,7 @@ class RepGhostNet(nn.Module):
         return self.head(F.relu(self.hidden(self.blocks(self.stem(image)).mean((2, 3)))))
 
     def fused(self) -> RepGhostNet:
-        """A copy for inference: every module fused, every other batch norm melted into its convolution."""
+        """A copy for inference: every module and every other batch norm fused."""
         net = copy.deepcopy(self).eval()
         _fuse(net)
         return net
@@ -298,7 +300,7 @@ def _fuse(module: nn.Module) -> None:
 
 
 def _shifted() -> RepGhost:
-    """Norms with biases: without, whole regions lie exactly on the kink of the last rectifier."""
+    """Norms with non-zero biases: with zero ones, whole regions lie exactly on the kink of the last ReLU."""
     layer = RepGhost(3, 4)
     for module in layer.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -15,7 +15,7 @@ from interlayer.core.example import Example
 
 
 def shift(x_BCHW: Tensor, by_C2: Int[Tensor, "C 2"]) -> Tensor:
-    """Move every channel by its own whole number of rows and columns: ``y[c, i, j] = x[c, i + a_c, j + b_c]``, zero outside.
+    """Move every channel by its own integer number of rows and columns: ``y[c, i, j] = x[c, i + a_c, j + b_c]``, zero outside.
 
     Args:
         x_BCHW: Images.
@@ -30,7 +30,7 @@ def shift(x_BCHW: Tensor, by_C2: Int[Tensor, "C 2"]) -> Tensor:
 
 
 def bilinear_shift(x_BCHW: Tensor, by_C2: Float[Tensor, "C 2"]) -> Tensor:
-    """``shift`` by fractions of pixels: the mean of the four whole shifts around, weighted by nearness."""
+    """``shift`` by fractions of pixels: the mean of the four neighbouring integer shifts, weighted bilinearly."""
     low = by_C2.floor()
     part = (by_C2 - low).to(x_BCHW.dtype)
     out = torch.zeros_like(x_BCHW)
@@ -42,13 +42,13 @@ def bilinear_shift(x_BCHW: Tensor, by_C2: Float[Tensor, "C 2"]) -> Tensor:
 
 
 class SparseShift(nn.Module):
-    """Every channel moves by a learned displacement, rounded to whole pixels; a penalty keeps most of them where they are.
+    """Move every channel by a learned displacement, rounded to integer pixels; a penalty leaves most of them unshifted.
 
     Paper: Chen et al., "All You Need is a Few Shifts: Designing Efficient Convolutional Neural Networks for Image
     Classification", doi:10.1109/CVPR.2019.00741.
 
     Equation: ``y[c, i, j] = x[c, i + round(a_c), j + round(b_c)]``, zero outside the image. Quantisation-aware: the forward
-    pass takes whole pixels, the gradient of ``a, b`` is that of bilinear interpolation at their real values. The loss gets
+    pass uses integer pixels, the gradient of ``a, b`` is that of bilinear interpolation at their real values. The loss gets
     ``penalty sum_c |a_c| + |b_c|``, the paper's, and ``decay / 2 sum_c a_c^2 + b_c^2`` (``extra_loss``). The authors' code
     (github.com/hikvision-research/SparseShiftLayer) has the second alone, as weight decay of 4e-5, and learns the
     displacements in the first half of the training only (``settle``). The paper's weight of the first could not be
@@ -66,7 +66,7 @@ class SparseShift(nn.Module):
     Shapes: [B, C, H, W] to the same.
 
     Raises:
-        ValueError: Below one channel, a negative penalty, decay or spread, or an input of other channels.
+        ValueError: Fewer than one channel, a negative penalty, decay or spread, or an input with other channels.
 
     Examples:
         >>> import torch
@@ -101,7 +101,7 @@ class SparseShift(nn.Module):
 
     @property
     def unshifted(self) -> float:
-        """Share of the channels that stay where they are."""
+        """Share of the unshifted channels."""
         return (self.displacement.detach().round() == 0).all(1).float().mean().item()
 
     def extra_loss(self) -> Tensor:
@@ -123,15 +123,15 @@ class SparseShift(nn.Module):
 
 
 class IntegerShift(nn.Module):
-    """Whole shifts of some channels; the others are not touched. What ``SparseShift.deployed`` gives.
+    """Integer shifts of some channels; the others are left untouched. What ``SparseShift.deployed`` returns.
 
     Args:
-        displacement: [C, 2] whole pixels.
+        displacement: [C, 2] integer pixels.
 
     Shapes: [B, C, H, W] to the same.
 
     Raises:
-        ValueError: An input of other channels.
+        ValueError: An input with another number of channels.
     """
 
     moved: Tensor
@@ -145,7 +145,7 @@ class IntegerShift(nn.Module):
         self.register_buffer("by", displacement[moved])
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Move the channels that move."""
+        """Move the shifted channels."""
         _channels(self, x, self.channels)
         return x.index_copy(1, self.moved, shift(x[:, self.moved], self.by)) if len(self.moved) else x
 

@@ -19,36 +19,36 @@ SAMPLERS = ("unbiased", "local")
 
 
 class SSA(Attention):
-    """Self-attention that in training lets each token see a random part of the others, drawn anew in each pass and layer.
+    """Self-attention that, in training, lets each token see a random subset of the others, drawn again in each pass and layer.
 
     Paper: Hussain, Zaki and Subramanian, "The Information Pathways Hypothesis: Transformers are Dynamic Self-Ensembles",
     arXiv:2306.01705.
 
     Equation: ``y_i = softmax(q_i K_g' / sqrt(K)) V_g``, where g is the group of token i. With ``n = round(1 / sampling)`` the
-    tokens are put in a random order, which is cut into groups of ``m = ceil(S / n)``; if m does not divide S, the last
-    group is filled up with keys of the one before. The order is
+    tokens are put in a random order, which is cut into groups of ``m = ceil(S / n)``; if m does not divide S, keys of the
+    group before complete the last one. The order is
 
     - ``unbiased``: a uniform permutation, so that i sees itself and each other token with probability (m - 1) / (S - 1);
-    - ``local``: places ``i + spread m N(0, 1) + u`` on a ring of length S with one random shift u: windows whose
-      borders move and whose tokens are shuffled with near ones, so that near tokens meet more often than far ones.
+    - ``local``: by ``i + spread m N(0, 1) + u`` on a ring of length S with one random shift u: windows with moving borders
+      whose tokens are shuffled with near ones, so that near tokens meet more often than far ones.
 
     Groups keep the order of time, so that causal attention is causal attention within each group: no mask over S^2
-    exists in either form, and no token is without a key. A step costs S^2 / n in place of S^2 scores, and three
-    gathers of S rows and one back. All heads and sequences of a batch share one draw from torch's global generator.
+    exists in either form, and no token is without a key. A step costs S^2 / n scores instead of S^2, three gathers of S
+    rows, and one back. All heads and sequences of a batch share one draw from torch's global generator.
 
     In evaluation it is dense attention, unless ``resample`` is set; ``anneal`` raises the sampling to dense at the end of
-    training and ``ensemble`` averages predictions over fresh samples. The pathways of one sequence cannot be drawn
-    token by token: decoding with a cache is dense.
+    training and ``ensemble`` averages predictions over fresh samples. Pathways cannot be drawn token by token, so decoding with a
+    cache is dense.
 
-    No reference implementation is public. Could not be verified: the paper's exact samplers (here queries are dealt out
-    together with keys, which gives the causal form without a mask), noise, and schedule of the fine-tuning.
+    No reference implementation is public. The paper's exact samplers, noise and fine-tuning schedule could not be verified;
+    here queries are grouped together with keys, which gives the causal form without a mask.
 
     Args:
         width: Features D.
         heads: Query heads.
-        sampling: Part of the tokens that each one sees in training; rounded to the nearest 1 / integer.
+        sampling: Share of the tokens that each one sees in training, rounded to the nearest 1 / integer.
         sampler: ``"unbiased"`` or ``"local"``.
-        spread: Standard deviation of a token's place in ``local``, in groups; 0 leaves shifted windows.
+        spread: Standard deviation of a token's position in ``local``, in groups; 0 gives shifted windows.
         kv_heads: Key-value heads, if fewer.
         causal: Whether a token sees only itself and earlier ones.
         values: Whether this sublayer projects values of its own.
@@ -87,11 +87,11 @@ class SSA(Attention):
         _part(sampling)
         if sampler not in SAMPLERS or spread < 0:
             raise ValueError(f"SSA: sampler {sampler!r}, spread {spread}; wanted one of {SAMPLERS} and at least 0.")
-        self.sampling = self.current = sampling  # what was asked for, and where annealing has got to
+        self.sampling = self.current = sampling  # as built, and as annealed so far
         self.sampler, self.spread, self.resample = sampler, spread, False
 
     def deal(self, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Tokens of each group, [groups, m] in the order of time, and the slot where each token asks, [length]."""
+        """Tokens of each group in the order of time, [groups, m], and the index of each token's query among them, [length]."""
         size = -(-length // round(1 / self.current))
         if self.sampler == "unbiased":
             order = torch.randperm(length, device=device)
@@ -102,7 +102,7 @@ class SSA(Attention):
         own = torch.arange(0, length, size, device=device)[:, None]
         rank = own.clamp(max=length - size) + torch.arange(size, device=device)
         token, at = order[rank].sort(-1)
-        # The last group repeats some of the one before it: there they are keys only.
+        # The last group repeats tokens of the one before; there they are keys only.
         asks = torch.where((rank >= own).gather(1, at), token, length)
         return token, asks.flatten().argsort()[:length]
 
@@ -120,7 +120,7 @@ class SSA(Attention):
                 )
         if self.sampled and context is not None and context.cache is not None:
             raise ValueError(
-                "SSA: a cache, but pathways are sampled over whole sequences. Decode after model.eval(), with resample off."
+                "SSA: a cache while pathways are sampled over whole sequences. Decode after model.eval() and with resample off."
             )
         return super().forward(x, context)
 
@@ -144,7 +144,7 @@ class SSA(Attention):
 
 def _part(sampling: float) -> None:
     if not 0 < sampling <= 1:
-        raise ValueError(f"SSA: sampling {sampling}; wanted a part of the tokens, above 0 and at most 1.")
+        raise ValueError(f"SSA: sampling {sampling}; wanted a share above 0 and at most 1.")
 
 
 def layers(model: nn.Module) -> list[SSA]:
@@ -160,14 +160,14 @@ def layers(model: nn.Module) -> list[SSA]:
 
 
 def anneal(model: nn.Module, progress: float, *, start: float = 0.7, full: float = 0.9) -> float:
-    """Set the sampling for this point of the training: each layer's own until ``start``, from ``full`` on dense.
+    """Set the sampling for this point of the training: each layer's own until ``start``, dense from ``full`` on.
 
-    Between them it rises geometrically (1/8, 1/4, 1/2, 1 take equally long). Call it before each step; nothing is
-    remembered, so that a resumed run goes on as it would have.
+    Between them it rises geometrically (1/8, 1/4, 1/2, 1 take equally long). Call it before each step; it keeps
+    no state, so that a resumed run continues as before.
 
     Args:
         model: Has SSA layers.
-        progress: Part of the training that is done, 0 to 1.
+        progress: Share of the training that is done, 0 to 1.
         start: Where the rise begins.
         full: Where all pathways are open.
 
@@ -193,11 +193,11 @@ def anneal(model: nn.Module, progress: float, *, start: float = 0.7, full: float
 
 @contextmanager
 def resampled(model: nn.Module, sampling: float | None = None) -> Iterator[None]:
-    """Within it the model is in evaluation, but with pathways sampled anew in each pass.
+    """Evaluate a model with pathways sampled again in each pass; a context manager.
 
     Args:
         model: Has SSA layers.
-        sampling: In place of each layer's own.
+        sampling: Replaces each layer's own.
 
     Raises:
         ValueError: No SSA layer, or a sampling outside (0, 1].
@@ -226,14 +226,14 @@ def ensemble(
     sampling: float | None = None,
     predict: Callable[[Tensor], Tensor] = lambda out: out.softmax(-1),
 ) -> Tensor:
-    """Mean prediction of the sub-networks that ``members`` samples of pathways give: one model, that many passes.
+    """Mean prediction over ``members`` samples of pathways: one model, that many passes.
 
     Args:
         model: Has SSA layers.
         *inputs: What the model takes.
-        members: Passes.
-        sampling: In place of each layer's own.
-        predict: Turns the model's output into what is averaged; probabilities unless told.
+        members: Number of passes.
+        sampling: Replaces each layer's own.
+        predict: Maps the model's output to what is averaged. Defaults to probabilities.
 
     Raises:
         ValueError: No SSA layer, no member, or a sampling outside (0, 1].

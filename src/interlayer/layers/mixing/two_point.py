@@ -1,4 +1,4 @@
-"""Two-point neurons: what a unit receives is amplified or suppressed by the context that its neighbours give."""
+"""Two-point neurons: context from neighbouring units amplifies or suppresses what a unit transmits."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from interlayer.core.example import Example
 def modulate(drive: Tensor, context: Tensor) -> Tensor:
     """Asynchronous modulatory transfer function ``ReLU6(R^2 + 2 R + C (1 + |R|))`` of drive R and context C.
 
-    Without context a weak drive passes about doubled if positive and not at all if it is negative and above -2; an
-    agreeing context raises it, and an opposed one silences even a strong drive.
+    Without context, a weak positive drive is about doubled and a negative one above -2 is blocked. A context of the same sign
+    raises the output; one of the opposite sign silences even a strong drive.
     """
     return F.relu6(drive * (drive + 2) + context * (1 + drive.abs()))
 
@@ -30,20 +30,20 @@ class TwoPoint(nn.Module):
     nets", arXiv:2211.01950.
 
     Equation: ``y = ReLU6(R^2 + 2 R + C (1 + |R|))`` with ``R = W x + b`` and ``C = W_L l + W_U u`` from local context l (units of
-    the same layer, of other streams above all) and universal context u (what all streams share). The transfer function
-    is the one of later work of the authors (arXiv:2505.06257); the paper's own text could not be checked for it.
+    the same layer, mostly of other streams) and universal context u (shared by all streams). The transfer function
+    is that of the authors' later work (arXiv:2505.06257); it could not be checked against the paper's own text.
 
     Args:
         inputs: Features of the receptive field.
         outputs: Units N.
         local: Features of the local context.
         universal: Features of the universal context.
-        transfer: From drive and context to the output; ``point`` gives the units of an ordinary net.
+        transfer: Maps drive and context to the output; ``point`` gives ordinary units.
 
     Shapes: [..., inputs], [..., local], [..., universal] to [..., N].
 
     Raises:
-        ValueError: An input of other features.
+        ValueError: An input with another number of features.
 
     Examples:
         >>> import torch
@@ -80,15 +80,15 @@ def point(drive: Tensor, context: Tensor) -> Tensor:
 
 @configured
 class MCC(nn.Module):
-    """Multisensory cooperative computing: streams of two-point layers, one for each sense, that are each other's context.
+    """Multisensory cooperative computing: one stream of two-point layers for each sense, with the others as context.
 
-    In every layer the drives of the other streams are a stream's local context. The universal context is one vector for
-    all streams: what all senses, then all streams' outputs, layer by layer, project to, added up.
+    In every layer, a stream's local context is the drives of the other streams. The universal context is one vector for all
+    streams: the sum of learned projections of all senses and, layer by layer, of all streams' outputs.
 
     Args:
         senses: Features of each sense.
         units: Units of each layer of a stream.
-        outputs: Features that are read out of all streams' last layers.
+        outputs: Features that are read from the last layers of all streams.
         universal: Features of the universal context.
         depth: Layers of each stream.
         two_point: Whether units are two-point; otherwise point neurons with the same connections.
@@ -96,7 +96,7 @@ class MCC(nn.Module):
     Shapes: one [B, features] for each sense to [B, outputs].
 
     Raises:
-        ValueError: Another number of senses, or features, than it was built for.
+        ValueError: Senses or features that differ in number from what it was built for.
 
     Examples:
         >>> import torch

@@ -14,7 +14,7 @@ from interlayer.core.example import Example
 
 
 class RMSNorm(nn.Module):
-    """Each vector is divided by its root mean square, or by that of its first part, and scaled by a learned gain.
+    """Divide each vector by its root mean square, or by that of its first part, and scale it by a learned gain.
 
     Paper: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
 
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension."""
         if x.ndim == 0 or x.shape[-1] != self.width:
             raise ValueError(
-                f"RMSNorm: input {tuple(x.shape)}; wanted [..., {self.width}], the width that it was built with."
+                f"RMSNorm: input {tuple(x.shape)}; wanted [..., {self.width}], the width it was built with."
             )
         wide = torch.promote_types(x.dtype, torch.float32)
         eps = torch.finfo(wide).eps if self.eps is None else self.eps
@@ -86,8 +86,8 @@ def rms_norm_naive(x: Tensor, weight: Tensor, first: int, eps: float) -> Tensor:
 class RMS(torch.autograd.Function):
     """``rms_norm_naive`` over all features on a CPU in eager mode, where torch has no fused kernel of its own.
 
-    The backward pass borrows that of the layer norm: with r in place of the deviation and 0 in place of the mean it gives
-    ``dw`` exactly, and ``dx`` but for ``r mean(w dy)``, which the layer norm's mean would take away and is added again.
+    The backward pass uses that of the layer norm, with r for the inverse standard deviation and 0 for the mean: ``dw`` is exact,
+    and ``dx`` lacks ``r mean(w dy)``, which the layer norm's mean subtracts and which is added again.
     """
 
     @staticmethod
@@ -108,7 +108,7 @@ class RMS(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, r_N1 = ctx.saved_tensors
         n = x.shape[-1]
-        if torch.is_grad_enabled():  # a second derivative is wanted: the same in operations that have one
+        if torch.is_grad_enabled():  # for second derivatives: the same with differentiable operations
             r = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.eps)
             dx = r * weight * dy - x * (r**3 * (dy * weight * x).sum(-1, keepdim=True) / n)
             return dx, (r * x * dy).reshape(-1, n).sum(0), None
@@ -128,7 +128,7 @@ class RMS(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, eps: float) -> Any:
-        """Rows are independent; weights that are batched too take the equation."""
+        """Rows are independent; with batched weights, use the equation."""
         at = in_dims[0]
         x = x.movedim(at, 0) if at is not None else x.expand(info.batch_size, *x.shape)
         if in_dims[1] is None:

@@ -1,4 +1,4 @@
-"""Very deep plain convolutional nets: orthonormal filters and modulated backward errors in place of shortcuts."""
+"""Very deep plain convolutional nets: orthonormal filters and modulated backward errors instead of shortcuts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from interlayer.core.stream import Norm, State, Stream, Width, layernorm, widths
 
 
 class Plain(Stream):
-    """The plain net of the paper as a stream: ``x_{l+1} = f_l(act(norm(x_l)))``, nothing goes round a layer.
+    """The plain net of the paper as a stream: ``x_{l+1} = f_l(act(norm(x_l)))``, without shortcuts.
 
-    In a ``ConvNet``, whose branch is conv, norm, act, conv, every convolution is so followed by norm and activation.
+    In a ``ConvNet``, whose branch is conv, norm, act, conv, norm and activation thus follow every convolution.
 
     Args:
         depth: Number of units.
@@ -62,8 +62,8 @@ class Plain(Stream):
 def orthonormality(weights: list[Tensor]) -> Tensor:
     """``sum ||W' W - I||_F^2 / 2`` with the filters of a convolution as columns of W.
 
-    No more than as many filters as a filter has weights can be orthogonal; a convolution with more is taken as several
-    banks of filters, each orthonormal on its own.
+    At most as many filters as a filter has weights can be orthogonal; a convolution with more is split into several banks
+    of filters, each orthonormal.
 
     Examples:
         >>> orthonormality([torch.eye(3)[:, :, None, None], 2 * torch.ones(1, 1, 1, 1)]).item()
@@ -87,24 +87,25 @@ class DeepPlain(Rule):
     Paper: Xie et al., "All You Need is Beyond a Good Init: Exploring Better Solution for Training Extremely Deep
     Convolutional Neural Networks with Orthonormality and Modulation", arXiv:1703.01827.
 
-    Regulariser: ``lambda / 2 sum_l ||W_l' W_l - I||_F^2`` over the filters of every bank, in place of weight decay
+    Regulariser: ``lambda / 2 sum_l ||W_l' W_l - I||_F^2`` over the filters of every bank, instead of weight decay
     (see ``orthonormality``). Modulation: with orthonormal filters an error should pass from one convolution to the one
-    before with its norm unchanged (quasi-isometry); BN's scale breaks that by a factor at each layer, which multiplies up.
-    So the error at a convolution's output is multiplied by ``|e_{l+1}| / |e_l|``, the ratio to the already modulated
-    error of the convolution after it, wherever it is off by more than a factor ``tolerance``. The start is orthogonal.
-    When exactly the paper modulates, its constants, and whether it takes norms or mean squares, could not be verified.
+    before with its norm unchanged (quasi-isometry); BN's scale breaks that by a factor in each layer, and the factors
+    multiply. So the error at a convolution's output is multiplied by ``|e_{l+1}| / |e_l|``, the ratio to the already modulated
+    error of the convolution after it, where it is off by more than a factor ``tolerance``. Filters are orthogonal at
+    initialisation. When exactly the paper modulates, its constants, and whether it uses norms or mean squares, could not be
+    verified.
 
     Cost: one product of each weight with itself and one norm of each error.
 
     Args:
-        model: A chain of convolutions (``ConvNet(stream=Plain)`` is one); on other nets the errors of parallel paths are
-            all brought to one norm.
-        strength: lambda; 0 leaves the regulariser out. 1e-4 is what public code gives that names the paper.
-        modulate: Whether errors are rescaled.
+        model: A chain of convolutions (``ConvNet(stream=Plain)`` is one); in other nets the errors of parallel paths all get
+            the same norm.
+        strength: lambda; 0 leaves the regulariser out. The default is that of public code that cites the paper.
+        modulate: Whether to rescale errors.
         tolerance: Factor by which an error may be off.
-        orthogonal: Whether to begin with orthogonal filters of norm one.
+        orthogonal: Whether to initialise filters orthogonally, with norm one.
         lr: Learning rate of SGD.
-        momentum: Of SGD.
+        momentum: Momentum of SGD.
 
     Shapes: a batch is (images [B, C, H, W], labels [B]).
 
@@ -138,10 +139,10 @@ class DeepPlain(Rule):
         self.convolutions = _convolutions(model)
         if len(self.convolutions) < 2:
             raise ValueError(
-                f"DeepPlain: {type(model).__name__} has {len(self.convolutions)} convolutions; a chain of them is needed."
+                f"DeepPlain: {type(model).__name__} has {len(self.convolutions)} convolutions; wanted a chain of at least two."
             )
         if tolerance < 1:
-            raise ValueError(f"DeepPlain: tolerance {tolerance} is below 1, the factor of no change.")
+            raise ValueError(f"DeepPlain: tolerance {tolerance} is below 1; wanted a factor of at least 1.")
         self.model, self.strength, self.modulate, self.tolerance = model, strength, modulate, tolerance
         if orthogonal:
             for conv in self.convolutions.values():
@@ -151,7 +152,7 @@ class DeepPlain(Rule):
 
     @contextmanager
     def _watching(self, model: nn.Module, norms: dict[str, Tensor]) -> Iterator[None]:
-        """While this is open, errors are modulated if they are to be, and their norms come into ``norms``, last layer first."""
+        """Modulate errors, if asked for, and collect their norms in ``norms``, last layer first; a context manager."""
         after: list[Tensor] = []
 
         def error(name: str, e: Tensor) -> Tensor | None:
@@ -181,7 +182,7 @@ class DeepPlain(Rule):
                 hook.remove()
 
     def step(self, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-        """One step of SGD; ``loss`` is the task's, ``penalty`` the regulariser with its strength."""
+        """One step of SGD; ``loss`` is the task's, ``penalty`` the regulariser times its strength."""
         images, labels = batch
         self.optimiser.zero_grad(set_to_none=True)
         with self._watching(self.model, {}):
@@ -196,7 +197,7 @@ class DeepPlain(Rule):
         return {"loss": float(loss.detach()), "accuracy": float(right), "penalty": float(penalty.detach())}
 
     def errors(self, batch: tuple[Float[Tensor, "B C H W"], Tensor]) -> dict[str, float]:
-        """Norm of the error at each convolution's output, first layer first; the model is left as it is."""
+        """Norm of the error at each convolution's output, first layer first; the model is left unchanged."""
         norms: dict[str, Tensor] = {}
         model = copy.deepcopy(self.model).train()
         with self._watching(model, norms), torch.enable_grad():
@@ -204,7 +205,7 @@ class DeepPlain(Rule):
         return {name: float(norms[name]) for name in self.convolutions if name in norms}
 
     def predict(self, inputs: Tensor) -> Tensor:
-        """Logits in evaluation mode; the mode is as before afterwards."""
+        """Logits in evaluation mode; the mode is restored."""
         training = self.model.training
         self.model.eval()
         out = super().predict(inputs)
@@ -216,7 +217,7 @@ class DeepPlain(Rule):
         return {"optimiser": self.optimiser.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` gave."""
+        """Load what ``state_dict`` returned."""
         self.optimiser.load_state_dict(state["optimiser"])
 
 

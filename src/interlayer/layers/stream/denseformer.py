@@ -12,22 +12,22 @@ from interlayer.core.stream import Norm, PreNorm, State, Width
 
 
 class DenseFormer(PreNorm):
-    """After a block comes a depth-weighted average (DWA) of its output, earlier blocks' outputs and the embedding.
+    """Each block is followed by a depth-weighted average (DWA) of its output, earlier blocks' outputs and the embedding.
 
     Paper: Pagliardini et al., "DenseFormer: Enhancing Information Flow in Transformers via Depth Weighted Averaging",
     arXiv:2402.02622.
 
     Equation (section 3): ``X_i = B_i(Y_{i-1})``, ``Y_i = sum_{j <= i} alpha_{i,j} X_j``, with ``X_0 = Y_0`` the embedded
-    input; ``alpha_{i,i} = 1`` and all others 0 at the start, which is the plain Transformer. With dilation ``k`` only
+    input; ``alpha_{i,i} = 1`` and all others 0 at initialisation, which is the plain Transformer. With dilation ``k`` only
     ``j = i, i - k, i - 2k, ...`` are averaged; with period ``p`` only every p-th block is followed by an average.
 
-    An output is kept only while a later average will read it: without period about depth outputs at ``k = 1``; an
-    average over n outputs costs n multiply-adds for each feature, depth^2 / (2 k p) in all.
+    An output is kept only while a later average will read it: about depth outputs at ``k = p = 1``. An average over n
+    outputs costs n multiply-adds for each feature, depth^2 / (2 k p) in all.
 
     Args:
         depth: Number of blocks.
         width: Features D.
-        outputs: Features of sublayers' outputs, where they differ.
+        outputs: Features of a sublayer's output, where they differ.
         branches: Sublayers in a block.
         norm: Called with ``width=``.
         dilation: k, in blocks.
@@ -87,7 +87,7 @@ class DenseFormer(PreNorm):
         return state
 
     def average(self, state: State, i: int) -> Tensor:
-        """``Y_i`` from ``X_i``, which is in ``state.x``, and the outputs that were kept."""
+        """``Y_i`` from ``X_i``, in ``state.x``, and the kept outputs."""
         alpha = self.alpha[str(i)].to(state.x.dtype)
         y = state.x * alpha[-1]
         for weight, j in zip(alpha, self.sources[i], strict=False):

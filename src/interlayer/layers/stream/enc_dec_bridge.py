@@ -22,21 +22,22 @@ class EncDecBridge(nn.Module):
 
     Paper: Song, "Rethinking the adaptive relationship between Encoder Layers and Decoder Layers", arXiv:2405.08570.
 
-    Equation: decoder layer m attends to ``[h_1, ..., h_L] W_m`` with ``W_m`` of L D x D, in place of the encoder's last
-    output ``h_L``. Starts of the study: ``original`` (identity on ``h_L``, zero elsewhere: the outputs of the model do
+    Equation: decoder layer m attends to ``[h_1, ..., h_L] W_m`` with ``W_m`` of L D x D, instead of the encoder's last
+    output ``h_L``. Initialisations of the study: ``original`` (identity on ``h_L``, zero elsewhere: the model's outputs do
     not change by a bit) and ``granularity``, granularity-consistent attention (identity on the encoder layer that
-    mirrors the decoder layer: the first decoder layer reads the last encoder layer, the last one the first, as in the
-    author's code). In its last experiment the author sets the weights of the model to ones and trains anew; here
-    ``ones`` does that to the bridge, and ``random`` draws it as ``nn.Linear`` does.
+    mirrors the decoder layer: the first decoder layer reads the last encoder layer and vice versa, as in the author's
+    code). In the last experiment the author sets the weights of the model to ones and trains it again; here ``ones`` sets
+    those of the bridge, and ``random`` draws them as ``nn.Linear`` does.
 
-    ``attach`` puts a bridge into an unmodified encoder-decoder model by hooks, ``generate`` included. M L D^2 weights
-    and as many multiply-adds for a source token, once for a source; L outputs of the encoder are held until its next run.
+    ``attach`` puts a bridge into an unmodified encoder-decoder model by hooks, ``generate`` included. It
+    has M L D^2 weights and costs as many multiply-adds for each source token, once for each source; L outputs of the encoder
+    are kept until its next run.
 
     Args:
         width: Features D.
-        encoder_layers: L.
-        decoder_layers: M; as many as encoder layers unless told.
-        start: One of ``STARTS``.
+        encoder_layers: Number of encoder layers L.
+        decoder_layers: Number of decoder layers M. Defaults to L.
+        start: Initialisation, one of ``STARTS``.
 
     Shapes: the encoder's states [B, L, S, D] to what each decoder layer reads [B, M, S, D].
 
@@ -72,11 +73,11 @@ class EncDecBridge(nn.Module):
                 weight[m, :, encoder_layers - 1 if start == "original" else mirror] = torch.eye(width)
         self.weight = nn.Parameter(weight.flatten(2))
         self._handles: list[RemovableHandle] = []
-        self._owner: list[nn.Module] = []  # in a list, so that it is no submodule
+        self._owner: list[nn.Module] = []  # in a list, so that it is not registered as a submodule
         self._forget()
 
     def forward(self, states: Float[Tensor, "B L S D"]) -> Float[Tensor, "B M S D"]:
-        """What every decoder layer reads."""
+        """The input of every decoder layer."""
         if states.ndim != 4 or states.shape[1] != self.encoder_layers or states.shape[-1] != self.width:
             raise ValueError(
                 f"EncDecBridge: states {tuple(states.shape)}; wanted [batch, {self.encoder_layers}, sequence, {self.width}], "
@@ -95,10 +96,10 @@ class EncDecBridge(nn.Module):
     ) -> Self:
         """Put a bridge between encoder and decoder of a model, in place, as its submodule ``bridge``.
 
-        It trains, moves, copies and saves with the model; to load, attach one to a model built anew and fill in the
-        weights. The last encoder state is the encoder's output, with its final norm if it has one; the earlier ones are
-        taken as the layers give them. Encoder outputs that are handed to the model must be those of the encoder's
-        latest run (repeated for beams, if at all).
+        It trains, moves, copies and saves with the model; to load, attach a bridge to a new model and load the weights.
+        The last encoder state is the encoder's output, after its final norm if it has one; the earlier ones are the
+        layers' outputs. Encoder outputs that are passed to the model must be those of the encoder's latest run, possibly
+        repeated for beams.
 
         Args:
             model: Any Hugging Face encoder-decoder model, or another module.
@@ -108,10 +109,10 @@ class EncDecBridge(nn.Module):
 
         Raises:
             ValueError: No encoder or decoder, no layers in it, or a bridge is there already; layers that are dropped at
-                random. In a pass: encoder outputs of another run.
+                random. In a forward pass: encoder outputs of another run.
         """
         if hasattr(model, "bridge"):
-            raise ValueError(f"EncDecBridge: {type(model).__name__} has a bridge; call its detach() first.")
+            raise ValueError(f"EncDecBridge: {type(model).__name__} already has a bridge; call its detach() first.")
         ends = (encoder or _end(model, "get_encoder"), decoder or _end(model, "get_decoder"))
         stacks = [next((m for m in end.modules() if isinstance(m, nn.ModuleList)), nn.ModuleList()) for end in ends]
         norms = [m.get_parameter("weight") for m in stacks[0].modules() if "Norm" in type(m).__name__]
@@ -136,7 +137,7 @@ class EncDecBridge(nn.Module):
         return bridge
 
     def detach(self) -> None:
-        """Take the bridge out of its model, which is then as it was."""
+        """Remove the bridge and restore the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -164,7 +165,7 @@ class EncDecBridge(nn.Module):
         self._states[-1] = self._source = first(output)
 
     def _match(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Make sure that the decoder was given what the encoder gave, and repeat the earlier states as it was repeated."""
+        """Check that the decoder got the encoder's output, and repeat the earlier states as that was repeated."""
         source = kwargs.get("encoder_hidden_states", kwargs.get("memory", args[1] if len(args) > 1 else None))
         if source is self._source:
             return
@@ -174,7 +175,7 @@ class EncDecBridge(nn.Module):
             states = [s.repeat_interleave(times, 0) for s in states]
         if not states or not isinstance(source, Tensor) or not torch.equal(source, states[-1]):
             raise ValueError(
-                "EncDecBridge: the decoder was given encoder outputs that are not those of the encoder's latest run, so the "
+                "EncDecBridge: the decoder got encoder outputs that are not those of the encoder's latest run, so the "
                 "states of its other layers are not known; run the encoder again."
             )
         self._states, self._source, self._fed = states, source, {}
@@ -192,7 +193,7 @@ class EncDecBridge(nn.Module):
 
 
 def _end(model: nn.Module, get: str) -> nn.Module:
-    """What a Hugging Face model names its encoder or decoder; an empty module if it has none."""
+    """A Hugging Face model's encoder or decoder; an empty module if it has none."""
     found = getattr(model, get, nn.Module)()
     return found if isinstance(found, nn.Module) and found is not model else nn.Module()
 

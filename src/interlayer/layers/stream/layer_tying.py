@@ -18,42 +18,42 @@ STARTS = ("tied", "free")
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over all places; classes are the last axis of the output."""
+    """Mean over all positions; classes are the last axis of the output."""
     return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 
 class LayerTying(Rule):
-    """Every few steps a Q-learning agent lets one layer train weights of its own or copy those of an earlier layer.
+    """Every few steps, a Q-learning agent decides whether a layer trains its own weights or copies an earlier layer.
 
     Paper: Hay and Wolf, "Dynamic Layer Tying for Parameter-Efficient Transformers", arXiv:2401.12819.
 
     The agent's state is the vector s with ``s_i = i`` where layer i has its own weights and ``s_i = j < i`` where it copies
-    layer j. Layers are visited in turn, the first one excepted. After ``every`` training steps the reward is the negative
+    layer j. Layers other than the first are visited in turn. After ``every`` training steps the reward is the negative
     perplexity on a batch, clipped, and a network Q with one hidden layer and i + 1 actions for layer i moves towards
     ``r + discount * max_a Q_i(s', a)``. The agent explores with a probability that is multiplied by ``decay`` after each
-    round over the layers. These numbers are those of the authors' code. There the weights are shared but only the place
-    that owns them sends gradients; here a tied layer is the same parameter, whose gradient comes from all its places,
-    and it follows the layer that it copies when that one is tied elsewhere in turn.
+    round over the layers. The defaults are those of the authors' code. There, only the layer
+    that owns shared weights contributes to their gradient; here tied layers are the same parameter, with gradients from all of
+    them, and a layer stays tied to the one it copies when that one is tied to another.
 
-    A tied layer has no weights, gradients or moments of its own. A layer that is untied goes on from a copy of the weights
-    and of the optimiser's moments that it had shared. Cost: one more forward pass every ``every`` steps.
+    A tied layer has no weights, gradients or moments of its own. A layer that is untied continues with a copy of the shared
+    weights and of the optimiser's moments. Cost: one more forward pass every ``every`` steps.
 
     Args:
-        model: Has repeated blocks of one structure; all its other weights train as ever.
+        model: Has repeated blocks of one structure; all other weights train as usual.
         loss: Called with the output and the target.
-        every: Training steps for each decision.
+        every: Training steps between decisions.
         lr: Learning rate of AdamW for the model.
-        weight_decay: Of the same.
-        start: ``tied``, all layers copy the first, or ``free``.
+        weight_decay: Weight decay of the same.
+        start: Initial state: ``tied``, where all layers copy the first, or ``free``.
         q_lr: Learning rate of AdamW for the agent.
-        discount: Of future rewards.
+        discount: Discount of future rewards.
         explore: Probability of a random action in the first round.
-        decay: Factor on it for each round.
-        least: The lowest that it gets.
-        clip: Bound of a reward's size. The authors' 10 makes all perplexities above 10 the same to the agent.
-        hidden: Units of the agent's network.
-        clip_norm: Gradients of the model are scaled down to this norm.
-        seed: Of the agent's draws.
+        decay: Factor by which each round multiplies it.
+        least: Its minimum.
+        clip: Bound of a reward's absolute value. At the authors' 10, all perplexities above 10 are the same to the agent.
+        hidden: Hidden features of the agent's network.
+        clip_norm: Largest norm of the model's gradient.
+        seed: Seed of the agent.
 
     Shapes: a batch is (inputs, targets), as ``model`` and ``loss`` take them.
 
@@ -122,13 +122,13 @@ class LayerTying(Rule):
                 self.act(layer, 0)
 
     def owner(self, layer: int) -> int:
-        """The layer whose weights this one has."""
+        """The layer whose weights this one uses."""
         while self.state[layer] != layer:
             layer = self.state[layer]
         return layer
 
     def act(self, layer: int, action: int) -> None:
-        """Let ``layer`` copy layer ``action``, or train weights of its own if they are the same."""
+        """Let ``layer`` copy layer ``action``, or train its own weights if they are the same."""
         if not 0 <= action <= layer < len(self.blocks):
             raise ValueError(
                 f"LayerTying: action {action} for layer {layer}; wanted 0 to {layer}, itself or an earlier layer."
@@ -140,7 +140,7 @@ class LayerTying(Rule):
                 self._give(i, new, before[i])
 
     def _give(self, layer: int, owner: int, before: int) -> None:
-        """Put the owner's parameters into a layer's block; where it becomes its own, copies of those that it had."""
+        """Put the owner's parameters into a layer's block, or copies of its last ones if it owns them itself."""
         optimiser, group = self.optimiser, self.optimiser.param_groups[layer]
         if before == layer:
             for p in group["params"]:
@@ -194,7 +194,7 @@ class LayerTying(Rule):
         self.acted, self.visited = (layer, action, state), self.visited + 1
 
     def step(self, batch: Any) -> dict[str, float]:
-        """Train on one batch; now and then the agent acts first. ``trainable`` counts parameters, ``layers`` own weights."""
+        """Train on one batch, after a decision of the agent where one is due. ``trainable`` counts parameters, ``layers`` untied ones."""
         if self.steps % self.every == 0:
             self._decide(batch)
         self.steps += 1
@@ -207,8 +207,9 @@ class LayerTying(Rule):
         return {"loss": float(loss.detach()), "trainable": cost.parameters(self.model, trainable=True), "layers": own}
 
     def state_dict(self) -> dict[str, Any]:
-        """Ties, agent, optimisers and the weights of the blocks: loading those into a model that is tied otherwise, as a
-        new rule's may be, would overwrite one layer by another."""
+        """Ties, agent, optimisers and the weights of the blocks.
+
+        The weights are included because a new model may be tied differently, where one layer would overwrite another."""
         return {
             "ties": list(self.state),
             "weights": {str(i): b.state_dict() for i, b in enumerate(self.blocks) if self.state[i] == i},
@@ -222,7 +223,7 @@ class LayerTying(Rule):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` gave; the model's other weights are loaded by the caller."""
+        """Load what ``state_dict`` returned; the caller loads the model's other weights."""
         if len(state["ties"]) != len(self.blocks):
             raise ValueError(
                 f"LayerTying: the saved ties are of {len(state['ties'])} layers; the model has {len(self.blocks)}."

@@ -20,10 +20,10 @@ class LIMe(PreNorm):
     distribution within ``sqrt(3 / (l H))`` (``init="random"``) and trains routers at a learning rate of 0.01, ten times
     that of the other weights (``rate=10``).
 
-    Rotary positions are linear and the same in all layers, so that it makes no difference whether keys are mixed before
-    or after them. What is cached is the mixture, in place of the layer's own keys and values and of their size. A pass
-    keeps the states of its own tokens only; a layer costs H multiply-adds for each number in the states so far: with H
-    key-value heads of K features and L layers 2 H^2 K multiply-adds a layer and source, L^2 H^2 K in all, a token.
+    Rotary positions are linear and the same in all layers, so that keys can be mixed before or after them. The cache holds
+    the mixture instead of the layer's own keys and values, at the same size. A pass keeps the states of its own tokens only.
+    With H key-value heads of K features and L layers, mixing costs 2 H^2 K multiply-adds for each token, layer and source,
+    L^2 H^2 K for each token in all.
 
     Args:
         depth: Number of blocks.
@@ -39,7 +39,7 @@ class LIMe(PreNorm):
     Shapes: keys and values [B, H, S, K], equal in all layers; needs a mixer that offers ``share``.
 
     Raises:
-        ValueError: No heads, or others than it was built for; an unknown ``init``, a ``rate`` that is not positive; blocks
+        ValueError: No heads, or keys with another number of heads; an unknown ``init``, a ``rate`` that is not positive; blocks
             that run out of order.
 
     Examples:
@@ -66,7 +66,7 @@ class LIMe(PreNorm):
     ) -> None:
         super().__init__(depth, width, branches=branches, norm=norm)
         if heads < 1:
-            raise ValueError(f"LIMe: heads {heads}; it needs attention, and the number of its heads.")
+            raise ValueError(f"LIMe: heads {heads}; it needs attention and at least one head.")
         if init not in ("identity", "random") or rate <= 0:
             raise ValueError(
                 f"LIMe: init {init!r} and rate {rate}; wanted 'identity' or 'random', and a positive rate."
@@ -96,7 +96,7 @@ class LIMe(PreNorm):
                 f"LIMe: block {block} runs before block {missing[0]}, whose keys and values it reads. "
                 "Take order='sequential'."
             )
-        # One product for each source: nothing is copied or kept twice, which beats one product over all of them.
+        # One product for each source is faster than one over all: nothing is copied or kept twice.
         parts_HH = (self.rate * self.router[block - 1]).split(self.heads, 1)
         first, *rest = (part.expand(k.shape[0], -1, -1) for part in parts_HH)
         mixed_BHX = torch.bmm(first, state.kept[0])

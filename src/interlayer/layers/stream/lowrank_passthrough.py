@@ -27,7 +27,7 @@ class Transition(nn.Module):
         kind: One of ``TRANSITIONS``.
         rank: Rank of ``L R``.
         tied: Whether all gates share one R.
-        weight_norm: Whether each row of each matrix is a direction times a learned length.
+        weight_norm: Whether to weight-normalise the rows of each factor: a direction times a learned length.
     """
 
     def __init__(self, width: int, gates: int, kind: str, rank: int, *, tied: bool, weight_norm: bool) -> None:
@@ -74,7 +74,7 @@ def _applied(left_GND: Tensor, right: Tensor | None, diagonal_G1N: Tensor | None
 
 
 class LowRankPassthrough(nn.Module):
-    """A recurrent layer whose state passes through gates, with transitions of low rank, so that its size costs few weights.
+    """A gated recurrent layer with a large carried state and low-rank transitions, so that the state needs few weights.
 
     Paper: Miceli Barone, "Low-rank passthrough neural networks", arXiv:1603.03116.
 
@@ -85,12 +85,13 @@ class LowRankPassthrough(nn.Module):
     * ``highway``: the same without r;
     * ``lstm``: ``c' = f c + i g``, ``h' = o tanh(c')``, all four from x and h.
 
-    Glorot's uniform start for each factor, d uniform within 0.01, and a learned first state, as there; the rows of the
-    factors may be weight-normed (Salimans and Kingma, arXiv:1602.07868). The author's code has this for the GRU alone;
-    how the paper parametrises the LSTM could not be verified, here it is the same for all cells.
+    Initialisation as in that code: Glorot's uniform for each factor and d uniform within 0.01; the first state is learned. The
+    rows of the factors may be weight-normalised (Salimans and Kingma, arXiv:1602.07868). The author's code has only the GRU;
+    how the paper parametrises the LSTM could not be verified, and all cells are treated alike here.
 
-    For G matrices a step costs G n^2 multiply-adds and weights with full matrices, 2 G n r with low rank ((G + 1) n r
-    weights where R is tied), G n more with the diagonal. Time is a loop by nature; the inputs' part is one product before it.
+    With G matrices, a step costs G n^2 multiply-adds, and as many weights, with full matrices, 2 G n r with low rank ((G + 1)
+    n r weights where R is tied), and G n more with the diagonal. The loop over time is inherent; the inputs are projected
+    before it, in one product.
 
     Args:
         inputs: Features F of a step's input.
@@ -99,8 +100,8 @@ class LowRankPassthrough(nn.Module):
         transition: ``full``, ``low-rank`` or ``low-rank-diagonal``.
         rank: r.
         tied: Whether all gates share one R.
-        weight_norm: Whether the factors' rows are weight-normed.
-        carry: Bias of the gate that carries the state (u, or f of the LSTM) at the start.
+        weight_norm: Whether to weight-normalise the factors' rows.
+        carry: Initial bias of the gate that carries the state (u, or f of the LSTM).
 
     Shapes: [B, S, F], and states [B, n] (one, or h and c for the LSTM), to [B, S, n] and the last states.
 
@@ -144,7 +145,7 @@ class LowRankPassthrough(nn.Module):
     def forward(
         self, x: Float[Tensor, "B S F"], state: tuple[Tensor, ...] | None = None
     ) -> tuple[Float[Tensor, "B S n"], tuple[Tensor, ...]]:
-        """Outputs of all steps, and the last state, with which the next piece of the sequence goes on."""
+        """Outputs of all steps, and the last state, from which the next part of the sequence continues."""
         if x.ndim != 3 or x.shape[-1] != self.inputs:
             raise ValueError(f"LowRankPassthrough: input {tuple(x.shape)}; wanted [batch, sequence, {self.inputs}].")
         size = (x.shape[0], self.width)

@@ -19,13 +19,13 @@ WAYS = "qkvr"
 
 
 class DynamicWeights(nn.Module):
-    """Connection weights of every position from its hidden state: ``GELU(RMSNorm(x) W_1) W_2``, zero at the start.
+    """Connection weights of every position from its hidden state: ``GELU(RMSNorm(x) W_1) W_2``, zero at initialisation.
 
     Args:
         width: Features D of the hidden state.
-        ways: Streams C that are mixed.
-        sources: Outputs N that each of them reads.
-        hidden: Inner features.
+        ways: Number of ways C.
+        sources: Outputs N that each way reads.
+        hidden: Hidden features.
 
     Shapes: [B, S, D] to [B, S, C, N].
     """
@@ -40,8 +40,8 @@ class DynamicWeights(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B C N"]:
         """The weights, without their static part."""
-        inner = F.gelu(self.up(F.rms_norm(x, x.shape[-1:], eps=1e-6)))
-        return self.down(inner).unflatten(-1, (self.ways, self.sources))
+        hidden = F.gelu(self.up(F.rms_norm(x, x.shape[-1:], eps=1e-6)))
+        return self.down(hidden).unflatten(-1, (self.ways, self.sources))
 
 
 class MUDDFormer(DenseFormer):
@@ -52,18 +52,17 @@ class MUDDFormer(DenseFormer):
 
     Equation: ``Y_i^c = sum_{j <= i} (a_{ij}^c + A_{ij}^c(X_i)) X_j`` for each way c of q, k, v, r, where ``X_0`` is the
     embedded input and ``A_i(x) = GELU(RMSNorm(x) W_1) W_2`` has one weight for each position, way and source. The next
-    block computes ``h = Y^r + attention(norm(Y^q), norm(Y^k), norm(Y^v))``, ``X_{i+1} = h + MLP(norm(h))``. At the start
-    ``W_2 = 0`` and ``a_{ij} = [i = j]``, which is the plain pre-norm Transformer. After the last block one way is left.
+    block computes ``h = Y^r + attention(norm(Y^q), norm(Y^k), norm(Y^v))``, ``X_{i+1} = h + MLP(norm(h))``. At initialisation
+    ``W_2 = 0`` and ``a_{ij} = [i = j]``, which is the plain pre-norm Transformer. After the last block there is only one way.
 
-    The inner features of ``A_i`` are 4 (i + 1), as in the authors' code before its rounding to multiples of 64 for
-    accelerators, and so are the start, the norms of its own for each of q, k, v and the norm without gain before ``W_1``.
-    Dilation and period are DenseFormer's; the authors' code has none. Their norms around the averages (for very deep
-    models) are not built here.
+    As in the authors' code are the 4 (i + 1) hidden features of ``A_i`` (there rounded up to multiples of 64 for accelerators),
+    the initialisation, separate norms for q, k and v, and the norm without gain before ``W_1``. Dilation and period are
+    DenseFormer's; the authors' code has none. Their norms around the averages, for very deep models, are left out.
 
     An average over n outputs costs 4 n multiply-adds for each feature and its weights 4 n (D + 4 n) for each position,
-    2 depth^2 / (k p) multiply-adds a feature in all at dilation k and period p. For training the four averages of a block
-    and the outputs that they read are kept, each once. Weights depend on their own position alone, so nothing is added to
-    a key-value cache.
+    2 depth^2 / (k p) multiply-adds a feature in all at dilation k and period p. The backward pass keeps the four averages of
+    a block and the outputs that they read, each once. Weights depend on their own position alone, so that a key-value cache
+    does not grow.
 
     Args:
         depth: Number of blocks.
@@ -103,7 +102,7 @@ class MUDDFormer(DenseFormer):
         period: int = 1,
     ) -> None:
         if not isinstance(width, int):
-            raise ValueError(f"MUDDFormer: widths {width}; it needs attention, and blocks of one width.")
+            raise ValueError(f"MUDDFormer: widths {width}; it needs attention and blocks of one width.")
         super().__init__(depth, width, branches=branches, norm=norm, dilation=dilation, period=period)
         norm = norm or layernorm
         self.dynamic, self.kv_norms = nn.ModuleDict(), nn.ModuleDict()
@@ -122,7 +121,7 @@ class MUDDFormer(DenseFormer):
         return QKV(self.norms[layer](q), k_norm(k), v_norm(v))
 
     def average(self, state: State, i: int) -> Tensor:
-        """All ways side by side, [B, S, 4, D], until the next block reads them; after the last block [B, S, D]."""
+        """All ways, [B, S, 4, D], which the next block reads; after the last block [B, S, D]."""
         weight_BSCN = self.dynamic[str(i)](state.x) + self.alpha[str(i)]
         sources = [*(state.kept[j] for j in self.sources[i]), state.x]
         average = mixture if torch.compiler.is_compiling() else Mixture.apply  # a compiler knows what to keep
@@ -185,9 +184,9 @@ def widening(
     linear: Linear = plain_linear,
     mlp: Callable[..., nn.Module] = FeedForward,
 ) -> nn.Module:
-    """MLPs that widen with depth at equal parameters in all; for the slot ``mlp``, which MUDDFormer goes well with.
+    """MLPs that widen with depth at equal total parameters; for the slot ``mlp``, meant for MUDDFormer.
 
-    Equation: block i of L has ``hidden (i / (L - 1) + 1/2)`` inner features, i from 0, rounded to a multiple of 128 in the
+    Equation: block i of L has ``hidden (i / (L - 1) + 1/2)`` hidden features, i from 0, rounded to a multiple of 128 in the
     authors' code: one half of ``hidden`` in the first block, three halves in the last.
 
     Args:
@@ -195,8 +194,8 @@ def widening(
         depth: Number of blocks L.
         layer: Number of the sublayer.
         branches: Sublayers in a block.
-        hidden: Inner features in the middle; 4 D unless told.
-        multiple: What inner features are a multiple of; ``min(128, hidden // 2)`` unless told.
+        hidden: Hidden features in the middle. Defaults to 4 D.
+        multiple: Hidden features are a multiple of this. Defaults to ``min(128, hidden // 2)``.
         activation: Called without arguments.
         linear: Called with ``inputs=, outputs=``.
         mlp: What is built, with ``hidden=``.
@@ -209,8 +208,8 @@ def widening(
     if multiple < 1:
         raise ValueError(f"widening: multiple {multiple} must be at least 1.")
     share = layer // branches / (depth - 1) if depth > 1 else 0.5
-    inner = max(round(hidden * (share + 0.5) / multiple), 1) * multiple
-    return mlp(width, hidden=inner, activation=activation, linear=linear)
+    hidden = max(round(hidden * (share + 0.5) / multiple), 1) * multiple
+    return mlp(width, hidden=hidden, activation=activation, linear=linear)
 
 
 EXAMPLE = Example(

@@ -23,10 +23,10 @@ class NODETransformer(PreNorm):
 
     Equation: ``dx/dt = f_l(x) = attention_l(norm(x)) + MLP_l(norm(x))`` for t from l to l + 1. With one Euler step this is
     ``x_{l+1} = x_l + attention_l(norm(x_l)) + MLP_l(norm(x_l))``, the parallel Transformer block; ``Integrate`` in the slot
-    ``depth`` takes better solvers. The two are apart because they are: what a block adds is the stream's, in which order
-    and how often blocks run is the slot's, and each is of use without the other.
+    ``order`` has better solvers. What a block adds is
+    the stream's, how often blocks run is the order's, and each is useful without the other.
 
-    A norm of its own for each sublayer, as in the sequential block; whether the authors share one could not be verified.
+    Each sublayer has its own norm, as in the sequential block; whether the authors share one could not be verified.
 
     Args:
         depth: Number of blocks.
@@ -38,7 +38,7 @@ class NODETransformer(PreNorm):
     Shapes: any that the norm takes; the state keeps the shape of the input.
 
     Raises:
-        ValueError: Another number of widths than of sublayers.
+        ValueError: Widths that differ in number from the sublayers.
 
     Examples:
         >>> import torch
@@ -62,10 +62,10 @@ class NODETransformer(PreNorm):
 
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit Runge-Kutta method for autonomous equations; with ``low`` an embedded pair that estimates its error.
+    """An explicit Runge-Kutta method for autonomous equations; with ``low``, an embedded pair that estimates its error.
 
     Args:
-        a: Rows of the strictly lower triangle: how stage i + 1 leans on the stages before it.
+        a: Rows of the strictly lower triangle: the weights of earlier stages in stage i + 1.
         b: Weights of the stages.
         c: Times of the stages.
         order: Order of ``b``.
@@ -88,7 +88,7 @@ class Tableau:
         sizes = [len(row) for row in self.a] == list(range(1, len(self.b)))
         if off > 1e-12 or not sizes:
             raise ValueError(
-                f"Tableau: sums are off by {off:.2g}, or rows are not 1, 2, ... long; check the constants."
+                f"Tableau: sums are off by {off:.2g}, or rows are not of lengths 1, 2, ...; check the constants."
             )
         if self.low and (*self.a[-1], 0.0) != self.b:
             raise ValueError("Tableau: the last stage of an embedded pair must be the new state (first same as last).")
@@ -125,22 +125,22 @@ SOLVERS = {
 
 
 class Integrate(Sequential):
-    """Each block's right-hand side, what the block adds to the state, is integrated over one unit of depth; for the slot ``depth``.
+    """Integrate each block's right-hand side, what it adds to the state, over one unit of depth; for the slot ``order``.
 
     Equation: ``x_{l+1} = x_l + int_0^1 f_l(x(t)) dt`` with ``f_l(x) = block_l(x) - x``. One Euler step is the ordinary stack.
 
     A fixed-step solver of s stages costs ``s * steps`` evaluations of each block, and a key-value cache, which has one
-    entry for a block, serves only a single evaluation. With a ``tolerance`` an embedded pair chooses the steps by itself,
-    for each item of the batch; since they depend on all of its tokens, a causal model must not use it. Gradients are
-    those of the steps that were taken (discretise, then optimise).
+    entry for a block, serves only a single evaluation. With a ``tolerance``, an embedded pair chooses the steps for each
+    item of the batch; as they depend on all of its tokens, a causal model must not use it. Gradients are those of the steps
+    taken (discretise, then optimise).
 
     Args:
         depth: Number of blocks.
         solver: One of ``SOLVERS``, or a ``Tableau``.
-        steps: Equal steps in a block; the first guess if they are adapted.
-        tolerance: Relative and absolute error that a step may have; fixed steps unless told.
-        limit: Most steps in a block that are tried, if they are adapted.
-        causal: Whether the model is causal; the backbone tells.
+        steps: Equal steps in a block; the first guess with a tolerance.
+        tolerance: Relative and absolute error of a step. Defaults to fixed steps.
+        limit: Largest number of steps tried in a block, with a tolerance.
+        causal: Whether the model is causal; set by the backbone.
 
     Raises:
         ValueError: Unknown solver; ``steps`` below 1; a tolerance for a causal model or for a solver without an error
@@ -178,14 +178,14 @@ class Integrate(Sequential):
     def forward(self, state: State, step: Step) -> State:
         """Integrate block after block."""
         if self.tolerance is not None:
-            self.evaluations = 0  # counted anew in each pass
+            self.evaluations = 0  # counted in each pass
         for block in range(self.depth):
 
             def slope(x: Tensor, block: int = block) -> Tensor:
                 after = step(State(x), block)
                 if after.kept:
                     raise ValueError(
-                        f"Integrate: the stream carries {list(after.kept)} beside the state; an ODE has none. "
+                        f"Integrate: the stream carries {list(after.kept)} besides the state, which an ODE does not have. "
                         "Take a stream such as 'node-transformer' or 'pre-norm'."
                     )
                 return after.x - x
@@ -194,21 +194,21 @@ class Integrate(Sequential):
         return state
 
     def stages(self, slope: Slope, x: Tensor, first: Tensor, size: float | Tensor) -> list[Tensor]:
-        """The slopes of all stages, of which the first is known."""
+        """The slopes of all stages, given the first."""
         slopes = [first]
         for row in self.tableau.a:
             slopes.append(slope(x + size * combine(row, slopes)))
         return slopes
 
     def fixed(self, slope: Slope, x: Tensor) -> Tensor:
-        """Equal steps."""
+        """Take equal steps."""
         size = 1 / self.steps
         for _ in range(self.steps):
             x = x + size * combine(self.tableau.b, self.stages(slope, x, slope(x), size))
         return x
 
     def adapted(self, slope: Slope, x: Tensor) -> Tensor:
-        """Steps as long as the tolerance allows, for each item of the batch its own; each keeps its last slope (FSAL)."""
+        """Take steps as long as the tolerance allows, for each item of the batch; the last slope is reused (FSAL)."""
         assert self.tolerance is not None
         if not x.numel():
             return x  # no item, or none of its positions: nothing to integrate
@@ -228,13 +228,13 @@ class Integrate(Sequential):
                 time = torch.where(taken, time + size, time)
                 grown = 0.9 * error.clamp_min(1e-10) ** (-1 / self.tableau.order)
                 size = torch.minimum(size * grown.clamp(0.2, 10), 1 - time)
-                time = torch.where(1 - time < 1e-6, torch.ones_like(time), time)  # rounding may leave a rest
+                time = torch.where(1 - time < 1e-6, torch.ones_like(time), time)  # rounding may leave a remainder
             x, first = torch.where(taken, new, x), torch.where(taken, slopes[-1], first)
             if bool((time >= 1).all()):
                 return x
         raise RuntimeError(
-            f"Integrate: {self.limit} steps did not reach the end of a block at tolerance {self.tolerance:g}; allow more "
-            "with limit= or raise the tolerance."
+            f"Integrate: {self.limit} steps did not reach the end of a block at tolerance {self.tolerance:g}. Raise "
+            "limit= or the tolerance."
         )
 
 

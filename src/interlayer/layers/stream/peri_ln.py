@@ -10,16 +10,16 @@ from interlayer.core.stream import Norm, PreNorm, State, Width, layernorm, width
 
 
 class PeriLN(PreNorm):
-    """Each sublayer is normed at its input and at its output, so that it adds about the same variance whatever it computes.
+    """Normalise each sublayer's input and output, so that each adds about the same variance.
 
     Paper: Kim et al., "Peri-LN: Revisiting Layer Normalization in the Transformer Architecture", arXiv:2502.02732.
 
-    Equation: ``x_{l+1} = x_l + norm(f_l(norm(x_l)))``, with the embedded input normed before the first sublayer and the
-    stack's output after the last. At the start every branch has variance 1, so that the variance after l sublayers of
-    independent outputs is 1 + l: it grows linearly, where pre-norm lets it grow with the sublayers' weights and post-norm
-    holds it at 1 and pays with the gradient.
+    Equation: ``x_{l+1} = x_l + norm(f_l(norm(x_l)))``, with norms of the embedded input before the first sublayer and of the
+    stack's output after the last. At initialisation every branch has variance 1, so that the variance after l sublayers of
+    independent outputs is 1 + l: it grows linearly, while it grows with the sublayers' weights in pre-norm, and stays at 1 in
+    post-norm at the cost of vanishing gradients.
 
-    One norm more for each sublayer than pre-norm, and one for the embedding.
+    There is one more norm for each sublayer than in pre-norm, and one for the embedding.
 
     Args:
         depth: Number of blocks.
@@ -31,7 +31,7 @@ class PeriLN(PreNorm):
     Shapes: any that the norm takes; the state keeps the shape of the input.
 
     Raises:
-        ValueError: Another number of widths than of sublayers.
+        ValueError: Widths that differ in number from the sublayers.
 
     Examples:
         >>> import torch

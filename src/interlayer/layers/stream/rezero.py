@@ -1,4 +1,4 @@
-"""ReZero: residual branches behind a scalar gate that starts at zero."""
+"""ReZero: residual branches behind a scalar gate that is zero at initialisation."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from interlayer.core.stream import State, Stream
 
 
 class ReZero(Stream):
-    """Each block's branches enter the residual stream through one learned scalar that starts at zero.
+    """Scale each block's branches by one learned scalar that is zero at initialisation.
 
     Paper: Bachlechner et al., "ReZero is All You Need: Fast Convergence at Large Depth", arXiv:2003.04887.
 
-    Equation (section 2): ``x_{i+1} = x_i + alpha_i F_i(x_i)``, with ``alpha_i = 0`` at the start and no norm anywhere, so
+    Equation (section 2): ``x_{i+1} = x_i + alpha_i F_i(x_i)``, with ``alpha_i = 0`` at initialisation and no norm, so
     that the Jacobian of the stack is exactly the identity before the first step. The branches of a block share their
     scalar (in a Transformer: attention and MLP), as in the authors' code.
 
     Args:
         depth: Number of blocks.
         branches: Sublayers in a block.
-        start: Value of every gate at the start; the paper's is 0.
+        start: Initial value of every gate; 0 in the paper.
 
     Shapes: any; the state keeps the shape of the input.
 

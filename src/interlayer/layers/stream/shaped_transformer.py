@@ -17,19 +17,19 @@ from interlayer.core.stream import State, Stream
 
 
 class ShapedTransformer(Stream):
-    """Residual and branch enter with weights whose squares sum to one, so that the covariance of deep, wide stacks has a limit.
+    """Weight residual and branch so that the squares sum to one, and the covariance of deep, wide stacks has a limit.
 
     Paper: Noci et al., "The Shaped Transformer: Attention Models in the Infinite Depth-and-Width Limit",
     arXiv:2306.17759.
 
-    Equation: ``x_{l+1} = lambda x_l + gamma f_l(x_l)`` with ``lambda^2 + gamma^2 = 1``, no norm anywhere, ``ShapedAttention``
+    Equation: ``x_{l+1} = lambda x_l + gamma f_l(x_l)`` with ``lambda^2 + gamma^2 = 1``, no norm, ``ShapedAttention``
     in the slot ``mixer`` and ``ShapedReLU`` in the slot ``activation``. With weights N(0, 1 / fan-in) the covariance of the
     tokens at depth d and width n tends to a stochastic differential equation in d / n, which ``CovarianceSDE`` simulates.
 
     Args:
         depth: Number of blocks.
         branches: Sublayers in a block.
-        gamma: Weight of every branch. The default is this project's choice.
+        gamma: Weight of every branch. The default is this project's.
 
     Shapes: any; the state keeps the shape of the input.
 
@@ -59,9 +59,9 @@ class ShapedTransformer(Stream):
 class ShapedAttention(Attention):
     """Attention whose matrix is centred at the identity and whose temperature grows with the width; for the slot ``mixer``.
 
-    Equation: ``A = I + softmax(Q K' / (tau_0 sqrt(n K))) - 1 1' / m`` with n features, K of them in a head, and m tokens
-    that are seen; ``A V`` in place of ``softmax(...) V``. The mean over the seen tokens is what softmax gives at zero
-    logits, so that A starts near the identity; in a causal model it runs over the tokens so far.
+    Equation: ``A = I + softmax(Q K' / (tau_0 sqrt(n K))) - 1 1' / m`` with n features, K of them in a head, and m visible
+    tokens; the output is ``A V`` instead of ``softmax(...) V``. Softmax at zero logits is the mean over the
+    visible tokens, so that A is near the identity at initialisation; in a causal model the mean is over the tokens so far.
 
     Args:
         width: Features n.
@@ -109,7 +109,7 @@ class ShapedAttention(Attention):
 
 
 class ShapedReLU(nn.Module):
-    """ReLU whose two slopes tend to one with the width, normed to keep the mean square; for the slot ``activation``.
+    """ReLU whose two slopes tend to one with the width, scaled to preserve the mean square; for the slot ``activation``.
 
     Equation: ``(s_+ max(x, 0) + s_- min(x, 0)) / sqrt((s_+^2 + s_-^2) / 2)`` with ``s_+- = 1 + c_+- / sqrt(n)``.
 
@@ -142,7 +142,7 @@ class CovarianceSDE:
     """Simulator of the neural covariance SDE of the shaped Transformer, ``dV = b(V) dt + Sigma(V)^(1/2) dB``, t = depth / width.
 
     V [m, m] is the tokens' covariance ``X X' / n``; one block is an attention with one head and no output map (or the
-    identity), and an MLP of two maps with n inner features. With ``C = I - 1 1' / m`` and correlations rho:
+    identity), and an MLP of two maps with n hidden features. With ``C = I - 1 1' / m`` and correlations rho:
 
     * attention drift ``gamma^2 / tau_0^2 (V tr(C V C V) / m^2 + (S V + V S') / 2)``,
       ``S_ij = V_ii ((C V C)_jj - tr(C V C) / m) / m``;
@@ -150,8 +150,8 @@ class CovarianceSDE:
     * noise of the maps, with covariance ``(gamma^2 (2 - gamma^2) + 2 gamma^2) (V_ik V_jl + V_il V_jk)``, and of the
       logits, ``gamma^2 / tau_0 (h V + V h')`` with ``cov(h_ij, h_kl) = V_ik (C V C)_jl / m^2``.
 
-    The coefficients were derived anew by expanding one block to order 1 / n; the paper's theorems were not at hand to
-    compare with. Both noises are drawn through a Cholesky factor of V, so that no m^2 x m^2 matrix is formed: O(m^3) a step.
+    The coefficients were derived by expanding one block to order 1 / n; they could not be compared with the paper's
+    theorems. Both noises are drawn through a Cholesky factor of V, so that no m^2 x m^2 matrix is formed: O(m^3) for each step.
 
     Args:
         gamma: Weight of the branches.
@@ -199,14 +199,14 @@ class CovarianceSDE:
     ) -> Float[Tensor, "paths m m"]:
         """Covariances at ``time`` on independent paths, by Euler and Maruyama with ``V' = L (I + E) L'`` for increments E.
 
-        ``I + E`` is taken as the square of ``I + E / 2 - E^2 / 8``, which is the same up to third order and keeps V positive.
-        The attention's drift grows with the cube of V, so that the solution is a local one: a path that explodes is nan.
+        ``I + E`` is taken as the square of ``I + E / 2 - E^2 / 8``, which is equal up to third order and keeps V positive.
+        The attention's drift grows with the cube of V, so that solutions are local: a path that explodes is nan.
 
         Args:
             start: Covariance at time 0, positive definite.
             time: Depth divided by width.
-            paths: How many.
-            steps: Equal steps.
+            paths: Number of paths.
+            steps: Number of equal steps.
             generator: Source of the noise.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Interfaces between an upstream encoder and a downstream head: ways to make one representation of all layers' states."""
+"""Interfaces between an upstream encoder and a downstream head: ways to combine the states of all layers."""
 
 from __future__ import annotations
 
@@ -88,15 +88,15 @@ class HierarchicalConv(nn.Module):
 
     def forward(self, x_BLSD: Tensor) -> Tensor:
         """[B, L, S, D] to [B, S, outputs]."""
-        batch, _, places, _ = x_BLSD.shape
+        batch, _, length, _ = x_BLSD.shape
         x = x_BLSD.permute(0, 2, 3, 1).flatten(0, 1)  # [B S, D, L]
         for conv in self.convs:
             x = F.relu(conv(x))
-        return x.flatten(1).unflatten(0, (batch, places))
+        return x.flatten(1).unflatten(0, (batch, length))
 
 
 class CLSPooling(nn.Module):
-    """At every place a learned token and the L states pass one Transformer layer; what the token becomes is taken."""
+    """At every position, a Transformer layer over a learned token and the L states; its output at the token is the result."""
 
     def __init__(self, width: int, layers: int, *, heads: int = 4) -> None:
         super().__init__()
@@ -106,14 +106,14 @@ class CLSPooling(nn.Module):
 
     def forward(self, x_BLSD: Tensor) -> Tensor:
         """[B, L, S, D] to [B, S, D]."""
-        batch, _, places, _ = x_BLSD.shape
+        batch, _, length, _ = x_BLSD.shape
         x = F.pad(x_BLSD.transpose(1, 2).flatten(0, 1), (0, 0, 1, 0)).clone()
         x[:, 0] = self.cls.to(x.dtype)
-        return self.layer(x)[:, 0].unflatten(0, (batch, places))
+        return self.layer(x)[:, 0].unflatten(0, (batch, length))
 
 
 class PCAConcat(nn.Module):
-    """The first ``ceil(D / L)`` principal components of each layer, concatenated; fitted once, nothing is trained."""
+    """The first ``ceil(D / L)`` principal components of each layer, concatenated; fitted once and not trained."""
 
     mean: Tensor
     axes: Tensor
@@ -129,7 +129,7 @@ class PCAConcat(nn.Module):
 
     @torch.no_grad()
     def fit(self, x_BLSD: Tensor) -> None:
-        """Take the components from these states."""
+        """Compute the components from these states."""
         x = x_BLSD.transpose(0, 1).flatten(1, 2)
         self.mean.copy_(x.mean(1))
         _, axes = torch.linalg.eigh(torch.einsum("lnd,lne->lde", x - x.mean(1, True), x - x.mean(1, True)))
@@ -155,7 +155,7 @@ INTERFACES: dict[str, Callable[..., nn.Module]] = {
 
 
 class SSLInterface(nn.Module):
-    """One representation of each place out of the states of all upstream layers, by an interface that is chosen by name.
+    """Combine the states of all upstream layers at each position, by an interface that is chosen by name.
 
     Paper: Shih and Harwath, "Interface Design for Self-Supervised Speech Models", arXiv:2406.12209.
 
@@ -163,18 +163,18 @@ class SSLInterface(nn.Module):
     weights); ``grouped`` has one sum for each group of neighbouring layers and a projection; ``concat`` projects all of
     them (L D^2 weights); ``hconv``, the paper's proposal, convolves along the layers, floor(log_3 L) times with kernel 5
     and stride 3 (5 D^2 weights each); ``cls`` is a Transformer layer along the layers with a pooling token; ``pca``
-    concatenates principal components. Heads and feed-forward width of ``cls``, and whether layers are numbered for it,
-    could not be verified; they are not numbered here.
+    concatenates principal components. Heads and feed-forward width of ``cls``, and whether it encodes the layer's position,
+    could not be verified; it does not here.
 
     Args:
         width: Features D of an upstream state.
-        layers: Upstream states L, the embedding's among them if it is given.
+        layers: Number of upstream states L, including the embedding's if given.
         kind: ``weighted-sum``, ``grouped``, ``concat``, ``hconv``, ``cls`` or ``pca``.
-        normalize: Whether each state is layer-normalised first, without gain.
+        normalize: Whether to layer-normalise each state first, without gain.
         **options: ``groups`` of ``grouped``, ``heads`` of ``cls``.
 
     Attributes:
-        outputs: Features of the result; D, but for ``hconv`` and ``pca`` where D does not divide.
+        outputs: Features of the result: D, or near it for ``hconv`` and ``pca`` where D does not divide.
 
     Shapes: states [B, L, S, D], or a sequence of L states [B, S, D] as Hugging Face models return them, to [B, S, outputs].
 
@@ -201,7 +201,7 @@ class SSLInterface(nn.Module):
         self.outputs: int = self.pool.outputs  # type: ignore[assignment]
 
     def fit(self, states: Tensor | Sequence[Tensor]) -> SSLInterface:
-        """Fit the principal components of ``pca``; nothing for the others."""
+        """Fit the principal components of ``pca``; other interfaces are left unchanged."""
         if isinstance(self.pool, PCAConcat):
             self.pool.fit(self._stacked(states))
         return self
@@ -226,12 +226,12 @@ def hidden_states(
     """The states of all layers of a model for some inputs, stacked.
 
     Args:
-        model: A Hugging Face model, which is asked for its hidden states, or any other.
-        *inputs: What the model is called with.
-        at: The modules whose activations are the states; needed where the model has no hidden states of its own.
+        model: A Hugging Face model, whose hidden states are requested, or any other.
+        *inputs: Positional arguments of the model.
+        at: The modules whose activations are the states; needed where the model returns no hidden states.
         side: ``output`` or ``input`` of these modules.
-        detach: Whether the upstream is frozen.
-        **named: What the model is called with, by name.
+        detach: Whether to freeze the upstream.
+        **named: Keyword arguments of the model.
 
     Raises:
         ValueError: No ``at`` and no hidden states; states of several shapes.
@@ -249,12 +249,12 @@ def hidden_states(
         else:
             asked = {"output_hidden_states": True} if hasattr(getattr(model, "config", None), "model_type") else {}
             found = model(*inputs, **named, **asked)
-            told = getattr(found, "hidden_states", None) or getattr(found, "encoder_hidden_states", None)
-            if told is None:
+            hidden = getattr(found, "hidden_states", None) or getattr(found, "encoder_hidden_states", None)
+            if hidden is None:
                 raise ValueError(
-                    f"SSLInterface: {type(model).__name__} returns no hidden states; say at= which modules' outputs they are."
+                    f"SSLInterface: {type(model).__name__} returns no hidden states. Name the modules whose outputs they are with at=."
                 )
-            states = list(told)
+            states = list(hidden)
     if len({s.shape for s in states}) > 1:
         raise ValueError(
             f"SSLInterface: states of several shapes, {sorted({tuple(s.shape) for s in states})}; choose layers of one width."
