@@ -69,6 +69,6 @@ def test_it_fills_the_mlp_slot_with_an_mlps_parameters():
     assert two(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 20)
 
 
-def test_wrong_features_are_told():
+def test_wrong_features_are_refused():
     with pytest.raises(ValueError, match=r"Bilinear: input \(2, 4\); wanted \[..., 6\]"):
         Bilinear(6)(torch.zeros(2, 4))

@@ -56,6 +56,6 @@ def test_it_takes_relus_place_in_any_model():
     assert torch.equal(new(x), net(x))
 
 
-def test_negative_alpha_is_told():
+def test_negative_alpha_is_refused():
     with pytest.raises(ValueError, match=r"alpha -0.1 is negative"):
         HeLU(-0.1)

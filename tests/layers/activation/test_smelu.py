@@ -65,7 +65,7 @@ def test_it_tends_to_relu():
     torch.testing.assert_close(SmeLU(1e-4)(x), torch.relu(x), rtol=0, atol=1e-4)
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_refused():
     with pytest.raises(ValueError, match=r"SmeLU: joints at -0.0 and 0.0"):
         SmeLU(0.0)
     with pytest.raises(ValueError, match="blend 'sine' is not one of"):

@@ -94,7 +94,7 @@ def test_errors(tmp_path: Path):
     with pytest.raises(ValueError, match="bits 17; wanted 1 to 16"):
         DOH(latent=3).save(tmp_path / "x", 17)
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="is not a file that DOH.save"):
+    with pytest.raises(ValueError, match=r"is not a file that DOH\.save"):
         DOH.load(tmp_path / "other")
     with pytest.raises(ValueError, match=r"wanted \[\.\.\., 2\]"):
         DOH(latent=3)(torch.zeros(4, 3))

@@ -134,3 +134,15 @@ def test_clear_errors():
         Hopfield(4)(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="needs a mixer that offers"):
         Transformer(mixer="hopfield", stream="value-residual")
+
+
+def test_nothing_that_was_asked_for_is_ignored():
+    with pytest.raises(ValueError, match="causal=True has no effect on separate stored patterns"):
+        Hopfield(8, 2, causal=True).associate(torch.randn(1, 3, 8), torch.randn(1, 5, 8))
+    for wrong in (
+        lambda: HopfieldPooling(8, queries=0),
+        lambda: HopfieldLayer(8, prototypes=0),
+        lambda: Hopfield(8, 0),
+    ):
+        with pytest.raises(ValueError, match=r"at least 1|below 1"):
+            wrong()

@@ -122,7 +122,7 @@ def test_layer_equals_torchs_convolution_with_its_weights():
     assert list(layer.state_dict()) == ["weight", "bias"]
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_refused():
     i = torch.arange(3)
     with pytest.raises(ValueError, match=r"target is torch.int64 \(2,\); wanted int64 \[3\]"):
         Span(i, i[:2], i, (3, 3, 3))

@@ -84,7 +84,7 @@ def test_random_groups_are_kept_with_the_weights():
     torch.testing.assert_close(a(image), b(image))
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_refused():
     with pytest.raises(ValueError, match="order 'rows', copies 2"):
         PermutedKronecker(2, 3, 4, order="rows")
     with pytest.raises(ValueError, match=r"input \(2, 5\); wanted \[..., 6\]"):
@@ -93,3 +93,5 @@ def test_mistakes_are_told():
         PKMixer(variant="plain")
     with pytest.raises(ValueError, match="only variant='simple' is a plain wide MLP"):
         PKMixer(1, 8).wide()
+    with pytest.raises(ValueError, match=r"hidden=4\.0 has no effect on variant 'simple'"):
+        PKMixer(1, 8, patch=2, width=4, depth=1, variant="simple", hidden=4.0)

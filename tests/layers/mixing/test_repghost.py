@@ -96,7 +96,7 @@ def test_papers_network_has_the_authors_sizes(width, millions, multiply_adds):
     assert round(cost.flops(net, image) / 2e6) == multiply_adds
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_refused():
     with pytest.raises(ValueError, match="kernel 4 is even"):
         RepGhost(2, 3, kernel=4)
     with pytest.raises(ValueError, match="outputs 5 is odd"):

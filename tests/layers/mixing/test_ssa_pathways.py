@@ -207,7 +207,7 @@ def test_an_ensemble_is_the_mean_over_samples_and_leaves_the_model_as_it_was():
     torch.testing.assert_close(dense, model.eval()(tokens))
 
 
-def test_what_cannot_work_is_told():
+def test_what_cannot_work_is_refused():
     for wrong in (0, 1.5):
         with pytest.raises(ValueError, match=r"SSA: sampling .* above 0 and at most 1"):
             SSA(8, 2, sampling=wrong)
@@ -215,6 +215,8 @@ def test_what_cannot_work_is_told():
         SSA(8, 2, sampler="near")
     with pytest.raises(ValueError, match="spread -1"):
         SSA(8, 2, spread=-1)
+    with pytest.raises(ValueError, match="spread 1 has no effect on sampler 'unbiased'"):
+        SSA(8, 2, sampler="unbiased", spread=1)
     with pytest.raises(ValueError, match=r"SSA: input \(1, 5, 9\); wanted \[batch, sequence, 8\]"):
         SSA(8, 2)(torch.zeros(1, 5, 9))
     model, cache = Transformer(**SIZES, mixer="ssa-pathways"), Cache()

@@ -70,7 +70,7 @@ def test_every_weight_of_the_network_learns():
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_refused():
     with pytest.raises(ValueError, match=r"local \(2, 3\); wanted \[..., 4\]"):
         TwoPoint(3, 2, local=4, universal=1)(torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 1))
     with pytest.raises(ValueError, match="1 senses and depth 2"):

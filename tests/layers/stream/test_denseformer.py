@@ -85,6 +85,6 @@ def test_convolutional_stages_keep_what_they_average():
     assert model(torch.randn(2, 1, 8, 8)).isfinite().all()
 
 
-def test_wrong_options_are_told():
+def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="dilation 0"):
         DenseFormer(4, 4, dilation=0)

@@ -135,7 +135,7 @@ def test_padding_changes_nothing_in_an_encoder():
     torch.testing.assert_close(encoder(tokens, mask=mask)[1:], encoder(tokens[1:, :5]))
 
 
-def test_what_cannot_work_is_told():
+def test_what_cannot_work_is_refused():
     k = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match="LIMe: heads 0; it needs attention"):
         MLP(4, 2, stream="lime")

@@ -49,9 +49,8 @@ def naive(layer, x):
 @pytest.mark.parametrize(("tied", "weight_norm"), [(False, False), (True, True)])
 def test_values_and_gradients_equal_the_equation(cell, transition, tied, weight_norm):
     torch.manual_seed(0)
-    layer = LowRankPassthrough(
-        3, 5, cell=cell, transition=transition, rank=2, tied=tied, weight_norm=weight_norm
-    ).double()
+    options = {} if transition == "full" else {"rank": 2, "tied": tied}
+    layer = LowRankPassthrough(3, 5, cell=cell, transition=transition, weight_norm=weight_norm, **options).double()
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(torch.randn_like(p) * 0.3)
@@ -100,7 +99,8 @@ def test_a_sequence_in_pieces_is_the_whole(cell):
     ],
 )
 def test_weights_are_counted(transition, tied, count):
-    layer = LowRankPassthrough(4, 16, transition=transition, rank=2, tied=tied)
+    options = {} if transition == "full" else {"rank": 2, "tied": tied}
+    layer = LowRankPassthrough(4, 16, transition=transition, **options)
     assert sum(p.numel() for p in layer.transition.parameters()) == count
     assert all(u.shape == (16, 16) for u in matrices(layer))
     if transition == "low-rank":
@@ -123,13 +123,16 @@ def test_weight_norm_makes_lengths_free_of_directions():
         torch.testing.assert_close(layer.transition.left, 2 * before)
 
 
-def test_wrong_options_and_shapes_are_told():
+def test_wrong_options_and_shapes_are_refused():
     with pytest.raises(ValueError, match="cell 'rnn'"):
         LowRankPassthrough(2, 4, cell="rnn")
     with pytest.raises(ValueError, match="transition 'diagonal'"):
         LowRankPassthrough(2, 4, transition="diagonal")
     with pytest.raises(ValueError, match="rank 5 must lie between 1 and the state size 4"):
         LowRankPassthrough(2, 4, rank=5)
+    for without_effect in ({"rank": 2}, {"tied": True}):
+        with pytest.raises(ValueError, match="no effect on a full transition"):
+            LowRankPassthrough(2, 4, transition="full", **without_effect)
     layer = LowRankPassthrough(2, 4, cell="lstm", rank=1)
     with pytest.raises(ValueError, match=r"input \(3, 2\); wanted \[batch, sequence, 2\]"):
         layer(torch.zeros(3, 2))

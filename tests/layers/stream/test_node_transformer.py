@@ -138,6 +138,8 @@ def test_what_cannot_work_is_refused():
         shared(torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="'rk5' is not one of"):
         Integrate(2, solver="rk5")
+    with pytest.raises(ValueError, match="limit=3 has no effect on fixed steps"):
+        Integrate(2, limit=3)
     with pytest.raises(ValueError, match="steps 0"):
         Integrate(2, steps=0)
     with pytest.raises(ValueError, match="'rk4' does not estimate its error"):

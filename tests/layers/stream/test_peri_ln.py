@@ -71,6 +71,6 @@ def test_it_works_in_every_backbone():
     assert MLP(64, 10, depth=3, width=16, stream="peri-ln")(image).isfinite().all()
 
 
-def test_wrong_widths_are_told():
+def test_wrong_widths_are_refused():
     with pytest.raises(ValueError, match="3 widths for 2 sublayers"):
         PeriLN(2, [4, 4, 4])

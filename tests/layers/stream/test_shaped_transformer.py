@@ -188,7 +188,7 @@ def test_without_noise_it_is_the_differential_equation_of_the_drift():
     )
 
 
-def test_what_cannot_be_is_told_and_explosions_are_nan():
+def test_what_cannot_be_is_refused_and_explosions_are_nan():
     with pytest.raises(ValueError, match="gamma 1"):
         ShapedTransformer(2, gamma=1.0)
     with pytest.raises(ValueError, match="temperature 0"):

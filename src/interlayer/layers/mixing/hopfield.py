@@ -173,6 +173,17 @@ class Hopfield(Association):
         )
         self.causal = causal
 
+    def associate(
+        self, state: Float[Tensor, "B S D"], stored: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B S D"]:
+        """What each state pattern retrieves from other stored patterns; ``mask`` is True at real ones."""
+        if self.causal:
+            raise ValueError(
+                "Hopfield: causal=True has no effect on separate stored patterns, which have no order; build another layer "
+                "without it."
+            )
+        return super().associate(state, stored, mask)
+
     def forward(self, x: Float[Tensor, "B S D"], context: Context | None = None) -> Float[Tensor, "B S D"]:
         """Update every token's state among all tokens."""
         context = context or Context()

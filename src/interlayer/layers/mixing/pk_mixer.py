@@ -124,7 +124,7 @@ class PKMixer(nn.Module):
         tokens: Tokens S to which patches are mapped. Defaults to the number of patches.
         width: Channels C of a token.
         depth: Blocks, each with one mixing across tokens and one across channels.
-        hidden: Hidden features of ``normal``, as a multiple of S and of C.
+        hidden: Hidden features of ``normal``, as a multiple of S and of C. Defaults to 2; ``simple`` has none.
         variant: ``normal`` or ``simple``.
         random: Whether groups are random.
 
@@ -150,13 +150,16 @@ class PKMixer(nn.Module):
         tokens: int | None = None,
         width: int = 32,
         depth: int = 4,
-        hidden: float = 2.0,
+        hidden: float | None = None,
         variant: str = "normal",
         random: bool = False,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"PKMixer: variant {variant!r} is not one of {VARIANTS}.")
+        if variant == "simple" and hidden is not None:
+            raise ValueError(f"PKMixer: hidden={hidden} has no effect on variant 'simple'; leave it out.")
+        hidden = 2.0 if hidden is None else hidden
         self.patches = Patches(channels, image, patch, width)
         count = self.patches.count
         s, c = tokens or count, width

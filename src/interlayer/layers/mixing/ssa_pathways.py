@@ -48,7 +48,8 @@ class SSA(Attention):
         heads: Query heads.
         sampling: Share of the tokens that each one sees in training, rounded to the nearest 1 / integer.
         sampler: ``"unbiased"`` or ``"local"``.
-        spread: Standard deviation of a token's position in ``local``, in groups; 0 gives shifted windows.
+        spread: Standard deviation of a token's position in ``local``, in groups. Defaults to
+            1/2; 0 gives shifted windows.
         kv_heads: Key-value heads, if fewer.
         causal: Whether a token sees only itself and earlier ones.
         values: Whether this sublayer projects values of its own.
@@ -77,7 +78,7 @@ class SSA(Attention):
         *,
         sampling: float = 0.25,
         sampler: str = "local",
-        spread: float = 0.5,
+        spread: float | None = None,
         kv_heads: int | None = None,
         causal: bool = False,
         values: bool = True,
@@ -85,10 +86,14 @@ class SSA(Attention):
     ) -> None:
         super().__init__(width, heads, kv_heads=kv_heads, causal=causal, values=values, linear=linear)
         _part(sampling)
-        if sampler not in SAMPLERS or spread < 0:
+        if sampler not in SAMPLERS or (spread is not None and spread < 0):
             raise ValueError(f"SSA: sampler {sampler!r}, spread {spread}; wanted one of {SAMPLERS} and at least 0.")
+        if spread is not None and sampler != "local":
+            raise ValueError(
+                f"SSA: spread {spread} has no effect on sampler {sampler!r}; leave it out, or take 'local'."
+            )
         self.sampling = self.current = sampling  # as built, and as annealed so far
-        self.sampler, self.spread, self.resample = sampler, spread, False
+        self.sampler, self.spread, self.resample = sampler, 0.5 if spread is None else spread, False
 
     def deal(self, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Tokens of each group in the order of time, [groups, m], and the index of each token's query among them, [length]."""

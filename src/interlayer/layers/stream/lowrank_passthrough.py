@@ -98,8 +98,8 @@ class LowRankPassthrough(nn.Module):
         width: State size n.
         cell: ``gru``, ``lstm`` or ``highway``.
         transition: ``full``, ``low-rank`` or ``low-rank-diagonal``.
-        rank: r.
-        tied: Whether all gates share one R.
+        rank: r. Defaults to 8; a full transition has none.
+        tied: Whether all gates share one R; a full transition has none.
         weight_norm: Whether to weight-normalise the factors' rows.
         carry: Initial bias of the gate that carries the state (u, or f of the LSTM).
 
@@ -122,7 +122,7 @@ class LowRankPassthrough(nn.Module):
         *,
         cell: str = "gru",
         transition: str = "low-rank-diagonal",
-        rank: int = 8,
+        rank: int | None = None,
         tied: bool = False,
         weight_norm: bool = False,
         carry: float = 1.0,
@@ -132,6 +132,11 @@ class LowRankPassthrough(nn.Module):
             raise ValueError(f"LowRankPassthrough: cell {cell!r} is not one of {list(GROUPS)}.")
         if transition not in TRANSITIONS:
             raise ValueError(f"LowRankPassthrough: transition {transition!r} is not one of {TRANSITIONS}.")
+        if transition == "full" and (tied or rank is not None):
+            raise ValueError(
+                f"LowRankPassthrough: rank={rank} and tied={tied} have no effect on a full transition; leave them out."
+            )
+        rank = 8 if rank is None else rank
         if transition != "full" and not 1 <= rank <= width:
             raise ValueError(f"LowRankPassthrough: rank {rank} must lie between 1 and the state size {width}.")
         self.inputs, self.width, self.cell, self.gates = inputs, width, cell, sum(GROUPS[cell])
@@ -197,7 +202,15 @@ EXAMPLE = Example(
     odd=lambda: (torch.randn(3, 7, 3),),
     axis=1,
     modes={
-        f"{cell}, {transition}": partial(LowRankPassthrough, 3, 6, cell=cell, transition=transition, rank=2, tied=True)
+        f"{cell}, {transition}": partial(
+            LowRankPassthrough,
+            3,
+            6,
+            cell=cell,
+            transition=transition,
+            rank=None if transition == "full" else 2,
+            tied=transition != "full",
+        )
         for cell in GROUPS
         for transition in TRANSITIONS
     },

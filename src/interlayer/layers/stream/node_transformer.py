@@ -139,7 +139,7 @@ class Integrate(Sequential):
         solver: One of ``SOLVERS``, or a ``Tableau``.
         steps: Equal steps in a block; the first guess with a tolerance.
         tolerance: Relative and absolute error of a step. Defaults to fixed steps.
-        limit: Largest number of steps tried in a block, with a tolerance.
+        limit: Largest number of steps tried in a block, with a tolerance. Defaults to 100.
         causal: Whether the model is causal; set by the backbone.
 
     Raises:
@@ -155,7 +155,7 @@ class Integrate(Sequential):
         solver: str | Tableau = "euler",
         steps: int = 1,
         tolerance: float | None = None,
-        limit: int = 100,
+        limit: int | None = None,
         causal: bool = False,
     ) -> None:
         super().__init__(depth)
@@ -164,6 +164,10 @@ class Integrate(Sequential):
         if steps < 1:
             raise ValueError(f"Integrate: steps {steps} must be at least 1.")
         self.tableau = SOLVERS[solver] if isinstance(solver, str) else solver
+        if tolerance is None and limit is not None:
+            raise ValueError(
+                f"Integrate: limit={limit} has no effect on fixed steps; give a tolerance, or leave it out."
+            )
         if tolerance is not None and causal:
             raise ValueError("Integrate: adapted steps see the whole sequence; a causal model needs fixed steps.")
         if tolerance is not None and not self.tableau.low:
@@ -171,7 +175,7 @@ class Integrate(Sequential):
             raise ValueError(
                 f"Integrate: {solver!r} does not estimate its error; with a tolerance take one of {pairs}."
             )
-        self.steps, self.tolerance, self.limit = steps, tolerance, limit
+        self.steps, self.tolerance, self.limit = steps, tolerance, 100 if limit is None else limit
         self.evaluations = 0 if tolerance is not None else depth * steps * len(self.tableau.b)
         self.caches = self.evaluations == depth
 
