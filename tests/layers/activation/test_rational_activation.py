@@ -72,6 +72,22 @@ def test_start_agrees_with_the_published_table():
     assert b == pytest.approx([0, 0.44101418, 0, 0.014581], abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of torch's forward mode
+def test_forward_mode():
+    torch.manual_seed(0)
+    given = torch.randn(4, 3).double(), torch.randn(6).double(), torch.randn(4).double()
+    lines = tuple(torch.randn_like(t) for t in given)
+    for f, wanted in (
+        (Quotient.apply, rational_naive),
+        (lambda x, *_: Quotient.apply(x, *given[1:]), lambda x, *_: rational_naive(x, *given[1:])),
+    ):
+        torch.testing.assert_close(torch.func.jvp(f, given, lines), torch.func.jvp(wanted, given, lines))
+    unit, x = Rational().double(), given[0]
+    curvature = torch.func.jvp(torch.func.grad(lambda x: unit(x).sum()), (x,), (lines[0],))[1]
+    (slope,) = torch.autograd.grad(unit(x.requires_grad_()).sum(), x, create_graph=True)
+    torch.testing.assert_close(curvature, torch.autograd.grad(slope, x, lines[0])[0])
+
+
 def test_start_from_a_function_and_it_is_computed_once():
     assert (Rational(like=F.mish)(torch.tensor([-1.0, 2.0])) - F.mish(torch.tensor([-1.0, 2.0]))).abs().max() < 3e-3
     assert fit("relu", (5, 4)) is fit("relu", (5, 4))

@@ -85,6 +85,8 @@ def test_function_transforms():
     ):
         got, wanted = (torch.func.jvp(f, given, lines) for f in (fast, naive))
         torch.testing.assert_close(got, wanted)
+    got, wanted = (torch.func.jvp(lambda x, f=f: f(x, weights[0]), (x,), directions[:1]) for f in (fast, naive))
+    torch.testing.assert_close(got, wanted)
     hessians = [torch.func.hessian(lambda x, f=f: f(x, weights[0]).sin().sum())(x[0]) for f in (fast, naive)]
     torch.testing.assert_close(*hessians)
     many = torch.func.vmap(fast)(x, weights)

@@ -96,6 +96,11 @@ def test_averages_have_all_derivatives_and_keep_no_stack():
     torch.testing.assert_close(Mixture.apply(*inputs), mixture(*inputs))
     assert torch.autograd.gradcheck(Mixture.apply, inputs, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(Mixture.apply, inputs, fast_mode=True)
+    line = torch.randn_like(inputs[0])
+    got, wanted = (
+        torch.func.jvp(lambda w, f=f: f(w, *inputs[1:]), inputs[:1], (line,)) for f in (Mixture.apply, mixture)
+    )
+    torch.testing.assert_close(got, wanted)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         Mixture.apply(*inputs)

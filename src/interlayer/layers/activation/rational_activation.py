@@ -192,6 +192,11 @@ class Quotient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, da: Tensor, db: Tensor) -> Tensor:
+        return torch.func.jvp(rational_naive, ctx.saved_tensors, (dx, da, db))[1]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,10 +257,10 @@ def figure(model: nn.Module, bound: float = 5.0) -> Any:
     x = torch.linspace(-bound, bound, 401, dtype=torch.float64)
     for axes, (name, unit) in zip(drawn.subplots(1, len(units), squeeze=False)[0], units.items(), strict=True):
         now = [t.detach().cpu().double() for t in (unit.numerator, unit.denominator)]
-        start = [torch.tensor(c) for c in fit(unit.like, unit.degrees)]
+        initial = [torch.tensor(c) for c in fit(unit.like, unit.degrees)]
         axes.axvspan(-3, 3, color="0.95")
         axes.plot(x, rational_naive(x, *now), label="learned")
-        axes.plot(x, rational_naive(x, *start), ":", color="0.4", label="initial")
+        axes.plot(x, rational_naive(x, *initial), ":", color="0.4", label="initial")
         axes.set_title(name or "unit", fontsize="small")
     axes.legend(fontsize="small")
     return drawn
