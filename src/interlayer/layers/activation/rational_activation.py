@@ -271,6 +271,7 @@ EXAMPLE = Example(
     inputs=lambda: (torch.randn(3, 5, 12),),
     odd=lambda: (torch.randn(2, 7, 1, 13),),
     axis=1,
+    modes={"a residual": lambda: Rational(like="tanh", degrees=(4, 2)).residual()},
     causal=True,
     wrong=lambda: (torch.ones(2, 3, dtype=torch.long),),
 )

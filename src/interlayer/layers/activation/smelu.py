@@ -127,6 +127,7 @@ EXAMPLE = Example(
     inputs=lambda: (torch.randn(3, 5),),
     odd=lambda: (torch.randn(2, 1, 7),),
     axis=1,
+    modes={blend: lambda blend=blend: RESCU(blend=blend) for blend in BLENDS},
     causal=True,
     wrong=lambda: ("text",),
 )

@@ -185,5 +185,6 @@ EXAMPLE = Example(
     inputs=lambda: (2 * torch.rand(4, 7, 2) - 1,),
     odd=lambda: (2 * torch.rand(13, 2) - 1,),
     axis=1,
+    modes={"sine": lambda: DOH(2, 3, latent=20, width=8, depth=2, activation="sine", frequencies=0)},
     train=_picture,
 )

@@ -277,4 +277,8 @@ EXAMPLE = Example(
     inputs=lambda: (torch.randn(2, 3, 12),),
     odd=lambda: (torch.randn(5, 3, 12),),
     wrong=_wrong,
+    modes={
+        "dense": lambda: ParametricSpan(dense(12, 5), 3, 2),
+        "pooling": lambda: ParametricSpan(pooling((12,), 3), 3, 2, bias=False),
+    },
 )

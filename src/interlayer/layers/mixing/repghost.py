@@ -313,5 +313,6 @@ EXAMPLE = Example(
     inputs=lambda: (torch.randn(2, 3, 5, 6),),
     odd=lambda: (torch.randn(3, 3, 1, 7),),
     axis=3,
+    modes={"without its branch or activation": lambda: RepGhost(3, 4, branch=False, activation=False)},
     wrong=lambda: (torch.randn(2, 4, 5, 6),),
 )

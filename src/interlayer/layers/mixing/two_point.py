@@ -163,4 +163,5 @@ EXAMPLE = Example(
     odd=lambda: (torch.randn(7, 6), torch.randn(7, 4), torch.randn(7, 3)),
     wrong=lambda: (torch.randn(3, 6), torch.randn(3, 5), torch.randn(3, 3)),
     axis=1,
+    modes={"point neurons": lambda: TwoPoint(6, 5, local=4, universal=3, transfer=point)},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,4 +124,8 @@ EXAMPLE = Example(
     odd=lambda: (torch.randn(3, 7, 8),),
     axis=1,
     causal=True,
+    modes={
+        "dilated": lambda: Backbone(partial(DenseFormer, dilation=2)),
+        "periodic": lambda: Backbone(partial(DenseFormer, period=2)),
+    },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -218,4 +219,8 @@ EXAMPLE = Example(
     odd=lambda: (torch.randn(3, 7, 8),),
     axis=1,
     causal=True,
+    modes={
+        "dilated": lambda: Backbone(partial(MUDDFormer, dilation=2)),
+        "periodic": lambda: Backbone(partial(MUDDFormer, period=2)),
+    },
 )

@@ -256,5 +256,6 @@ EXAMPLE = Example(
     inputs=lambda: (torch.randn(2, 6, 8),),
     odd=lambda: (torch.randn(3, 18, 8),),
     axis=1,
+    modes={"own projections": lambda: SlicedRecursive(8, 2, groups=(1,), projections="own")},
     exceptions={"lengths": "one token does not divide into three groups"},
 )
