@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from interlayer.core.slots import fill, parse_spec
+from interlayer.core.slots import choose, fill, parse_spec
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,31 @@ def test_errors_name_slot_and_mend():
         fill("stream", "denseformer(dilatoin=2)", depth=1, width=4)
     with pytest.raises(TypeError, match="finished Linear"):
         fill("norm", nn.Linear(2, 2))
+
+
+def test_choose_builds_from_a_table_with_options_of_its_own():
+    class Plain(nn.Module):
+        pass
+
+    class Scaled(nn.Module):
+        def __init__(self, width, scale=2.0):
+            super().__init__()
+            self.width, self.scale = width, scale
+
+    table = {"plain": Plain, "scaled": Scaled}
+    assert isinstance(choose("Net: path", "plain", table, width=3), Plain)
+    for what, scale in (
+        ("scaled", 2.0),
+        ("scaled(scale=0.5)", 0.5),
+        (Scaled, 2.0),
+        (lambda width: Scaled(width, 7), 7),
+    ):
+        made = choose("Net: path", what, table, width=3)
+        assert (made.width, made.scale) == (3, scale)
+    for what, message in (
+        ("scald", "path 'scald' is not one of .* Did you mean 'scaled'"),
+        ("plain(scale=1)", r"'plain\(scale=1\)' has no option 'scale'; it has \[\]"),
+        ("scaled(width=1)", r"no option 'width'; it has \['scale'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose("Net: path", what, table, width=3)
