@@ -88,14 +88,16 @@ def _taxonomy() -> str:
         "",
         "The tree of Lin et al., *A Survey of Transformers* ([arXiv:2106.04554](https://arxiv.org/abs/2106.04554)): a working part",
         "for each leaf. `interlayer list --taxonomy` prints it. Every part can be named in a slot of any backbone, and",
-        '`XFormer(leaf="...")` is a Transformer with the parts of one leaf.',
+        '`XFormer(leaf="...")` is the vanilla Transformer (sinusoids, post-norm, ReLU) with the parts of one leaf.',
         "",
         "| leaf | part | stands for | state |",
         "| --- | --- | --- | --- |",
     ]
     for leaf in catalog.taxonomy().values():
         use = ", ".join(f"`{slot}={what}`" for slot, what in leaf.use.items())
-        paper = f" ([{leaf.paper}](https://arxiv.org/abs/{leaf.paper.removeprefix('arXiv:')}))" if leaf.paper else ""
+        kind, _, number = leaf.paper.partition(":")
+        host = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}.get(kind, "")
+        paper = f" ([{leaf.paper}]({host}{number}))" if leaf.paper else ""
         lines.append(f"| {' / '.join(leaf.at)} | {use} | {leaf.method}{paper} | {leaf.state} |")
     parts = "\n\n".join(f"::: interlayer.layers.mixing.x_formers.{part}" for part in PARTS)
     return "\n".join([*lines, "", parts])

@@ -1,4 +1,4 @@
-"""Plain parts of backbones: MLPs and the norm that is none."""
+"""Plain parts of backbones: MLPs, patches, and a norm that does nothing."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ Linear = Callable[..., nn.Module]
 
 
 def plain_linear(inputs: int, outputs: int, bias: bool = True) -> nn.Module:
-    """``torch.nn.Linear`` in the words of the slot."""
+    """``torch.nn.Linear`` with the argument names of the slot."""
     return nn.Linear(inputs, outputs, bias=bias)
 
 
 class Same(nn.Module):
-    """What fills a norm slot where no norm is wanted."""
+    """Fills a norm slot where no norm is wanted."""
 
     def __init__(self, width: int = 0) -> None:
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give ``x`` back."""
+        """Return ``x``."""
         return x
 
 
@@ -32,7 +32,7 @@ class FeedForward(nn.Module):
 
     Args:
         width: Features D.
-        hidden: Inner features; 4 D unless told.
+        hidden: Hidden features. Defaults to 4 D.
         activation: Called without arguments.
         linear: Called with ``inputs=, outputs=``.
     """
@@ -61,7 +61,7 @@ class GLU(nn.Module):
 
     Args:
         width: Features D.
-        hidden: Inner features; 8/3 D rounded up to a multiple of 8 unless told, so that it has the MLP's parameters.
+        hidden: Hidden features. Defaults to 8/3 D, rounded up to a multiple of 8, for as many parameters as the MLP.
         activation: Called without arguments.
         linear: Called with ``inputs=, outputs=, bias=``.
     """

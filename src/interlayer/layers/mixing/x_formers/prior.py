@@ -115,12 +115,12 @@ class TaskPrior(Attention):
         """What is added to the scores of the last ``new`` of ``total`` positions, [B or 1, 1, new, total]."""
         if total > self.length:
             raise ValueError(f"TaskPrior: {total} tokens, but it was built for length={self.length}; build it longer.")
-        place = torch.arange(total, device=self.scores.device)
-        rows, task = place[total - new :], torch.as_tensor(self.task, device=self.scores.device).reshape(-1)
+        index = torch.arange(total, device=self.scores.device)
+        rows, task = index[total - new :], torch.as_tensor(self.task, device=self.scores.device).reshape(-1)
         gamma, beta = self.modulate(self.tasks(task))[:, None].chunk(2, -1)
         block = (1 + gamma) * self.scores[rows] + beta
-        same = rows[:, None] // self.side == place // self.side
-        return (block[..., place % self.side] * same)[:, None]
+        same = rows[:, None] // self.side == index // self.side
+        return (block[..., index % self.side] * same)[:, None]
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return attend(q, k, v, causal=self.causal, mask=mask, bias=self.prior(q.shape[-2], k.shape[-2]))
@@ -239,8 +239,8 @@ class AdaptiveSpan(Attention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         new, total = q.shape[-2], k.shape[-2]
-        place = torch.arange(total, device=q.device, dtype=torch.float32)  # bfloat16 counts to 256
-        distance = (place[total - new :, None] - place).abs()
+        index = torch.arange(total, device=q.device, dtype=torch.float32)  # bfloat16 counts to 256
+        distance = (index[total - new :, None] - index).abs()
         fade = ((self.ramp + self.span.clamp(min=0)[:, None, None] - distance) / self.ramp).clamp(0, 1)
         weight = scores(q, k, self.causal, mask).softmax(-1) * fade.to(q.dtype)
         return weight / weight.sum(-1, keepdim=True).clamp(min=1e-8) @ v

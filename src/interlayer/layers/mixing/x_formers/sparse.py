@@ -170,7 +170,7 @@ class Dilated(SlidingWindow):
         if k.shape[1] != q.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
 
-        def comb(t: Tensor) -> Tensor:  # every d-th place becomes a sequence of its own
+        def comb(t: Tensor) -> Tensor:  # every d-th position becomes a sequence of its own
             t = F.pad(t, (0, 0, 0, more)).unflatten(-2, (-1, d)).movedim(-2, 1)
             return t.flatten(0, 1)
 
@@ -606,9 +606,9 @@ class Hashed(Attention):
             return t.gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.shape[-1])).unflatten(2, at.shape[2:])
 
         # In how many rounds each of these pairs meets: it counts once in the union.
-        place, bin_ = (t.transpose(2, 3) for t in (chunk, bucket))  # [B, H, S, R]
-        step = rows(place, token)[..., :, None, :] - rows(place, near)[..., None, :, :]
-        met = (rows(bin_, token)[..., :, None, :] == rows(bin_, near)[..., None, :, :]) & (step >= 0) & (step <= 1)
+        chunk, bucket = chunk.transpose(2, 3), bucket.transpose(2, 3)  # [B, H, S, R]
+        step = rows(chunk, token)[..., :, None, :] - rows(chunk, near)[..., None, :, :]
+        met = (rows(bucket, token)[..., :, None, :] == rows(bucket, near)[..., None, :, :]) & (step >= 0) & (step <= 1)
         times = met.sum(-1)
         here = torch.diagonal(met.movedim(-1, 2), dim1=2, dim2=3).movedim(-1, 2)  # met in this very round
         score = rows(q, token) @ rows(k, near).transpose(-1, -2) * q.shape[-1] ** -0.5 - times.clamp(min=1).log()
