@@ -41,6 +41,15 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(model(TOKENS, mask=mask), model(TOKENS[:, :12]))
 
 
+def test_padding_is_refused_by_a_mixer_that_knows_nothing_of_it():
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.mean(1, keepdim=True).expand_as(x)
+
+    with pytest.raises(ValueError, match="Mean mixer takes no padding mask"):
+        Encoder(**TINY, classes=3, mixer=Mean)(TOKENS, mask=torch.ones(2, 19, dtype=torch.bool))
+
+
 def test_generation_repeats_itself_greedily():
     model = Transformer(**TINY)
     out = model.generate(TOKENS[:, :4], 8)

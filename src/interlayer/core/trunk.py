@@ -126,8 +126,10 @@ class Trunk(nn.Module):
                 raise ValueError(
                     f"Transformer: {type(part).__name__} {slot} cannot use a cache; run the whole sequence."
                 )
-        for slot, part in (("order", order), ("position", self.position)):
-            if mask is not None and not part.masks:
+        taking = (("mixer", mixer, self.offers is not None), ("order", order, order.masks),
+                  ("position", self.position, self.position.masks))  # fmt: skip
+        for slot, part, masks in taking:
+            if mask is not None and not masks:
                 raise ValueError(
                     f"Transformer: {type(part).__name__} {slot} takes no padding mask; give sequences of one length."
                 )
