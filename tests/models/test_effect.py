@@ -102,9 +102,9 @@ def is_default(backbone, slot, what, beside):
     default = {"position": "learned" if backbone == "VisionTransformer" else "rotary"}.get(slot, default)
     if slot == "activation" and default is None:
         default = "silu" if beside == "glu" else "gelu"
-    if (slot, what) == ("position", "none") and name_of(beside) in map(name_of, names("mixer")):
-        offers = getattr(resolve("mixer", name_of(beside)), "offers", None)
-        return "rotate" not in (offers or ())  # such a mixer has no position by default
+    if slot == "position" and name_of(beside) in map(name_of, names("mixer")):
+        offers = getattr(resolve("mixer", name_of(beside)), "offers", ())
+        default = default if "rotate" in offers else "none" if "order" in offers else "learned"
     return what == default
 
 

@@ -87,6 +87,10 @@ class Attention(nn.Module):
         linear: Called with ``inputs=, outputs=``.
 
     Shapes: [B, S, D] to [B, S, D].
+
+    ``offers`` names what a mixer does for other parts: ``"qkv"`` separate inputs, ``"share"`` keys and values that a stream
+    changes, ``"cache"`` decoding, ``"bias"`` a position's bias of the scores, ``"rotate"`` its rotation, ``"order"`` positions
+    of its own. One without ``offers`` is called with the input alone.
     """
 
     offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "bias", "rotate"})

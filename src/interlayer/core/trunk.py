@@ -44,7 +44,8 @@ class Trunk(nn.Module):
         mixer: What mixes tokens.
         mlp: What mixes channels.
         activation: The activation of the MLP. Defaults to the MLP's own.
-        position: The position encoding. Defaults to rotary where the mixer rotates queries and keys, else to none.
+        position: The position encoding. Defaults to rotary where the mixer rotates queries and keys, to none where it has
+            positions of its own, else to learned vectors.
         order: The order in which the blocks run.
         linear: Every linear map.
     """
@@ -87,7 +88,7 @@ class Trunk(nn.Module):
             self.blocks.append(Block(attention, channels))
         self.offers = getattr(self.blocks[0].mixer, "offers", None)
         offers = self.offers or frozenset()
-        default = "rotary" if "rotate" in offers else "none"
+        default = "rotary" if "rotate" in offers else "none" if self.offers is None or "order" in offers else "learned"
         self.position = fill("position", default if position is None else position, **sizes, head_width=width // heads)
         self.order = fill("order", order, **sizes)
         for slot, part in (("stream", self.stream), ("position", self.position), ("order", self.order)):

@@ -156,6 +156,14 @@ def test_padding_is_left_out_or_refused(name):
     assert not torch.allclose(model(other), model(TOKENS))
 
 
+@pytest.mark.parametrize("name", [m for m in MIXERS if m not in ONLY_CAUSAL])
+def test_no_mixer_is_blind_to_order_by_default(name):
+    torch.manual_seed(0)
+    model = noisy(Encoder(**SIZES, classes=3, mixer=name)).double().eval()
+    turned = TOKENS[:, torch.randperm(23, generator=torch.Generator().manual_seed(0))]
+    assert (model(turned) - model(TOKENS)).abs().max() > 1e-6
+
+
 class Shifted(Rotary):
     """Rotary positions that begin at 5."""
 

@@ -138,7 +138,7 @@ class Synthesizer(Attention):
         **options: As for ``Attention``.
     """
 
-    offers: ClassVar[frozenset[str]] = CACHED - {"rotate"}
+    offers: ClassVar[frozenset[str]] = CACHED - {"rotate"} | {"order"}
 
     def __init__(self, width: int, heads: int, *, length: int, **options: Any) -> None:
         super().__init__(width, heads, **options)

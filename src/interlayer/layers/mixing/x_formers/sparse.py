@@ -360,7 +360,7 @@ class Segments(Attention):
         ValueError: A model of a single segment.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "cache"})
+    offers: ClassVar[frozenset[str]] = frozenset({"qkv", "cache", "order"})
 
     def __init__(
         self,
