@@ -622,8 +622,9 @@ def test_lite_attends_with_positions_and_convolves():
         mixer("lite", True, heads=1)
 
 
-def test_linear_attention_learns_when_compiled():
-    layer, x = mixer("linear-attention", False), torch.randn(2, 9, 8)
+@pytest.mark.parametrize("spec", ["linear-attention", "delta"])
+def test_features_learn_when_compiled(spec):
+    layer, x = mixer(spec, spec == "delta"), torch.randn(2, 9, 8)
     wanted = torch.autograd.grad(layer(x).square().sum(), layer.qkv.weight)[0]
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)

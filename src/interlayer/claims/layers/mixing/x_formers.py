@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer import catalog
-from interlayer.claims import Claim, Scale, effect, fits, lowest, mechanism
+from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
 from interlayer.claims.training import batches, built, task
 from interlayer.core import cost
 from interlayer.core.extra import extra_loss
@@ -31,6 +31,10 @@ LINEAR = (
     "memory compression/inducing points", "low rank/approximation",
 )  # fmt: skip
 NEAR = ("linearised/feature map", "sparse/position-based/band", "low rank/approximation")
+LOCAL = (
+    "sparse/position-based/band", "sparse/position-based/compound, global and window",
+    "sparse/position-based/compound, relay and ring",
+)  # fmt: skip
 CAUSAL = ("linearised/aggregation rule",)  # has no form that sees both ways: it fills in from what is before alone
 SIZES = {"width": 32, "heads": 4}
 SHORT, LONG = 32, 128
@@ -137,18 +141,27 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
 
 
 CLAIM = Claim(
-    says="Between lengths 512 and 8192 the FLOPs of the linear family grow with an exponent of at most 1.1, and in filling in hidden "
-    "bytes of 128 linear attention, a window and Nystroem landmarks lose at most a tenth of a nat to softmax attention.",
+    says="Between lengths 512 and 8192 the FLOPs of the linear family grow with an exponent of at most 1.1. In filling in hidden bytes of "
+    "128, linear attention, a window and Nystroem landmarks lose at most a tenth of a nat to softmax attention, and on so little "
+    "data the structural bias of a window, of Longformer's pattern and of a star lowers the loss.",
     measure=measure,
     build=build,
     arms=(FULL, *LEAVES),
     statements=(
         *(mechanism("", fits("growth", arm, high=1.1), control=WRITTEN, mutant=WIDE) for arm in LINEAR),
         *(effect("", lowest(f"loss at {LONG}", arm, than=(FULL,), margin=-0.1), control=BLIND) for arm in NEAR),
+        *(effect("", lowest(f"loss at {LONG}", arm, than=(FULL,)), control=BLIND) for arm in LOCAL),
     ),
+    checks=(check("softmax attention learns to mix", fits(f"loss at {LONG}", FULL, high=2.9)),),
     scales={
-        "smoke": {"steps": 1, "judged": 1, "lengths": (64, 256), "lr": 5e-3},
-        "small": {"steps": 240, "judged": 4, "lengths": (512, 8192), "lr": 5e-3},
+        "smoke": {"steps": 1, "judged": 1, "lengths": (64, 256), "lr": 3e-3},
+        "small": {"steps": 240, "judged": 2, "lengths": (512, 8192), "lr": 3e-3},
         "full": {"steps": 20000, "judged": None, "lengths": (512, 8192), "lr": 1e-3},
     },
+    pilots="Seeds 1000 and 1001, 240 steps, softmax attention, no mixing, linear attention, a window and Nystroem landmarks. "
+    "Post-norm with sinusoids at rates 0.002, 0.005 and 0.01: softmax attention ended within 0.03 of no mixing (3.05), so pre-norm "
+    "and rotary positions were taken. There, at rates 0.003 and 0.01, softmax attention ended at 2.75 to 2.89 and no mixing at 2.99; "
+    "0.003 was taken for all arms. 20 rounds of the pseudo-inverse instead of 6 or 10 raised Nystroem's loss from 2.86 to 3.1. One "
+    "run of every leaf at seed 1000 chose the leaves of the last statements: a window 2.61, Longformer 2.62 and a star 2.60 "
+    "against 2.81.",
 )

@@ -36,6 +36,11 @@ class Late(Attention):
         raise NotImplementedError
 
 
+def elu_plus_one(x: Tensor) -> Tensor:
+    """``elu(x) + 1``, positive features."""
+    return F.elu(x.contiguous()) + 1  # elu's compiled gradient mistakes the strides of a transposed input
+
+
 class Kernel(Attention):
     """``phi(q) (phi(k)' v) / (phi(q) sum phi(k))``: what mixers with features phi share.
 
@@ -84,7 +89,7 @@ class Linear(Kernel, Late):
     """
 
     def features(self, x: Tensor, shift: tuple[int, ...] = ()) -> Tensor:
-        return F.elu(x.contiguous()) + 1  # elu's compiled gradient mistakes the strides of a transposed input
+        return elu_plus_one(x)
 
 
 def naive(fq: Tensor, fk: Tensor, v: Tensor) -> Tensor:
@@ -181,7 +186,7 @@ class Delta(Late):
             raise ValueError("Delta: takes no padding mask; give sequences of one length.")
         length = q.shape[-2]
         k, rate = k[..., :-1], torch.sigmoid(k[..., -1:])
-        q, k = (F.normalize(F.elu(t) + 1, p=1.0, dim=-1) for t in (q, k))
+        q, k = (F.normalize(elu_plus_one(t), p=1.0, dim=-1) for t in (q, k))
         if position is not None:
             q, k = position.rotate(q, k)
         more = -length % CHUNK
