@@ -7,8 +7,8 @@ from mkdocs.structure.files import File
 from interlayer import catalog
 
 PRIMITIVES = (
-    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "wiring", "weights", "options", "delivery",
-    "implicit", "extra", "pairing", "equal", "recipe", "cost", "kinds",
+    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "swap", "wiring", "weights", "options",
+    "delivery", "fields", "auxiliary", "pairing", "equal", "recipe", "record", "cost", "kinds",
 )  # fmt: skip
 PARTS = ("sparse", "nodes", "linear", "compressed", "prior", "positions", "depth", "parts")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.claims.harness import Scale
-from interlayer.core.extra import extra_loss
+from interlayer.core.auxiliary import extra_loss
 from interlayer.core.pairing import Streams, clip_gradients, paired
 from interlayer.study import Task, tasks
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from interlayer.study.result import Result, Row
+from interlayer.study.result import ArmRow, Result
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; (light page, dark page). The baseline is grey.
 GREY = ("#5f6670", "#a3abb6")
@@ -263,7 +263,7 @@ def learning(result: Result, number: dict[str, int]) -> str:
     return f'<div class="pair">{out}</div>'
 
 
-def forest(result: Result, found: Sequence[Row], number: dict[str, int]) -> str:
+def forest(result: Result, found: Sequence[ArmRow], number: dict[str, int]) -> str:
     """Final paired difference of each arm: each seed a dot, the mean a diamond, the interval a line."""
     metric, base = result.about["metric"], result.values(result.spec.baseline)
     dots = {
@@ -341,7 +341,7 @@ def forest(result: Result, found: Sequence[Row], number: dict[str, int]) -> str:
     return f'<figure class="one"><h3>Difference to {escape(result.spec.baseline)} at the end</h3><figcaption>{caption}</figcaption>{drawing}</figure>'
 
 
-def costs(result: Result, found: Sequence[Row], number: dict[str, int]) -> str:
+def costs(result: Result, found: Sequence[ArmRow], number: dict[str, int]) -> str:
     """Quality against step time and against peak memory."""
     metric = result.about["metric"]
     arms = [r for r in found if metric in r.metrics and "step_time" in r.cost]

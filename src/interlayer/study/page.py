@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from interlayer.study.charts import colours, costs, forest, learning, rates, var, variables
-from interlayer.study.result import Result, Row, headline
+from interlayer.study.result import ArmRow, Result, headline
 
 STYLE = """
 :root{color-scheme:light dark;--page:#fbfbf9;--card:#fff;--ink:#1c1e21;--soft:#5d636b;--line:#e3e3de;--faint:#f1f1ec;--bad:#a8321a}
@@ -51,7 +51,7 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:5px 22px;font-size:14.
 """
 
 
-def _table(result: Result, found: Sequence[Row], lines: Sequence[dict[str, str]], number: dict[str, int]) -> str:
+def _table(result: Result, found: Sequence[ArmRow], lines: Sequence[dict[str, str]], number: dict[str, int]) -> str:
     metric = result.about["metric"]
     judged = [r for r in found if metric in r.metrics]
     best = (
@@ -132,7 +132,7 @@ def _what(result: Result) -> str:
     )
 
 
-def page(result: Result, found: Sequence[Row], lines: Sequence[dict[str, str]], note: str) -> str:
+def page(result: Result, found: Sequence[ArmRow], lines: Sequence[dict[str, str]], note: str) -> str:
     """The whole page.
 
     Args:

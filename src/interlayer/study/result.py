@@ -101,7 +101,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Row:
+class ArmRow:
     """One arm's line in the table."""
 
     arm: str
@@ -113,7 +113,7 @@ class Row:
     runs: int
 
 
-def rows(result: Result) -> list[Row]:
+def rows(result: Result) -> list[ArmRow]:
     """The table's lines, one for each arm in the order of the study."""
     found = []
     for arm in result.spec.arms:
@@ -125,7 +125,7 @@ def rows(result: Result) -> list[Row]:
         keys = dict.fromkeys(k for r in done for k in r.record.cost)
         means = {k: [r.record.cost[k] for r in done if k in r.record.cost] for k in keys}
         found.append(
-            Row(
+            ArmRow(
                 arm.name,
                 state,
                 {m: interval(list(result.values(arm.name, m).values())) for m in names},
@@ -138,7 +138,7 @@ def rows(result: Result) -> list[Row]:
     return found
 
 
-def better(row: Row, result: Result) -> bool | None:
+def better(row: ArmRow, result: Result) -> bool | None:
     """Whether an arm is better than the baseline (True) or worse (False); None while it is not decided."""
     if row.difference is None or not row.difference.decided:
         return None
@@ -155,7 +155,7 @@ def human(value: float, unit: str = "") -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
-def cells(row: Row, result: Result) -> dict[str, str]:
+def cells(row: ArmRow, result: Result) -> dict[str, str]:
     """A line of the table as text by column heading."""
     about = result.about
     found = {
@@ -180,7 +180,7 @@ def cells(row: Row, result: Result) -> dict[str, str]:
     return found
 
 
-def headline(result: Result, found: Sequence[Row]) -> tuple[str, str]:
+def headline(result: Result, found: Sequence[ArmRow]) -> tuple[str, str]:
     """What was decided, and what was not."""
     about, spec = result.about, result.spec
     metric, base = about["metric"], spec.baseline

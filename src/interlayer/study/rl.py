@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.core.extra import extra_loss
+from interlayer.core.auxiliary import extra_loss
 from interlayer.core.extras import need
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

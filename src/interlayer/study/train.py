@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from interlayer import catalog
 from interlayer.core import cost, recipe
+from interlayer.core.auxiliary import extra_loss
 from interlayer.core.data import run
-from interlayer.core.extra import extra_loss
 from interlayer.core.kinds import Rule
 from interlayer.core.options import checked
 from interlayer.core.pairing import Paired, Streams, clip_gradients, paired

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from interlayer.core.data import DataShape
-from interlayer.core.implicit import grid
+from interlayer.core.fields import grid
 from interlayer.layers.hyper.doh import DOH
 
 

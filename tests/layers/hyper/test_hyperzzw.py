@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from interlayer.core.auxiliary import extra_loss
 from interlayer.core.data import DataShape
-from interlayer.core.extra import extra_loss
-from interlayer.core.implicit import grid
+from interlayer.core.fields import grid
 from interlayer.layers.hyper.hyperzzw import (
     SIDES,
     GroupedStandard,

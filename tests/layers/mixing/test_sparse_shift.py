@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from interlayer.core.extra import extra_loss
+from interlayer.core.auxiliary import extra_loss
 from interlayer.layers.mixing.sparse_shift import (
     SMALL,
     FEBlock,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from interlayer.core.config import configured
 from interlayer.core.data import DataShape
 from interlayer.core.example import Example
-from interlayer.core.implicit import Layout, dequantize, grid, quantize
+from interlayer.core.fields import Layout, dequantize, grid, quantize
 
 
 @configured

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from interlayer.core.config import configured
 from interlayer.core.data import DataShape
 from interlayer.core.example import Example
-from interlayer.core.implicit import grid
+from interlayer.core.fields import grid
 
 SIDES = (3, 9, 5, 7)  # of the four local hyper-kernels
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.core.extras import need
-from interlayer.core.implicit import Implicit, Layout, dequantize, grid, quantize
+from interlayer.core.fields import Implicit, Layout, dequantize, grid, quantize
 from interlayer.layers.hyper.doh import DOH
 
 PHOTOS = ("camera", "coffee", "astronaut")  # one for each seed; all come inside scikit-image

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, effect, highest, lowest
 from interlayer.claims.training import batches, task
+from interlayer.core.auxiliary import extra_loss
 from interlayer.core.cost import parameters
-from interlayer.core.extra import extra_loss
 from interlayer.core.parts import Same
 from interlayer.core.taps import read
 from interlayer.layers.hyper.hyperzzw import GroupedStandard, Instance, Local, SlowNet, Terminator

@@ -14,7 +14,7 @@ from interlayer import catalog
 from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
 from interlayer.claims.training import batches, built, task
 from interlayer.core import cost
-from interlayer.core.extra import extra_loss
+from interlayer.core.auxiliary import extra_loss
 from interlayer.core.slots import fill, parse_spec, resolve
 from interlayer.core.trunk import build_trunk, initialise
 from interlayer.layers.mixing.x_formers.linear import Linear

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from interlayer.core.implicit import Implicit, Layout, dequantize, encode, grid, quantize
+from interlayer.core.fields import Implicit, Layout, dequantize, encode, grid, quantize
 
 
 def test_grid():
