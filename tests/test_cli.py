@@ -77,7 +77,7 @@ def test_show_tells_what_there_is():
         "arXiv:2402.02622",
         "from interlayer.layers.stream.denseformer import DenseFormer",
         "dilation=1",
-        "works when",
+        "goal",
     ):
         assert word in out
 

@@ -1,4 +1,4 @@
-"""The catalogue: what systems there are, where they live and what state they are in. Never imports torch."""
+"""The catalogue: every system, where it lives and which state it is in. Never imports torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATES = ("ready", "partial", "planned")
 
 @dataclass(frozen=True)
 class System:
-    """One row of the catalogue. Everything beyond the typed fields follows from the files that exist.
+    """One row of the catalogue. Everything else follows from the files that exist.
 
     Attributes:
         slug: Name of the system; its files carry it with underscores.
@@ -33,7 +33,7 @@ class System:
         paper: Verified ``arXiv:ID`` or ``doi:ID``; empty until verified.
         slot: The slot of a backbone that it fills, if it is a layer that fills one.
         code: Name of the class in the system's module; empty until written.
-        network: Name of a whole network in the same module with ``for_task``, if a layer brings one of its own.
+        network: Name of a network with ``for_task`` in the same module, if a layer comes with one.
     """
 
     slug: str
@@ -79,7 +79,7 @@ class System:
 
     @functools.cached_property
     def missing(self) -> list[str]:
-        """What the system still lacks: of paper, code, docs, claim, result and, in a checkout, test."""
+        """Which of paper, code, docs, claim, result and, in a checkout, test the system still lacks."""
         has = {
             "paper": bool(self.paper),
             "code": bool(self.code) and self.source.exists(),
@@ -138,7 +138,7 @@ class System:
 
     @property
     def has_network(self) -> bool:
-        """Whether the system is a network, or brings one."""
+        """Whether the system is a network or comes with one."""
         return bool(self.code) and (self.kind == "model" or bool(self.network))
 
     def resolve_network(self) -> Any:

@@ -46,7 +46,7 @@ def _root(
 
 @app.command("list")
 def list_(
-    text: Annotated[str, typer.Argument(help="Show only systems whose slug, title or works-line holds this.")] = "",
+    text: Annotated[str, typer.Argument(help="Show only systems with this text in slug, title or goal.")] = "",
     room: Annotated[str, typer.Option(help="Only this room, for example layers.stream, or a wing: layers.")] = "",
     kind: Annotated[str, typer.Option(help="layer, model, transform, rule or probe.")] = "",
     state: Annotated[str, typer.Option(help="ready, partial or planned.")] = "",
@@ -89,7 +89,7 @@ def list_(
 
 
 def _tree(as_json: bool) -> None:
-    """Print the leaves below the branches that they hang on."""
+    """Print the leaves below their branches."""
     leaves = list(catalog.taxonomy().values())
     if as_json:
         keys = ("at", "method", "paper", "use", "state")
@@ -117,7 +117,7 @@ Slug = Annotated[str, typer.Argument(help="A system's slug.", autocompletion=_sl
 
 @app.command()
 def show(slug: Slug) -> None:
-    """Show one system: idea, paper, code, options, when it works, what its claim last measured."""
+    """Show one system: idea, paper, code, options, goal, and what its claim last measured."""
     s = _get(slug)
     typer.echo(f"{s.slug}: {s.title}")
     rows = {
@@ -134,7 +134,7 @@ def show(slug: Slug) -> None:
     if "code" not in s.missing:
         rows["code"] = f"from {s.module} import {s.code}"
         rows["options"] = ", ".join(f"{k}={v}" for k, v in s.options.items()) or "none"
-    rows["works when"] = s.works
+    rows["goal"] = s.works
     for key, value in rows.items():
         typer.echo(f"  {key:<10} {value}")
     if result := s.measured():
@@ -192,7 +192,7 @@ def compare(
         bool, typer.Option("--allow-equal", help="Allow arms that equal the baseline (an A/A study).")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume/--fresh", help="Go on with the records there are, or start anew.")
+        bool, typer.Option("--resume/--fresh", help="Keep the existing records, or start afresh.")
     ] = True,
 ) -> None:
     """Train several ideas side by side on one task, and report which one helps at what cost.
@@ -217,7 +217,7 @@ def compare(
 @app.command()
 def claim(
     slugs: Annotated[
-        list[str] | None, typer.Argument(help="Systems; all that have a claim unless told.", autocompletion=_slug)
+        list[str] | None, typer.Argument(help="Systems. Defaults to all that have a claim.", autocompletion=_slug)
     ] = None,
     scale: Annotated[Scale, typer.Option(help="smoke: seconds; small: minutes; full: a GPU.")] = Scale.small,
     seeds: Annotated[
@@ -259,7 +259,7 @@ def apply_(
     bake: Annotated[
         bool | None, typer.Option("--bake/--no-bake", help="Plain weights, or masks that further training keeps.")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only show what would be done.")] = False,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="name=value, as often as needed.")] = None,
 ) -> None:
     """Apply a transform to a trained model and save the result, which apply takes again."""
@@ -269,7 +269,7 @@ def apply_(
             f"apply: {slug!r} is of kind {system.kind}; only transforms are applied. `interlayer list --kind transform`."
         )
     if not plan and out is None:
-        _stop("apply: where to? Give --out DIR, or --plan to see what would be done.")
+        _stop("apply: no output folder. Give --out DIR, or --plan to see what would be done.")
     for name, path in (("--model", model), *(("--other", path) for path in other or [])):
         if not (path.startswith("hf:") or Path(path).is_dir() or _is_function(path)):
             _stop(f"apply: {name} {path!r}; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH.")
@@ -365,7 +365,7 @@ def _get(slug: str) -> catalog.System:
 
 
 def _told(do: Any) -> Any:
-    """Run ``do``; what a user can mend is told in one line, without a traceback."""
+    """Run ``do``. Print errors that the user can fix in one line, without a traceback."""
     try:
         return do()
     except (LookupError, ValueError, TypeError, ImportError, OSError) as error:

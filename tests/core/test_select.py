@@ -405,7 +405,7 @@ def test_blocks_of_hugging_face_models_and_ours():
         found, modules = blocks(model)
         assert (found, len(modules)) == (name, 3)
     assert len(blocks(ViTModel(ViTConfig(**small, image_size=8, patch_size=4)))[1]) == 3
-    with pytest.raises(ValueError, match="not known which its blocks are"):
+    with pytest.raises(ValueError, match="so its blocks are not known"):
         blocks(nn.Linear(2, 2))
 
 

@@ -1,4 +1,4 @@
-"""Losses that layers bring themselves: penalties and balances that the task's loss does not know of."""
+"""Auxiliary losses of layers, such as penalties and load balancing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 def extra_loss(model: nn.Module) -> Tensor | None:
-    """The sum of ``extra_loss()`` over the modules of a model that have such a method; None if there are none.
+    """Sum ``extra_loss()`` over the modules of a model that have this method; None if there are none.
 
-    A training loop adds it to the task's loss; ``compare`` and the claims do. The method gives one number, with whatever
-    weight the layer's paper gives it, for the weights (and the last forward pass) as they are.
+    Training loops add it to the task's loss; ``compare`` and the claims do so. The method returns one scalar, already
+    weighted as the layer's paper says, computed from the current weights and, if needed, the last forward pass.
 
     Examples:
         >>> import torch

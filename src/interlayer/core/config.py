@@ -16,7 +16,7 @@ M = TypeVar("M", bound=type[nn.Module])
 def configured(cls: M) -> M:
     """Class decorator: ``model.config`` holds every argument that the constructor was called with.
 
-    A slot or size among them that no part is built from is a ``ValueError``: what was asked for must have an effect.
+    Raise ``ValueError`` for a slot or size that no part is built from: every argument must have an effect.
     """
     make = cls.__init__
     signature = inspect.signature(make)

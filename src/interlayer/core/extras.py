@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def need(module: str, extra: str, caller: str) -> ModuleType:
-    """Import an optional dependency, or say who needs it and how it is installed.
+    """Import an optional dependency, or say who needs it and how to install it.
 
     Raises:
         ImportError: It is not installed.

@@ -1,4 +1,4 @@
-"""Implicit representations: a signal as a small network from coordinates to values, with weights given from outside."""
+"""Neural fields: a signal as a small network from coordinates to values, with weights given from outside."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def encode(x: Float[Tensor, "*B D"], frequencies: int) -> Float[Tensor, "*B E"]:
 
 
 class Layout:
-    """Layers of an implicit network and the spread that its weights begin with.
+    """Layers of a neural field and the standard deviation of its initial weights.
 
     Args:
         inputs: Coordinates D.
@@ -89,7 +89,7 @@ class Layout:
         return sum(o * i + o for o, i in self.shapes)
 
     def spread(self) -> list[tuple[float, float]]:
-        """Standard deviation of weights and biases of each layer at the start."""
+        """Standard deviation of the initial weights and biases of each layer."""
         found = []
         for layer, (_, i) in enumerate(self.shapes):
             weight = math.sqrt(2 / i)
@@ -146,7 +146,7 @@ class Implicit(nn.Module):
 
 
 def quantize(x: Tensor, bits: int) -> tuple[Tensor, float, float]:
-    """Whole numbers below 2^bits on an even grid from the smallest to the largest value; with the grid's start and step."""
+    """Integers below 2^bits on a uniform grid from the minimum to the maximum; with the grid's minimum and step."""
     low, high = float(x.min()), float(x.max())
     step = (high - low) / (2**bits - 1) or 1.0
     return ((x - low) / step).round().long(), low, step

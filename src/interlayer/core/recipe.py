@@ -1,4 +1,4 @@
-"""Save and load a transformed model: the weights as safetensors, and a JSON recipe of how its structure came about.
+"""Save and load a transformed model: weights as safetensors, and a JSON recipe that rebuilds its structure.
 
 ``load`` never imports or runs what a recipe names, except classes of ``interlayer.models``, ``transformers`` and
 ``diffusers``, and systems of the catalogue; and it never opens a connection.
@@ -44,7 +44,7 @@ Shapes = dict[str, tuple[int, ...]]
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write ``model.safetensors`` and ``recipe.json`` into ``directory``.
 
-    All parameters and buffers are kept bit for bit, those that ``state_dict`` leaves out too; shared ones once.
+    Keeps all parameters and buffers bit for bit, those that ``state_dict`` leaves out too. Shared tensors are stored once.
 
     Raises:
         ValueError: The directory holds other files, or a module keeps extra state that is not a tensor.
@@ -90,7 +90,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
 
 def load(directory: str | Path, base: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
-    """Build the base model, restore each step on it and fill in the saved weights. The model comes in eval mode.
+    """Build the base model, restore each step on it and fill in the saved weights. The model is in eval mode.
 
     Args:
         directory: What ``save`` wrote.

@@ -1,4 +1,4 @@
-"""Say which modules of any model are meant: by type, name, predicate, and by union, intersection and difference."""
+"""Select modules of any model by type, name or predicate, combine selections, and replace what they select."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _regex(glob: str) -> str:
 
 @dataclass
 class Selection:
-    """What is meant (``chosen``, by name) and what is not (``skipped``, with the reason)."""
+    """The selected modules by name (``chosen``), and the others with the reason (``skipped``)."""
 
     chosen: dict[str, nn.Module]
     skipped: list[Row] = field(default_factory=list)
@@ -123,12 +123,12 @@ class Selection:
 
 
 def select(model: nn.Module, at: At) -> Selection:
-    """The modules of ``model`` that ``at`` means. A module that occurs twice is chosen once; the model itself never is.
+    """The modules of ``model`` that ``at`` selects. A module that occurs twice counts once; the model itself never counts.
 
     ``skipped`` lists the other modules that hold weights of their own, each with the reason.
 
     Raises:
-        ValueError: Nothing is meant.
+        ValueError: ``at`` selects nothing.
     """
     condition, found = where(at), Selection({})
     for name, module in model.named_modules():
@@ -150,8 +150,8 @@ def select(model: nn.Module, at: At) -> Selection:
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
     """The repeated blocks of a model and their name: the list of same-class modules that holds the most weights.
 
-    Of two lists with equally many weights the longer one is meant. Weights count first because a list of a model's
-    norms, or of a block's experts, is often longer than that of its blocks.
+    Of two lists with equally many weights, the longer one wins. Weights count first because a list of a model's norms, or
+    of a block's experts, is often longer than that of its blocks.
 
     Raises:
         ValueError: No ``ModuleList`` or ``Sequential`` holds two or more modules of one class.
@@ -173,13 +173,13 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
     if best is None:
         raise ValueError(
             f"select.blocks: {type(model).__name__} has no ModuleList or Sequential of two or more modules of "
-            "one class, so it is not known which its blocks are."
+            "one class, so its blocks are not known."
         )
     return best[1], best[2]
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Set the module of that dotted name, in place."""
+    """Set the module with this dotted name, in place."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
 
@@ -193,7 +193,7 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
     ``at`` names the module or the class: ``"**.act"`` does, ``"**"`` does not.
 
     Args:
-        model: Any module; it is left as it is.
+        model: Any module. It is not changed.
         at: Which modules, as ``where`` reads it.
         with_: The name of a norm, activation or linear map (see ``swap.Swap``), or a function that gets the old module (of
             the copy) and returns the new one. A module that occurs at several places is replaced at all of them by one new
@@ -263,7 +263,7 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
 
 
 def exchange(model: nn.Module, names: list[str], make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Put ``make(old)`` in place of each named module, wherever it occurs, in place; ``model`` is returned."""
+    """Replace each named module by ``make(old)``, wherever it occurs, in place. Returns ``model``."""
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)

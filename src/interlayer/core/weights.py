@@ -17,7 +17,7 @@ from interlayer.core.record import BAKE, record, steps
 
 
 class Masked(nn.Module):
-    """The weight where the mask is true and zero elsewhere; what is masked gets no gradient."""
+    """The weight where the mask is true, zero elsewhere. Masked weights get no gradient."""
 
     mask: Tensor
 
@@ -30,7 +30,7 @@ class Masked(nn.Module):
         return weight.masked_fill(~self.mask, 0)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """A new value is taken as it is."""
+        """Use a new value unchanged."""
         return weight
 
 
@@ -64,7 +64,7 @@ class Shifted(nn.Module):
         return weight + self.delta
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """A new value is taken as the weight before the difference."""
+        """Use a new value as the weight before the difference is added."""
         return weight
 
 
@@ -72,7 +72,7 @@ OURS = (Masked, LowRank, Shifted)
 
 
 def mask(module: nn.Module, name: str, keep: Tensor) -> nn.Module:
-    """Let only the weights with a true ``keep`` take part, in place. Masking again replaces the mask.
+    """Keep the weights where ``keep`` is true and zero the others, in place. Masking again replaces the mask.
 
     Examples:
         >>> layer = mask(nn.Linear(2, 1), "weight", torch.tensor([[True, False]]))
@@ -104,7 +104,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def low_rank(module: nn.Module, name: str, rank: int) -> nn.Module:
-    """Replace a weight by the product of two factors of that rank, in place; the start is the best approximation."""
+    """Replace a weight by the product of two factors of that rank, in place, initialised with its best approximation."""
     weight = _weight(module, name)
     full = min(weight.flatten(1).shape) if weight.ndim > 1 else 0
     if not 0 < rank <= full:
@@ -116,7 +116,7 @@ def low_rank(module: nn.Module, name: str, rank: int) -> nn.Module:
 
 
 def shift(module: nn.Module, name: str, delta: Tensor | None = None) -> nn.Module:
-    """Add a trainable difference (at first ``delta``, or zero) to a weight and hold the weight itself, in place."""
+    """Freeze a weight and add a trainable difference to it, in place. The difference is ``delta`` at first, or zero."""
     weight = _weight(module, name)
     delta = torch.zeros_like(weight) if delta is None else delta.to(weight)
     if delta.shape != weight.shape:
@@ -129,7 +129,7 @@ def shift(module: nn.Module, name: str, delta: Tensor | None = None) -> nn.Modul
 
 
 def tie(model: nn.Module, name: str, to: str) -> nn.Module:
-    """Make two parameters one, in place: ``name`` becomes ``to`` (dotted names)."""
+    """Share one parameter between two names, in place: ``name`` becomes the parameter ``to`` (dotted names)."""
     source = model.get_parameter(to)
     if model.get_parameter(name).shape != source.shape:
         raise ValueError(
@@ -141,7 +141,7 @@ def tie(model: nn.Module, name: str, to: str) -> nn.Module:
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """A copy with plain weights in place of masked, low-rank and shifted ones. Its outputs are the same.
+    """Copy a model, with plain weights instead of masked, low-rank and shifted ones. The outputs stay the same.
 
     Raises:
         ValueError: No weight of the model is parametrised by this module.
@@ -155,7 +155,7 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def strip(model: nn.Module) -> nn.Module:
-    """As ``bake``, in place, and satisfied with nothing to do. Weights that came from the same tensors stay one."""
+    """Do what ``bake`` does, in place; a model without such weights stays unchanged. Shared weights stay shared."""
     done: dict[tuple[int, ...], nn.Parameter] = {}
     for module in list(model.modules()):
         for name in [n for n in _named(module) if _all_ours(module, n)]:
@@ -178,7 +178,7 @@ def _register(module: nn.Module, name: str, part: nn.Module) -> None:
 
 
 def _own_class(module: nn.Module) -> None:
-    """Copies of a parametrised module share its made-up class, and torch alters that class; give each its own."""
+    """Give a copy of a parametrised module a class of its own: copies share torch's generated class, which torch then alters."""
     cls = type(module)
     if parametrize.is_parametrized(module):
         content = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
