@@ -264,6 +264,10 @@ def test_backbones_by_name_are_refused_and_nothing_is_fetched(tmp_path, no_netwo
         change(tmp_path, base={"kind": "transformers", "class": "DetrForObjectDetection", "config": nested})
         with pytest.raises(ValueError, match="backbone='microsoft/resnet-50' names a model that would be fetched"):
             recipe.load(tmp_path)
+    named = gpt2(backbone="microsoft/resnet-50")  # such a model asks for a base when it is loaded
+    recipe.save(named, tmp_path)
+    assert json.loads((tmp_path / recipe.RECIPE).read_text())["base"]["kind"] == "given"
+    same(named, recipe.load(tmp_path, base=gpt2))
     import huggingface_hub
 
     before = huggingface_hub.constants.HF_HUB_OFFLINE

@@ -240,7 +240,10 @@ def test_norms_over_other_axes_and_with_other_inputs_stay():
     assert plan.apply()(torch.ones(1, 1, 8, 8)).pooler_output.isfinite().all()
     plan = replace(family("dit"), at="**", with_="rmsnorm")
     assert {r.what for r in plan.touched} == {"LayerNorm"}
-    assert {r.what: r.why for r in plan.skipped}["AdaLayerNormZero"] == "AdaLayerNormZero is no norm over one axis"
+    with pytest.raises(ValueError, match="AdaLayerNormZero is no norm over one axis"):
+        replace(family("dit"), at="**.norm1", with_="rmsnorm")
+    with pytest.raises(ValueError, match="GroupNorm is no norm over one axis"):
+        replace(family("unet"), at="**.norm1", with_="rmsnorm")
 
 
 def test_linear_maps_keep_sizes_and_weights_and_those_that_are_never_called_stay():
@@ -293,6 +296,7 @@ def test_what_is_not_known_to_be_an_activation_is_replaced_only_when_named():
     why = {r.name: r.why for r in plan.skipped}
     assert why["own"] == "Own is not known to be an activation; name it or its class to replace it"
     assert why["gate"].startswith("Sigmoid is not known") and why["table"] == "Embedding is no activation"
+    assert "body" not in why  # a container is worth a line only if it is named
     assert plan.apply()(torch.ones(2, 4)).shape == (2, 4, 1, 1)
     for at in ("own", "**.own", Own, re.compile("^own$"), lambda n, m: n == "own", where(nn.ReLU) | "own", ["own"]):
         assert "own" in [r.name for r in replace(model, at=at, with_="smelu").touched]
@@ -303,6 +307,37 @@ def test_what_is_not_known_to_be_an_activation_is_replaced_only_when_named():
     for at in (nn.Dropout, nn.MaxPool2d, nn.Flatten, nn.Softmax, "table", "norm", "body"):
         with pytest.raises(ValueError, match="is no activation"):
             replace(model, at=at, with_="smelu")
+
+
+class RMSNorm(nn.Module):
+    """As many write it themselves."""
+
+    def __init__(self, width, epsilon=1e-3):
+        super().__init__()
+        self.weight, self.epsilon = nn.Parameter(torch.rand(width) + 1), epsilon
+
+    def forward(self, x):
+        return x * (x.square().mean(-1, keepdim=True) + self.epsilon).rsqrt() * self.weight
+
+
+class Scaled(RMSNorm):
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_a_norm_of_ones_own_is_replaced_when_named_if_it_is_one():
+    model = nn.Sequential(nn.Linear(4, 4), RMSNorm(4), Scaled(4), nn.LayerNorm(4))
+    plan = replace(model, at="**", with_="rmsnorm")
+    assert [r.name for r in plan.touched] == ["3"]
+    assert {r.name: r.why for r in plan.skipped}[
+        "1"
+    ] == "RMSNorm is not known to be a norm; name it or its class to replace it"
+    for at in ("1", RMSNorm):
+        plan = replace(model, at=at, with_="rmsnorm")
+        assert [r.name for r in plan.touched] == ["1"]  # the other one only scales
+        new, x = plan.apply(), torch.randn(3, 4)
+        assert new[1].eps == 1e-3 and type(new[1]) is not RMSNorm
+        torch.testing.assert_close(new(x), model(x))
 
 
 class Calls(nn.Module):
@@ -405,7 +440,7 @@ def test_blocks_of_hugging_face_models_and_ours():
         found, modules = blocks(model)
         assert (found, len(modules)) == (name, 3)
     assert len(blocks(ViTModel(ViTConfig(**small, image_size=8, patch_size=4)))[1]) == 3
-    with pytest.raises(ValueError, match="so its blocks are not known"):
+    with pytest.raises(ValueError, match="not known which its blocks are"):
         blocks(nn.Linear(2, 2))
 
 

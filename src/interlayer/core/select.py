@@ -173,7 +173,7 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
     if best is None:
         raise ValueError(
             f"select.blocks: {type(model).__name__} has no ModuleList or Sequential of two or more modules of "
-            "one class, so its blocks are not known."
+            "one class, so it is not known which its blocks are."
         )
     return best[1], best[2]
 
@@ -230,25 +230,19 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
         reasons = sorted([*refused.items(), *((r.name, r.why) for r in calls)], key=lambda r: " is no " in r[1])
         shown = "; ".join(f"{n}: {why}" for n, why in reasons[:3])
         raise ValueError(f"replace: nothing that `at` selects can become {with_!r} ({shown}).")
+    worth = {
+        n for n, m in found if condition.names(n, m) or next(m.children(), None) is None
+    }  # containers go without saying
     inner = {n: o for n in meant for o in meant if n.startswith(f"{o}.")}
     skipped = [
         *found.skipped,
-        *(Row(n, type(found.chosen[n]).__name__, why) for n, why in refused.items()),
+        *(Row(n, type(found.chosen[n]).__name__, why) for n, why in refused.items() if n in worth),
         *(Row(n, type(found.chosen[n]).__name__, f"within {o}, which is replaced") for n, o in inner.items()),
         *calls,
     ]
     chosen = [n for n in meant if n not in inner]
-    owners: dict[int, str] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(p), name)
-    touched = []
-    for name in chosen:
-        ties = [
-            owners[id(p)]
-            for p in model.get_submodule(name).parameters()
-            if not f"{owners[id(p)]}.".startswith(f"{name}.")
-        ]
-        touched.append(Row(name, type(found.chosen[name]).__name__, f"its tie with {ties[0]} ends" if ties else ""))
+    ties = _ties(model, chosen)
+    touched = [Row(n, type(found.chosen[n]).__name__, f"its tie with {t} ends" if t else "") for n, t in ties.items()]
 
     def build() -> nn.Module:
         new = copy.deepcopy(model)
@@ -260,6 +254,15 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
         return new
 
     return Plan(REPLACE, {"with_": swap.spec} if swap else {}, touched, skipped, build)
+
+
+def _ties(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """By module, a parameter outside of it that is one of its own; empty if there is none."""
+    owners: dict[int, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(p), name)
+    within = {n: [owners[id(p)] for p in model.get_submodule(n).parameters()] for n in names}
+    return {n: next((o for o in own if not o.startswith(f"{n}.")), "") for n, own in within.items()}
 
 
 def exchange(model: nn.Module, names: list[str], make: Callable[[nn.Module], nn.Module]) -> nn.Module:

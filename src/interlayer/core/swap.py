@@ -183,7 +183,7 @@ class Swap:
 
         Args:
             old: The module.
-            named: Whether the caller named this very module or its class; then an activation need not be known.
+            named: Whether the caller named this very module or its class; then the class need not be known.
         """
         name, fills = type(old).__name__, known(old)
         if isinstance(old, LazyModuleMixin) and old.has_uninitialized_params():
@@ -199,7 +199,10 @@ class Swap:
                 return f"{name} is no linear map"
             return "" if _matrix(old) is not None else f"{name} keeps its weight in a form of its own"
         channels = isinstance(old, _BATCH_NORMS)
-        if fills != "norm" or not (channels or _gain(old) is not None):
+        if fills is None and not named and name.endswith("Norm"):
+            return f"{name} is not known to be a norm; name it or its class to replace it"
+        candidate = fills == "norm" or (fills is None and named)
+        if not candidate or not (channels or _gain(old) is not None):
             return f"{name} is no norm over one axis"
         axis = "channels" if channels else "features"
         wanted = normed_axis(self.spec) or axis
@@ -214,7 +217,9 @@ class Swap:
             assert weight is not None
             new = fill("linear", self.spec, inputs=weight.shape[1], outputs=weight.shape[0], bias=bias is not None)
             return _filled(new, {"weight": weight, "bias": bias})
-        eps = next((e for e in (getattr(old, n, None) for n in ("eps", "variance_epsilon")) if e is not None), None)
+        eps = next(
+            (e for e in (getattr(old, n, None) for n in ("eps", "epsilon", "variance_epsilon")) if e is not None), None
+        )
         known_eps = {} if eps is None else {"eps": eps}
         if isinstance(old, _BATCH_NORMS):
             new = fill("norm", self.spec, width=old.num_features, **known_eps)
@@ -258,7 +263,7 @@ def _gain(norm: nn.Module) -> Tensor | None:
     """The gain of a norm over the last axis as it acts (ones without one); None if it computes something else.
 
     Some classes keep the gain as its distance from one, some normalise another axis under the same name: classes other
-    than torch's own are tried on numbers of mean 0 and variance 1.
+    than torch's own are tried on numbers of mean 0.
     """
     width, weight, bias = _width(norm), getattr(norm, "weight", None), getattr(norm, "bias", None)
     if not width:
@@ -270,7 +275,7 @@ def _gain(norm: nn.Module) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     x = F.layer_norm(torch.randn(2, 3, width, generator=generator), (width,)).to(weight)
     try:
-        y = norm(x)
+        y = norm(3 * x)
     except Exception:  # it wants other inputs: not a norm that another one can replace
         return None
     for gain in (weight, 1 + weight):
