@@ -70,9 +70,8 @@ class Objects(dict[str, Any]):
         """Keep an object and return the text that stands for it; a text stands for itself."""
         if isinstance(thing, str):
             return thing
-        name = re.sub(
-            r"\W+", "-", name or getattr(thing, "name", "") or getattr(thing, "__name__", type(thing).__name__)
-        )
+        name = name or getattr(thing, "name", "") or getattr(thing, "__name__", type(thing).__name__)
+        name = re.sub(r"\W+", "-", name).strip("-")
         hashed = hashlib.blake2b(digest_size=4)
         for part in _content(thing, {}):
             hashed.update(part)
