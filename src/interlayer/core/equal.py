@@ -55,7 +55,7 @@ def difference(a: nn.Module, b: nn.Module) -> str:
         return f"only one has a parameter or buffer {odd[0]!r}."
     for name, tensor in tensors[0].items():
         if not _same(tensor, tensors[1][name]):
-            return f"{name!r} differs in its numbers."
+            return f"{name!r} differs in its numbers, type or requires_grad."
     if ties(tensors[0]) != ties(tensors[1]):
         return "parameters are tied in another way."
     return ""
