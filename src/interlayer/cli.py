@@ -208,8 +208,8 @@ def compare(
         "rates": rates.split(",") if rates else None, "allow_equal": allow_equal or None,
         "batch_size": batch_size, "device": device, "keep": keep or None, "export": export,
     }  # fmt: skip
-    spec = _told(lambda: StudySpec.from_values(study, {k: v for k, v in given.items() if v is not None}))
-    result = _told(lambda: run_study(spec, resume=resume))
+    spec = _or_stop(lambda: StudySpec.from_values(study, {k: v for k, v in given.items() if v is not None}))
+    result = _or_stop(lambda: run_study(spec, resume=resume))
     if not result.finished:
         raise typer.Exit(1)
 
@@ -233,13 +233,15 @@ def claim(
         if not system.claim.exists():
             _stop(f"claim: {system.slug!r} has no claim yet. `interlayer list --state ready` shows those that have.")
     for system in chosen:
-        result = run(load(system.slug), scale=scale.value, seeds=seeds, progress=_tell if sys.stderr.isatty() else None)
+        result = run(
+            load(system.slug), scale=scale.value, seeds=seeds, progress=_progress if sys.stderr.isatty() else None
+        )
         typer.echo(f"{system.slug}: {result}")
         if store:
             result.save(system.result)
 
 
-def _tell(done: int, arm: str, seed: int) -> None:
+def _progress(done: int, arm: str, seed: int) -> None:
     typer.echo(f"\r\033[Krun {done + 1}: {arm}, seed {seed}", nl=False, err=True)
 
 
@@ -278,19 +280,19 @@ def apply_(
             _stop(f"apply: {name} {function!r}; wanted package.module:function.")
     if base and not any(Path(path).is_dir() for path in (model, *(other or []))):
         _stop("apply: --base makes the base of a saved folder, and none was given. Leave it out.")
-    pairs = _told(lambda: _options(option or []))
+    pairs = _or_stop(lambda: _options(option or []))
     if bake is not None:
         pairs["bake"] = bake
     from interlayer.core import options, recipe
 
-    make = _told(system.resolve)
-    transform = _told(lambda: make(**options.checked(make, pairs, f"apply {slug}")))
-    the_model, *others = [_told(lambda path=path: _model(path, base)) for path in (model, *(other or []))]
-    batches = _told(lambda: _call(data)) if data else None
-    planned = _told(lambda: transform.plan(the_model, batches, others=tuple(others)))
+    make = _or_stop(system.resolve)
+    transform = _or_stop(lambda: make(**options.checked(make, pairs, f"apply {slug}")))
+    the_model, *others = [_or_stop(lambda path=path: _model(path, base)) for path in (model, *(other or []))]
+    batches = _or_stop(lambda: _call(data)) if data else None
+    planned = _or_stop(lambda: transform.plan(the_model, batches, others=tuple(others)))
     typer.echo(str(planned))
     if not plan and out is not None:
-        _told(lambda: recipe.save(planned.apply(), out))
+        _or_stop(lambda: recipe.save(planned.apply(), out))
         typer.echo(f"saved to {out}")
 
 
@@ -357,14 +359,14 @@ def report(
     """Write a study's table, CSV and report.html again from its records."""
     from interlayer.study import report as write
 
-    _told(lambda: write(out, export=export))
+    _or_stop(lambda: write(out, export=export))
 
 
 def _get(slug: str) -> catalog.System:
-    return _told(lambda: catalog.get(slug))
+    return _or_stop(lambda: catalog.get(slug))
 
 
-def _told(do: Any) -> Any:
+def _or_stop(do: Any) -> Any:
     """Run ``do``. Print errors that the user can fix in one line, without a traceback."""
     try:
         return do()

@@ -254,15 +254,15 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, arm):
     whole = train.train(read, task, spec, 0, lr=1e-2)
     path, steps = tmp_path / "run.pt", []
 
-    def tell(event, at=4):
+    def emit(event, at=4):
         steps.append(event["step"])
         if event["step"] == at and event["what"] == "step":
             raise Stop
 
     with pytest.raises(Stop):
-        train.train(read, task, spec, 0, lr=1e-2, tell=tell, checkpoint=path)
+        train.train(read, task, spec, 0, lr=1e-2, emit=emit, checkpoint=path)
     assert path.is_file()
-    again = train.train(read, task, spec, 0, lr=1e-2, tell=lambda e: tell(e, 0), checkpoint=path)
+    again = train.train(read, task, spec, 0, lr=1e-2, emit=lambda e: emit(e, 0), checkpoint=path)
     assert steps[:6] == [1, 2, 3, 3, 4, 5] and not path.exists()
     assert again.train == whole.train and again.metrics == whole.metrics
     timeless = [[{k: v for k, v in p.items() if k != "seconds"} for p in r.curve] for r in (again, whole)]
@@ -316,3 +316,46 @@ def test_records_leave_as_parquet_and_for_tensorboard(tmp_path):
     assert (tmp_path / "results.parquet").exists()
     with pytest.raises(StudyError, match="parquet"):
         study(tmp_path, export="parket")
+
+
+def test_evaluation_leaves_the_random_numbers_alone():
+    class Sampling(Net):
+        """Draws in evaluation too."""
+
+        def forward(self, x):
+            return super().forward(x) + torch.randn(())
+
+    from interlayer.study.arms import Arm
+    from interlayer.study.spec import StudySpec
+
+    task = LoaderTask("mine", [(X, Y)], [(X, Y)])
+    loop = train._Loop(Arm("plain", Sampling), Sampling(), task, StudySpec(task="digits"), torch.device("cpu"), 0.1)
+    before = torch.get_rng_state()
+    loop.evaluate()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weight_decay_acts_on_matrices_alone():
+    from interlayer.study.arms import Arm
+    from interlayer.study.spec import StudySpec
+
+    class Unused(nn.Module):
+        """Gradients of zero, so that only the decay moves a weight."""
+
+        def __init__(self):
+            super().__init__()
+            self.line, self.gain = nn.Linear(6, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return 0 * self.gain * self.line(x)
+
+    torch.manual_seed(0)
+    model = Unused()
+    spec = StudySpec(task="digits", steps=4, weight_decay=0.5, warmup=0.0, schedule="constant", lr=0.1)
+    loop = train._Loop(
+        Arm("plain", Unused), model, LoaderTask("mine", [(X, Y)], [(X, Y)]), spec, torch.device("cpu"), 0.1
+    )
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    loop.step(X, Y, 0.5)
+    assert torch.allclose(model.line.weight, before["line.weight"] * (1 - 0.1 * 0.5))
+    assert torch.equal(model.line.bias, before["line.bias"]) and torch.equal(model.gain, before["gain"])

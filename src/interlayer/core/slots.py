@@ -168,14 +168,16 @@ def _note(slot: str, names: Sequence[str]) -> None:
 def parameters(make: Callable[..., Any]) -> tuple[list[str], bool]:
     """Names that a constructor takes, with those that it hands on to its base by ``**options``; and whether it takes any."""
     if not isinstance(make, type):
-        told = list(inspect.signature(make).parameters.values())
-        return [p.name for p in told if p.kind is not p.VAR_KEYWORD], any(p.kind is p.VAR_KEYWORD for p in told)
+        parameters = list(inspect.signature(make).parameters.values())
+        return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD], any(
+            p.kind is p.VAR_KEYWORD for p in parameters
+        )
     names: dict[str, None] = {}
     for cls in make.__mro__:
         if "__init__" in cls.__dict__:
-            told = list(inspect.signature(cls.__init__).parameters.values())[1:]
-            names |= dict.fromkeys(p.name for p in told if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
-            if not any(p.kind is p.VAR_KEYWORD for p in told):
+            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+            names |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 return list(names), False
     return list(names), True
 

@@ -8,7 +8,7 @@ from html import escape
 
 from interlayer.study.result import ArmRow, Result
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; (light page, dark page). The baseline is grey.
+# Okabe and Ito's colours, which colour-blind readers can emit apart; (light page, dark page). The baseline is grey.
 GREY = ("#5f6670", "#a3abb6")
 COLOURS = (
     ("#0072b2", "#4aa8e0"), ("#d55e00", "#f08a45"), ("#009e73", "#2fc79c"), ("#b0578d", "#dd8fbe"),
@@ -153,12 +153,12 @@ class Axes:
         dash = DASHES[max(number, 0) // len(COLOURS) % len(DASHES)]
         self.parts.append(f'<polyline class="curve" stroke="{colour}" stroke-dasharray="{dash}" points="{path}"/>')
         for s, m, v in zip(steps, means, runs, strict=True):
-            told = f"{name}, step {s:.0f}: {_number(round(m, 5), sign)} {unit}"
-            told += f" (seeds {', '.join(_number(round(x, 5), sign) for x in v)})" if len(v) > 1 else ""
+            text = f"{name}, step {s:.0f}: {_number(round(m, 5), sign)} {unit}"
+            text += f" (seeds {', '.join(_number(round(x, 5), sign) for x in v)})" if len(v) > 1 else ""
             x, y = self.px(s), self.py(m)
             self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"/>')
             self.parts.append(
-                f'<circle class="hit" style="color:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="9"><title>{escape(told)}</title></circle>'
+                f'<circle class="hit" style="color:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="9"><title>{escape(text)}</title></circle>'
             )
         return self.py(means[-1])
 
@@ -309,14 +309,14 @@ def forest(result: Result, found: Sequence[ArmRow], number: dict[str, int]) -> s
     for i, (name, values) in enumerate(dots.items()):
         y, colour = 20 + row * (i + 0.5), var(number[name])
         difference = by[name]
-        told = f"{name}: {difference.text(sign=True)}"
+        text = f"{name}: {difference.text(sign=True)}"
         parts.append(
             f'<text class="name" x="{left - 16}" y="{y + 4}" text-anchor="end" style="fill:{colour}">{escape(shorten(name, 20))}</text>'
         )
         if not math.isnan(difference.half):
             a, b = px(difference.low), px(difference.high)
             parts.append(
-                f'<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2.5"><title>{escape(told)}</title></line>'
+                f'<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2.5"><title>{escape(text)}</title></line>'
             )
             for end, value, way in ((a, difference.low, -1), (b, difference.high, 1)):
                 if low <= value <= high:
@@ -332,7 +332,7 @@ def forest(result: Result, found: Sequence[ArmRow], number: dict[str, int]) -> s
                 f'<circle cx="{px(value):.1f}" cy="{y}" r="4" fill="var(--card)" stroke="{colour}" stroke-width="1.6"><title>{escape(name)}, seed {seed}: {_number(round(value, 5), True)}</title></circle>'
             )
         x = px(difference.mean)
-        parts.append(f'<path d="M{x:.1f} {y - 7}l6 7l-6 7l-6 -7z" fill="{colour}"><title>{escape(told)}</title></path>')
+        parts.append(f'<path d="M{x:.1f} {y - 7}l6 7l-6 7l-6 -7z" fill="{colour}"><title>{escape(text)}</title></path>')
         parts.append(f'<text x="{right + 22}" y="{y + 4}">{escape(difference.text(sign=True))}</text>')
     drawing = f'<svg viewBox="0 0 1000 {height}" role="img" aria-label="paired differences">{"".join(parts)}</svg>'
     caption = "Filled: mean. Open: each seed."
@@ -366,7 +366,7 @@ def costs(result: Result, found: Sequence[ArmRow], number: dict[str, int]) -> st
         for r, x, (px, py), at in zip(arms, xs, places, heights, strict=True):
             colour = var(number[r.arm])
             ends = [axes.py(v) for v in (min(values[r.arm]), max(values[r.arm]))]
-            told = (
+            text = (
                 f"{r.arm}: {metric} {r.metrics[metric].text()}, {title} {x:.3g} {'ms' if key == 'step_time' else 'MB'}"
             )
             axes.parts.append(
@@ -377,7 +377,7 @@ def costs(result: Result, found: Sequence[ArmRow], number: dict[str, int]) -> st
                     f'<line x1="{px:.1f}" y1="{py:.1f}" x2="{px + 10:.1f}" y2="{at:.1f}" stroke="{colour}" stroke-width="1" class="seed"/>'
                 )
             axes.parts.append(
-                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5.5" fill="{colour}"><title>{escape(told)}</title></circle>'
+                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5.5" fill="{colour}"><title>{escape(text)}</title></circle>'
             )
             axes.text(px + 12, at + 4, shorten(r.arm, 22), "start", f'class="name" style="fill:{colour}"')
         best = "upper" if result.about["higher"] else "lower"

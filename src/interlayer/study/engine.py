@@ -343,7 +343,7 @@ def _process() -> list[Any]:
 
 
 def _born(pid: int) -> str:
-    """When a process started, where the system tells: process numbers are used again."""
+    """When a process started, on systems that say: process numbers are used again."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

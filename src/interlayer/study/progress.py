@@ -13,7 +13,7 @@ from interlayer.study.spec import StudySpec
 
 
 class Progress:
-    """Shows what ``tell`` is told.
+    """Shows the events that are passed to ``emit``.
 
     Args:
         console: Where.
@@ -44,7 +44,7 @@ class Progress:
         """A line that stays."""
         self.bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def tell(self, event: dict[str, Any]) -> None:
+    def emit(self, event: dict[str, Any]) -> None:
         """Show an event of a run."""
         arm, what = event["arm"], event["what"]
         label = f"seed {event['seed']}" + (f", lr {event['lr']:.2g}" if event.get("lr") else "")

@@ -202,7 +202,7 @@ def headline(result: Result, found: Sequence[ArmRow]) -> tuple[str, str]:
         for k in ("better", "worse")
         if verdicts[k]
     ]
-    title = "; ".join(parts) if parts else f"Nothing is decided: no arm can be told from {base}"
+    title = "; ".join(parts) if parts else f"Nothing is decided: no arm can be distinguished from {base}"
     text = (
         f"Validation {metric} after {budget}, each arm at its own best learning rate. "
         if not spec.lr
@@ -212,7 +212,7 @@ def headline(result: Result, found: Sequence[ArmRow]) -> tuple[str, str]:
         seeds = max(r.runs for r in found)
         text += f"Not decided with {seeds} seed{'s' if seeds > 1 else ''}: {_list(verdicts['open'])}. "
         if not spec.until_decided and spec.looks[-1] < 4:
-            text += "More seeds would tell; --seeds 4..12 runs each arm until it is decided."
+            text += "More seeds would emit; --seeds 4..12 runs each arm until it is decided."
     return title, text
 
 

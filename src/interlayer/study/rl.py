@@ -68,8 +68,8 @@ class Replay:
     def add(self, seen: Any, actions: Any, rewards: Any, following: Any, ended: Any) -> None:
         """Keep a transition of each environment; ``ended`` only where no reward can follow, not at a time limit."""
         at = torch.arange(self.count, self.count + len(rewards)) % len(self.rewards)
-        told = (seen, actions, rewards, following, ended)
-        for kept, new in zip((self.seen, self.actions, self.rewards, self.next, self.ended), told, strict=True):
+        given = (seen, actions, rewards, following, ended)
+        for kept, new in zip((self.seen, self.actions, self.rewards, self.next, self.ended), given, strict=True):
             kept[at] = torch.as_tensor(new).reshape(len(at), *kept.shape[1:]).to(kept.dtype)
         self.count += len(rewards)
 
@@ -149,10 +149,10 @@ class DQN:
         for step in range(0, self.steps, self.copies):
             random = chance.random(self.copies) < self.exploration(step)
             actions = np.where(random, chance.integers(envs.single_action_space.n, size=self.copies), greedy(q, seen))
-            following, rewards, ended, cut, told = envs.step(actions)
+            following, rewards, ended, cut, info = envs.step(actions)
             total += rewards
             over = ended | cut
-            last = np.stack([told["final_obs"][i] if o else following[i] for i, o in enumerate(over)])
+            last = np.stack([info["final_obs"][i] if o else following[i] for i, o in enumerate(over)])
             memory.add(seen, actions, rewards, last, ended)
             for i in np.flatnonzero(over):
                 run.at.append(step + self.copies)

@@ -36,7 +36,7 @@ from interlayer.study.spec import SEARCH_SEED, ArmSpec, StudyError, StudySpec
 from interlayer.study.task import Task
 from interlayer.study.train import Diverged, Record, check, device_of, takes_lr, train
 
-Tell = Callable[[dict[str, Any]], None]
+Emit = Callable[[dict[str, Any]], None]
 
 
 def compare(
@@ -108,7 +108,7 @@ def _compare(spec: StudySpec, given: Objects, console: Console, resume: bool) ->
         def refuse(name: str, found: dict[str, str]) -> None:
             for seed in range(spec.looks[0]):
                 engine.refuse(name, seed, found)
-            progress.tell({"what": "failed", "arm": name, "seed": None, "error": found["error"]})
+            progress.emit({"what": "failed", "arm": name, "seed": None, "error": found["error"]})
 
         for name, found in checked.items():
             if isinstance(found, dict):
@@ -267,24 +267,24 @@ def _sentence(error: BaseException) -> str:
     return str(error) if isinstance(error, StudyError | Diverged) else f"{type(error).__name__}: {error}"
 
 
-def serve(engine: Engine, arms: dict[str, Arm], task: Task, tell: Tell) -> None:
+def serve(engine: Engine, arms: dict[str, Arm], task: Task, emit: Emit) -> None:
     """Take queued trials and run them until none can be taken."""
     while (trial := engine.claim(set(arms))) is not None:
         with suppress(UpdateFinishedTrialError):  # it was taken for dead, closed, and is run again
-            _run_one(engine, trial, arms[trial.user_attrs["arm"]], task, tell)
+            _run_one(engine, trial, arms[trial.user_attrs["arm"]], task, emit)
 
 
-def _run_one(engine: Engine, trial: FrozenTrial, arm: Arm, task: Task, tell: Tell) -> None:
+def _run_one(engine: Engine, trial: FrozenTrial, arm: Arm, task: Task, emit: Emit) -> None:
     attrs = trial.user_attrs
     seed, lr = attrs["seed"], attrs["lr"]
     label = {"arm": arm.name, "seed": seed, "lr": lr if attrs["phase"] == "search" else None}
 
-    def told(event: dict[str, Any]) -> None:
+    def pass_on(event: dict[str, Any]) -> None:
         if event["what"] == "eval":
             engine.storage.set_trial_intermediate_value(trial._trial_id, int(event["step"]), event["value"])
-        tell({**event, **label})
+        emit({**event, **label})
 
-    tell({"what": "start", **label})
+    emit({"what": "start", **label})
     record = Record()
     put = partial(engine.storage.set_trial_user_attr, trial._trial_id)
     put("where", where())
@@ -292,14 +292,14 @@ def _run_one(engine: Engine, trial: FrozenTrial, arm: Arm, task: Task, tell: Tel
     with _beating(engine, trial):
         try:
             train(
-                arm, task, engine.spec, seed, lr=lr, tell=told, record=record, checkpoint=engine.checkpoint(trial),
+                arm, task, engine.spec, seed, lr=lr, emit=pass_on, record=record, checkpoint=engine.checkpoint(trial),
                 keep=engine.weights(trial) if engine.spec.keep else None,
             )  # fmt: skip
         except Exception as error:
             put("record", _finite(record.data()))
             kind = "diverged" if isinstance(error, Diverged) else "failed"
             engine.close(trial, kind, _sentence(error), traceback.format_exc())
-            tell({"what": kind, "error": _sentence(error), **label})
+            emit({"what": kind, "error": _sentence(error), **label})
             return
         except BaseException:  # stopped by hand, perhaps in a notebook that lives on
             engine.close(trial, "killed", "stopped")
@@ -307,7 +307,7 @@ def _run_one(engine: Engine, trial: FrozenTrial, arm: Arm, task: Task, tell: Tel
         put("record", record.data())
         put("wall", time.perf_counter() - begin)
         engine.storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [record.metrics[task.metric]])
-    tell({"what": "done", "metrics": record.metrics, **label})
+    emit({"what": "done", "metrics": record.metrics, **label})
 
 
 def _finite(data: Any) -> Any:
@@ -353,7 +353,7 @@ def _work(engine: Engine, arms: dict[str, Arm], task: Task, sent: Task | None, p
             time.sleep(1)
         elif engine.spec.workers == 1:
             torch.set_num_threads(engine.spec.threads)
-            serve(engine, arms, task, progress.tell)
+            serve(engine, arms, task, progress.emit)
         else:
             _processes(engine, arms, sent, progress, min(engine.spec.workers, queued))
 
@@ -381,7 +381,7 @@ def _processes(engine: Engine, arms: dict[str, Arm], sent: Task | None, progress
             for pipe in wait(list(workers), timeout=1):
                 assert isinstance(pipe, Connection)
                 try:
-                    progress.tell(pipe.recv())
+                    progress.emit(pipe.recv())
                 except (EOFError, OSError):
                     workers.pop(pipe).join()
     finally:

@@ -208,7 +208,7 @@ class StudySpec(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str = "study", text: str = "") -> StudySpec:
-        """Validate; every mistake is told in plain words with the key, and with its line when ``text`` is the TOML."""
+        """Validate; every mistake is reported in plain words with the key, and with its line when ``text`` is the TOML."""
         try:
             return cls(**values)
         except ValidationError as error:

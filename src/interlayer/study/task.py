@@ -122,7 +122,7 @@ class TensorTask(Task):
         name: Name in the report.
         train: Inputs and targets to learn from.
         validation: Inputs and targets to be judged on.
-        shape: Shape of the data; told from the tensors unless given.
+        shape: Shape of the data; read from the tensors by default.
         base: The usual backbone.
         about: One line on the data.
 

@@ -61,7 +61,7 @@ class Record:
         return asdict(self)
 
 
-Tell = Callable[[dict[str, Any]], None]
+Emit = Callable[[dict[str, Any]], None]
 
 
 def device_of(spec: StudySpec) -> torch.device:
@@ -111,7 +111,7 @@ def train(
     seed: int,
     *,
     lr: float | None = None,
-    tell: Tell = lambda _: None,
+    emit: Emit = lambda _: None,
     record: Record | None = None,
     checkpoint: Path | None = None,
     keep: Path | None = None,
@@ -127,7 +127,7 @@ def train(
         spec: Budget and settings.
         seed: Of the initial weights, the batches and every random choice while training.
         lr: Peak learning rate; a rule without one of its own takes none.
-        tell: Called with each step and evaluation.
+        emit: Called with each step and evaluation.
         record: Filled on the way, so that a run which fails leaves its curve.
         checkpoint: File that a long run writes now and then, and goes on from if it is there: the numbers are the same to the
             last bit as without the interruption. It is deleted at the end.
@@ -180,7 +180,7 @@ def train(
             if checkpoint and record.seconds - saved >= CHECKPOINT:
                 _save({"loop": loop.state(), "record": record.data(), "recent": recent, "times": times}, checkpoint)
                 saved = record.seconds
-            tell({"what": "step", "step": record.steps, "share": share, "loss": loss, "left": max(left, 0.0)})
+            emit({"what": "step", "step": record.steps, "share": share, "loss": loss, "left": max(left, 0.0)})
             continue
         marks.pop(0)
         if not marks and arm.transform:
@@ -188,7 +188,7 @@ def train(
         found = loop.evaluate()
         record.curve.append({"step": record.steps, "seconds": record.seconds, **found})
         record.metrics = found
-        tell({"what": "eval", "step": record.steps, "value": found[task.metric], "last": not marks})
+        emit({"what": "eval", "step": record.steps, "value": found[task.metric], "last": not marks})
         if not all(math.isfinite(v) for v in found.values()):
             raise Diverged(f"validation gives {found} at step {record.steps}.")
     if keep:
@@ -323,8 +323,8 @@ def _rule(arm: Arm, model: nn.Module, task: Task, lr: float | None) -> Rule:
     names = inspect.signature(make).parameters
     if arm.training.get("lr") is not None and "lr" not in names:
         raise StudyError(f"arm {arm.name!r}: the rule {slug!r} takes no learning rate `lr`.")
-    told = {"lr": lr, "classes": task.shape.classes or None}
-    options = {**{k: v for k, v in told.items() if v is not None and k in names}, **options}
+    known = {"lr": lr, "classes": task.shape.classes or None}
+    options = {**{k: v for k, v in known.items() if v is not None and k in names}, **options}
     return make(model, **options)
 
 

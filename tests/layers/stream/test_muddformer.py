@@ -116,6 +116,14 @@ def test_it_is_the_plain_transformer_at_the_start():
     torch.testing.assert_close(mudd(tokens), plain(tokens))
 
 
+def test_the_generators_begin_with_standard_deviation_width_to_the_minus_half_and_zeros():
+    torch.manual_seed(0)
+    model = Transformer(**SIZES | {"width": 64, "heads": 2, "depth": 8}, stream="muddformer")
+    for generator in model.trunk.stream.dynamic.values():
+        assert generator.up.weight.std().item() == pytest.approx(64**-0.5, rel=0.1)  # 256 numbers and more
+        assert not generator.down.weight.any()
+
+
 def test_decoding_with_a_cache_equals_the_full_pass_and_stores_what_the_plain_one_stores():
     model = shaken(Transformer(**SIZES, kv_heads=1, stream="muddformer(dilation=2)")).eval()
     tokens = torch.randint(0, 20, (2, 13))

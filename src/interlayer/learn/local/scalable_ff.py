@@ -148,7 +148,7 @@ class ScalableFF(Rule):
         return F.pad(margin.scatter(1, labels[:, None], -torch.inf), (1, 0)).logsumexp(1).mean()
 
     def _prepare(self, images: Tensor) -> None:
-        """Make the auxiliary convolutions, whose widths one pass tells, and the optimiser."""
+        """Make the auxiliary convolutions, whose widths one pass shows, and the optimiser."""
         training = self.model.training
         with torch.no_grad(), self._cutting(self._goodness):
             self.model.eval()(images[:1])

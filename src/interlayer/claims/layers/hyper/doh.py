@@ -102,19 +102,19 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
                 rows = torch.randint(len(x), (scale.points,))
                 for group in optimiser.param_groups:
                     group["lr"] = lr * (1 - step / scale.steps)
-                told = model(x[rows])
+                given = model(x[rows])
                 loss = (
-                    F.mse_loss(told, y[rows]) if name == "PSNR" else F.binary_cross_entropy_with_logits(told, y[rows])
+                    F.mse_loss(given, y[rows]) if name == "PSNR" else F.binary_cross_entropy_with_logits(given, y[rows])
                 )
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
             with torch.no_grad():
-                told = stored(model, arm)(x)
+                given = stored(model, arm)(x)
             if name == "PSNR":
-                value = -10 * math.log10(float(F.mse_loss(told.clamp(0, 1), y)))
+                value = -10 * math.log10(float(F.mse_loss(given.clamp(0, 1), y)))
             else:
-                inside, wanted = told > 0, y > 0.5
+                inside, wanted = given > 0, y > 0.5
                 value = float((inside & wanted).sum() / (inside | wanted).sum().clamp_min(1))
             found[f"{name} at {size} bytes"] = value
     return found

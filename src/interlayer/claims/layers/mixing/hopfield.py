@@ -1,4 +1,4 @@
-"""Hopfield networks: patterns stored by dimension, and bags of digits told apart by what pools them."""
+"""Hopfield networks: patterns stored by dimension, and bags of digits classified by what pools them."""
 
 from __future__ import annotations
 

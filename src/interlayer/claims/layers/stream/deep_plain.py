@@ -40,14 +40,14 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         model = net(depth, scale)
         rule = DeepPlain(model, **ARMS[arm])
         errors = [list(rule.errors(probe).values())]
-        told = []
+        metrics = []
         for number, batch in enumerate(batches("digits", seed, 64, steps)):
             rule.optimiser.param_groups[0]["lr"] = 0.1 * (1 - number / steps)
-            told.append(rule.step(batch))
-            if not math.isfinite(told[-1]["loss"]):
+            metrics.append(rule.step(batch))
+            if not math.isfinite(metrics[-1]["loss"]):
                 break
         errors.append(list(rule.errors(probe).values()))
-        last = told[-10:]
+        last = metrics[-10:]
         loss = sum(t["loss"] for t in last) / len(last)
         found[f"loss at {depth}"] = loss if math.isfinite(loss) else math.inf
         found[f"accuracy in training at {depth}"] = sum(t["accuracy"] for t in last) / len(last)

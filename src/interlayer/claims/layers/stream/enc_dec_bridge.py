@@ -66,9 +66,9 @@ def judge(model: Any, scale: Scale) -> tuple[float, float]:
     source, target = next(sentences(10_000, 1, scale.judged))
     model.eval()
     loss = float(model(input_ids=source, labels=target).loss)
-    told = model.generate(source, max_length=target.shape[1] + 1, do_sample=False)[:, 1:]
-    told = nn.functional.pad(told, (0, target.shape[1] - told.shape[1]), value=PAD)
-    return loss, float((told == target).all(1).float().mean())
+    output = model.generate(source, max_length=target.shape[1] + 1, do_sample=False)[:, 1:]
+    output = nn.functional.pad(output, (0, target.shape[1] - output.shape[1]), value=PAD)
+    return loss, float((output == target).all(1).float().mean())
 
 
 @cache

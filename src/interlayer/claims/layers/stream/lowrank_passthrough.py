@@ -24,7 +24,7 @@ KINDS = 8  # of symbols in the copy task; two more inputs say "wait" and "recall
 
 
 class PixelByPixel(nn.Module):
-    """Reads an image's pixels in a fixed random order and tells its class after the last."""
+    """Reads an image's pixels in a fixed random order and classifies it after the last."""
 
     def __init__(self, pixels: int, **options: Any) -> None:
         super().__init__()

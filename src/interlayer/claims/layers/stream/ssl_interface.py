@@ -146,10 +146,10 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
             loss.backward()
             optimiser.step()
         with torch.no_grad():
-            told = torch.cat([model(part) for part in held.split(16)]).flatten(0, 1)
+            logits = torch.cat([model(part) for part in held.split(16)]).flatten(0, 1)
         truth = held_labels[..., task].flatten()
-        found[f"{name}: loss"] = float(F.cross_entropy(told, truth))
-        found[f"{name}: accuracy"] = float((told.argmax(-1) == truth).float().mean())
+        found[f"{name}: loss"] = float(F.cross_entropy(logits, truth))
+        found[f"{name}: accuracy"] = float((logits.argmax(-1) == truth).float().mean())
         found["interface parameters"] = parameters(interface)
     return found
 
