@@ -120,6 +120,22 @@ def test_pruning_goes_on_from_a_pruned_model(bake):
         Lamp(sparsity=0.5).plan(twice)
 
 
+def test_rewinding_without_training_keeps_the_zeros():
+    model = net()
+    early = {k: v + 1 for k, v in model.state_dict().items()}
+    new = Lamp(sparsity=0.75, rewind=early).plan(model).apply()
+    assert sum(int((m.weight != 0).sum()) for m in (new[0], new[4])) == 369
+    for m, name in ((new[0], "0.weight"), (new[4], "4.weight")):
+        assert torch.equal(m.weight, early[name] * (m.weight != 0))
+
+
+@pytest.mark.parametrize("name", ["mha", "mixtral", "tied"])
+def test_masks_and_plain_weights_are_the_same_function(name):
+    masked, plain = (Lamp(sparsity=0.7, bake=bake).plan(families.model(name)).apply() for bake in (False, True))
+    outs = [families.output(m, families.batch(name)) for m in (masked, plain, weights.bake(masked))]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[1], outs[2])
+
+
 def test_masks_bake_into_plain_weights_of_the_same_size():
     model, x = net().eval(), torch.randn(2, 1, 8, 8)
     masked, plain = (Lamp(sparsity=0.7, bake=bake).plan(model).apply() for bake in (False, True))
@@ -213,7 +229,7 @@ def test_tables_are_left_alone_unless_chosen():
 
 def test_masks_that_a_recurrent_layer_would_not_see_are_refused():
     for options in ({"bake": False}, {"train": lambda model: None}):
-        with pytest.raises(ValueError, match=r"lstm.weight_ih_l0 belongs to a recurrent layer.*Prune once with bake"):
+        with pytest.raises(ValueError, match=r"lstm.weight_ih_l0 belongs to a recurrent layer.*Prune with bake"):
             Lamp(**options).plan(families.model("lstm"))
     assert Lamp(bake=False, at=nn.Linear).plan(families.model("lstm")).touched
 

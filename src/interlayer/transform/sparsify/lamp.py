@@ -174,13 +174,12 @@ class Lamp(Transform):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Choose what to prune. Magnitudes need no data."""
         self.take(others, 0)
-        masked = self.train is not None or not self.bake
+        masked = self.train is not None or self.rewind is not None or not self.bake
         names, skipped = _prunable(model, self.at)
         if masked and (stuck := [n for n in names if isinstance(model.get_submodule(_split(n)[0]), nn.RNNBase)]):
             raise ValueError(
                 f"lamp: {stuck[0]} belongs to a recurrent layer of torch, which reads its weights past a mask; wanted "
-                "layers that can be masked while they train. Prune once with bake and without train, or choose others "
-                "with at."
+                "layers that can be masked. Prune with bake and without train and rewind, or choose other layers with at."
             )
         if self.rewind is not None:
             _rewind(copy.deepcopy(model), self.rewind)
