@@ -302,6 +302,9 @@ def test_what_tells_units_apart_fixes_them_with_a_reason(what, why):
         (lambda h: h.unflatten(-1, (3, 2)).softmax(-1).flatten(-2), [3]),  # blocks, and units inside
         (lambda h: torch.einsum("bi,bj->bj", h.exp(), h), [6]),
         (lambda h: torch.zeros_like(h) + h, [6]),
+        (lambda h: h.roll(2, 0) + h, [6]),
+        (lambda h: h.roll(2, -1), [6]),
+        (lambda h: h.repeat(2, 1)[:3], [6]),
         (lambda h: F.glu(torch.cat([h, h.tanh()], -1)), [6]),
         (lambda h: F.prelu(h, torch.full((1,), 0.3, dtype=h.dtype)), [6]),
         (lambda h: h * h.unflatten(-1, (3, 2)).amax(1).topk(1).values, [3]),  # the units inside a block are ranked
@@ -356,6 +359,12 @@ LAYERS = {
         [2, 3],
         [3, 3],
     ),
+    "instance norm": (
+        lambda: nn.Sequential(conv(2, 5), nn.InstanceNorm2d(5, affine=True), nn.ReLU(), conv(5, 2)),
+        (3, 2, 4, 4),
+        [5],
+        [],
+    ),
     "weight norm": (
         lambda: nn.Sequential(weight_norm(nn.Linear(4, 6)), nn.ReLU(), weight_norm(nn.Linear(6, 2))),
         (3, 4),
@@ -403,6 +412,14 @@ def test_weights_that_only_met_zeros_stay():
     cell = shaken(nn.Sequential(nn.Linear(4, 5), nn.GRUCell(5, 6), nn.Linear(6, 2)))
     wiring = trace(cell, torch.randn(3, 4, dtype=torch.float64))
     assert wiring.fixed["1.weight_hh", 1] == "met only a constant"
+
+
+def test_global_pooling_of_channels_last():
+    model = nn.Sequential(conv(2, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2))
+    model, x = shaken(model), torch.randn(3, 2, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    wiring = trace(model, x)
+    assert sizes(wiring) == [5]
+    assert_preserved(model, wiring, x)
 
 
 def test_embedding_bag():

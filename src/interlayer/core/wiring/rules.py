@@ -202,6 +202,31 @@ def _flip(tr: Labelling, out: Tensor, x: Tensor, dims: Sequence[int]) -> Labels:
     return labels
 
 
+def _roll(tr: Labelling, out: Tensor, x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Labels:
+    if not dims:
+        raise Unknown
+    labels = tr.get(x)
+    for shift, dim in zip(shifts, dims, strict=True):
+        labels = _taken(tr, labels, dim % x.ndim, np.roll(np.arange(x.shape[dim]), shift))
+    return labels
+
+
+def _repeat(tr: Labelling, out: Tensor, x: Tensor, repeats: Sequence[int]) -> Labels:
+    labels, shape = _lead(tr.get(x), out.ndim), [1] * (out.ndim - x.ndim) + list(x.shape)
+    for d, times in enumerate(repeats):
+        if times != 1:
+            spread = [np.expand_dims(lab, d) if isinstance(lab, np.ndarray) else lab for lab in labels]
+            labels, shape = tr.merge([*spread[:d], None, *spread[d:]], [*shape[:d], times, *shape[d:]], d)
+    return labels
+
+
+def _as_strided(tr: Labelling, out: Tensor, x: Tensor, size: Sequence[int], stride: Sequence[int], *_: Any) -> Labels:
+    """The end of global average pooling of a channels-last tensor: the same [n, c, 1, 1] under other strides."""
+    if len(size) != 4 or size[2] * size[3] != 1 or list(stride) != [size[1], 1, size[1], size[1]]:
+        raise Unknown
+    return tr.get(x)
+
+
 def _joined(tr: Labelling, parts: list[Labels], sizes: list[int], dim: int) -> Labels:
     rank = len(parts[0])
     made: Labels = [FREE] * rank
@@ -546,7 +571,8 @@ RULES: dict[str, Callable[..., Any]] = {
     **{f"upsample_{kind}": partial(_spatial, int(kind[-2])) for kind in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")},
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _channel_shuffle),
     "permute": _permute, "unsqueeze": _unsqueeze, "squeeze": _squeeze, "expand": _expand, "select": _select, "slice": _slice,
-    "unbind": _unbind, "flip": _flip, "cat": _cat, "stack": _stack, "constant_pad_nd": _pad, "mv": _mv, "dot": _dot, "vdot": _dot,
+    "unbind": _unbind, "flip": _flip, "roll": _roll, "repeat": _repeat, "as_strided": _as_strided, "cat": _cat,
+    "stack": _stack, "constant_pad_nd": _pad, "mv": _mv, "dot": _dot, "vdot": _dot,
     "convolution": _convolution, "native_group_norm": _group_norm, "embedding": _embedding, "index": _index,
     "index_select": _index_select, "copy": _copy, "_prelu_kernel": _pointwise, "glu": _glu, "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle, "_weight_norm_interface": _weight_norm, "_grouped_mm": _grouped_mm, "topk": _topk,
