@@ -159,6 +159,18 @@ def test_apply_takes_a_hugging_face_model_with_its_head(tmp_path):
     assert "left out" in done.stdout
 
 
+def test_apply_takes_a_diffusers_model(tmp_path):
+    import families
+
+    families.model("dit").save_pretrained(tmp_path / "dit")
+    out = applied(
+        "painters", "--model", f"hf:{tmp_path / 'dit'}", "-o", "variant=reverse", "--out", str(tmp_path / "new")
+    )
+    assert "transformer_blocks" in out
+    recipe = json.loads((tmp_path / "new" / "recipe.json").read_text(encoding="utf-8"))
+    assert recipe["base"]["class"] == "DiTTransformer2DModel"
+
+
 MINE = """
 import torch
 from interlayer.models import MLP

@@ -336,6 +336,10 @@ def _model(path: str, base: str | None) -> Any:
     from interlayer.core.extras import need
 
     if path.startswith("hf:"):
+        config = Path(path[3:], "config.json")
+        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
+        if kind:
+            return getattr(need("diffusers", "hf", "interlayer apply"), kind).from_pretrained(path[3:])
         hf = need("transformers", "hf", "interlayer apply")
         named = hf.AutoConfig.from_pretrained(path[3:]).architectures
         return getattr(hf, named[0] if named else "AutoModel").from_pretrained(path[3:])

@@ -70,6 +70,7 @@ class GitRebasin(Transform):
     Raises:
         ValueError: An unknown method; from ``plan``: no data, models of different structure, no units that can be
             permuted or matched, or a model whose wiring one pass does not show (see ``wiring.trace``).
+        TypeError: The model's output has no field of the name ``output``.
 
     Examples:
         >>> import torch
