@@ -32,7 +32,7 @@ def test_state_follows_from_what_exists(tmp_path, monkeypatch):
 
 def test_idea_and_options_are_read_from_the_source():
     dense = catalog.get("denseformer")
-    assert dense.idea.startswith("After a block comes a depth-weighted average")
+    assert dense.idea.startswith("Each block is followed by a depth-weighted average")
     assert dense.options["dilation"] == "1"
     assert dense.resolve().__name__ == "DenseFormer"
     for system in catalog.load().values():
