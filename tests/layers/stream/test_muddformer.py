@@ -6,7 +6,7 @@ from torch import nn
 from interlayer.core.mixer import Cache
 from interlayer.core.parts import GLU
 from interlayer.core.stream import QKV
-from interlayer.layers.stream.muddformer import Mixture, MUDDFormer, mixture, widening
+from interlayer.layers.stream.muddformer import DynamicWeights, Mixture, MUDDFormer, mixture, widening
 from interlayer.models import ConvNet, Encoder, Transformer, VisionTransformer
 
 SIZES = {"vocab": 20, "length": 32, "depth": 5, "width": 16, "heads": 2}
@@ -105,6 +105,12 @@ def test_averages_have_all_derivatives_and_keep_no_stack():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         Mixture.apply(*inputs)
     assert sum(t.numel() for t in kept.values()) == sum(x.numel() for x in inputs)
+
+
+def test_initialisation_of_the_dynamic_weights():
+    torch.manual_seed(0)
+    part = DynamicWeights(64, ways=4, sources=8, hidden=128)
+    assert part.up.weight.std().item() == pytest.approx(64**-0.5, rel=0.05) and not part.down.weight.any()
 
 
 def test_it_is_the_plain_transformer_at_the_start():
