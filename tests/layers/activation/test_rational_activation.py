@@ -1,4 +1,4 @@
-"""Rational units against the equation, the published start, torch's own functions and the algebra of residuals."""
+"""Rational units against the equation, the published initialisation, torch's own functions and the algebra of residuals."""
 
 import pytest
 import torch

@@ -18,14 +18,14 @@ def pieces(x, alpha, beta, left, right, offset):
 
 
 @pytest.mark.parametrize(
-    "told",
+    "given",
     [(1.0, 1.0, 0.0, 1.0, 0.0), (0.5, 0.5, 0.0, 1.0, 0.0), (1.5, 0.7, 0.1, 1.2, -0.2), (-0.2, 1.0, -0.3, 2.0, 0.4)],
 )
-def test_generalised_smelu_is_the_papers_parabola(told):
-    alpha, beta, left, right, offset = told
+def test_generalised_smelu_is_the_papers_parabola(given):
+    alpha, beta, left, right, offset = given
     x = torch.linspace(-4, 4, 1001, dtype=torch.float64, requires_grad=True)
     ours = SmeLU(beta, alpha=alpha, left=left, right=right, offset=offset)(x)
-    theirs = pieces(x, *told)
+    theirs = pieces(x, *given)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs)))
 

@@ -85,19 +85,19 @@ def test_errors_and_gradients_equal_those_computed_part_by_part(tolerance):
     images = images.double()
     rule = DeepPlain(model, tolerance=tolerance, lr=0.0, strength=0.0, orthogonal=False)
     expected, grads = naive_errors(copy.deepcopy(model), images, labels, tolerance)
-    told = rule.errors((images, labels))
-    assert list(told) == [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    torch.testing.assert_close(torch.tensor(list(told.values())), torch.stack(expected).float())
+    found = rule.errors((images, labels))
+    assert list(found) == [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    torch.testing.assert_close(torch.tensor(list(found.values())), torch.stack(expected).float())
     rule.step((images, labels))
     for conv, grad in zip(rule.convolutions.values(), list(grads.values())[::-1], strict=True):
         torch.testing.assert_close(conv.weight.grad, grad, rtol=1e-5, atol=1e-9)
 
 
 def test_all_errors_have_one_norm_with_modulation_and_grow_without():
-    told = {m: list(DeepPlain(net(44), modulate=m, orthogonal=False).errors(batch()).values()) for m in (True, False)}
-    assert len(told[True]) == 43
-    assert max(told[True]) / min(told[True]) < 1.001
-    assert told[False][0] > 20 * told[False][-1]
+    found = {m: list(DeepPlain(net(44), modulate=m, orthogonal=False).errors(batch()).values()) for m in (True, False)}
+    assert len(found[True]) == 43
+    assert max(found[True]) / min(found[True]) < 1.001
+    assert found[False][0] > 20 * found[False][-1]
 
 
 def test_looking_changes_nothing():

@@ -104,16 +104,18 @@ def test_generation_is_the_argmax_of_full_passes(num_beams):
     model, inputs = built(t5)
     disturb(EncDecBridge.attach(model, start="granularity"))
     words = {k: inputs[k] for k in ("input_ids", "attention_mask")}
-    told = model.generate(
+    generated = model.generate(
         **words, num_beams=num_beams, max_new_tokens=4, output_scores=True, return_dict_in_generate=True
     )
-    logits = model(**words, decoder_input_ids=told.sequences).logits
+    logits = model(**words, decoder_input_ids=generated.sequences).logits
     if num_beams == 1:
-        assert torch.equal(logits[:, :4].argmax(-1), told.sequences[:, 1:5])
+        assert torch.equal(logits[:, :4].argmax(-1), generated.sequences[:, 1:5])
     else:
-        chosen = logits[:, :4].log_softmax(-1).gather(-1, told.sequences[:, 1:5, None]).squeeze(-1)
-        real = (told.sequences[:, 1:5] != 0).float()
-        torch.testing.assert_close((chosen * real).sum(1) / real.sum(1), told.sequences_scores, rtol=1e-4, atol=1e-4)
+        chosen = logits[:, :4].log_softmax(-1).gather(-1, generated.sequences[:, 1:5, None]).squeeze(-1)
+        real = (generated.sequences[:, 1:5] != 0).float()
+        torch.testing.assert_close(
+            (chosen * real).sum(1) / real.sum(1), generated.sequences_scores, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_it_trains_copies_and_loads_with_its_model(tmp_path):

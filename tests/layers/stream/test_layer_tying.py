@@ -147,10 +147,10 @@ def test_a_resumed_run_is_the_same_run_even_from_a_model_that_was_tied_otherwise
 
 def test_metrics_and_the_loss_fall():
     rule = LayerTying(net(), every=3, lr=1e-2)
-    told = [rule.step(batch(i)) for i in range(60)]
-    assert told[-1]["loss"] < 0.5 * told[0]["loss"]
-    assert told[-1]["layers"] == sum(i == o for i, o in enumerate(owners(rule)))
-    assert told[-1]["trainable"] == parameters(net()) - (4 - told[-1]["layers"]) * BLOCK
+    found = [rule.step(batch(i)) for i in range(60)]
+    assert found[-1]["loss"] < 0.5 * found[0]["loss"]
+    assert found[-1]["layers"] == sum(i == o for i, o in enumerate(owners(rule)))
+    assert found[-1]["trainable"] == parameters(net()) - (4 - found[-1]["layers"]) * BLOCK
 
 
 def test_clear_errors():

@@ -61,7 +61,7 @@ def walk(stream, x, attention, mlps):
 
 
 class Mixed(nn.Module):
-    """Stands for attention: tells q, k and v apart."""
+    """A stand-in for attention that treats q, k and v differently."""
 
     def __init__(self, width):
         super().__init__()

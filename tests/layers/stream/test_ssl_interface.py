@@ -35,7 +35,7 @@ def test_concat_is_a_projection_of_all_layers():
 
 
 def naive_hconv(layer, states):
-    """Sums written out: y_t = relu(b + sum_k W_k x_{3 t + k - 2}) at every place, layer by layer."""
+    """Sums written out: y_t = relu(b + sum_k W_k x_{3 t + k - 2}) at every position, layer by layer."""
     out = []
     for place in states.unbind(2):
         x = list(place.unbind(1))
@@ -98,12 +98,12 @@ def test_cls_token_sees_the_layers_of_its_own_place_only():
     torch.manual_seed(0)
     layer = SSLInterface(8, 4, kind="cls", heads=2).eval()
     states = torch.randn(2, 4, 3, 8)
-    told = layer(states)
+    found = layer(states)
     token = torch.cat([layer.pool.cls.expand(1, 1, 8), states[1:, :, 2]], 1)
-    torch.testing.assert_close(told[1, 2], layer.pool.layer(token)[0, 0])
+    torch.testing.assert_close(found[1, 2], layer.pool.layer(token)[0, 0])
     changed = states.clone()
     changed[:, :, 0] += 1
-    assert torch.allclose(layer(changed)[:, 1:], told[:, 1:]) and not torch.allclose(layer(changed)[:, 0], told[:, 0])
+    assert torch.allclose(layer(changed)[:, 1:], found[:, 1:]) and not torch.allclose(layer(changed)[:, 0], found[:, 0])
 
 
 def test_principal_components_find_the_planted_plane():
