@@ -11,6 +11,7 @@ from interlayer.core.mixer import Cache
 from interlayer.core.order import Sequential
 from interlayer.core.stream import State
 from interlayer.layers.mixing.x_formers import XFormer
+from interlayer.layers.mixing.x_formers.compressed import Nystrom
 from interlayer.layers.mixing.x_formers.depth import EarlyExit, Feedback, Funnel, Transparent, Universal
 from interlayer.layers.mixing.x_formers.parts import ProductKeys, ScaleNorm
 from interlayer.layers.mixing.x_formers.positions import Alibi, Conditional, RelativeBias
@@ -50,6 +51,26 @@ def test_alibi_is_blooms(heads):
     torch.testing.assert_close(ours[:, -1], theirs - theirs[:, -1:])
     torch.testing.assert_close(ours[:, 4, 2], -2 * Alibi(heads).slopes)
     torch.testing.assert_close(Alibi(heads).bias(3, 9), ours[:, 6:])
+
+
+@pytest.mark.parametrize("rounds", [6, 10])
+def test_nystroem_landmarks_are_those_of_public_code(rounds):
+    from transformers import NystromformerConfig
+    from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
+
+    config = NystromformerConfig(hidden_size=8, num_attention_heads=2, num_landmarks=4, segment_means_seq_len=12)
+    theirs = NystromformerSelfAttention(config).eval()
+    theirs.init_option = "exact"  # each matrix by its own norm
+    theirs.conv_kernel_size = None  # without the convolution that is added to the attention
+    ours = Nystrom(8, 2, landmarks=4, rounds=rounds).eval()
+    theirs.iterative_inv = lambda a, n_iter=rounds: NystromformerSelfAttention.iterative_inv(theirs, a, n_iter)
+    with torch.no_grad():
+        for i, part in enumerate((theirs.query, theirs.key, theirs.value)):
+            part.weight.copy_(ours.qkv.weight[8 * i : 8 * i + 8])
+            part.bias.copy_(ours.qkv.bias[8 * i : 8 * i + 8])
+        x = torch.randn(3, 12, 8)
+        read = ours.mix(*ours.project(x)).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(theirs(x)[0], read, rtol=1e-3, atol=1e-4)
 
 
 def test_conditional_positions_are_a_zero_padded_convolution():
@@ -271,3 +292,12 @@ def test_the_leaf_of_swiglu_keeps_its_own_activation():
     mlp = XFormer("activation", vocab=20, depth=1, width=8, heads=2).trunk.blocks[0].mlp
     x = torch.randn(3, 8)
     torch.testing.assert_close(mlp(x), mlp.down(F.silu(mlp.gate(x)) * mlp.up(x)))
+
+
+@pytest.mark.parametrize("position", ["relative-bias", "alibi", "implicit"])
+def test_positions_decode_with_a_cache(position):
+    torch.manual_seed(0)
+    model, cache = Transformer(**SIZES, position=position).double().eval(), Cache()
+    with torch.no_grad():
+        steps = [model(TOKENS[:, a:b], cache=cache) for a, b in ((0, 4), (4, 5), (5, 11))]
+        torch.testing.assert_close(torch.cat(steps, 1), model(TOKENS))
