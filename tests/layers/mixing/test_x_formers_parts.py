@@ -5,12 +5,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from interlayer.core.mixer import Cache
 from interlayer.core.order import Sequential
 from interlayer.core.stream import State
-from interlayer.layers.mixing.x_formers import XFormer
 from interlayer.layers.mixing.x_formers.compressed import Nystrom
 from interlayer.layers.mixing.x_formers.depth import EarlyExit, Feedback, Funnel, Transparent, Universal
 from interlayer.layers.mixing.x_formers.parts import ProductKeys, ScaleNorm
@@ -286,12 +284,6 @@ def test_transparent_attention_is_a_mean_of_all_levels():
     weight = stream.level.softmax(0)
     wanted = stream.last(sum(w * one for w, one in zip(weight, levels, strict=True)))
     torch.testing.assert_close(stream.finish(state), wanted)
-
-
-def test_the_leaf_of_swiglu_keeps_its_own_activation():
-    mlp = XFormer("activation", vocab=20, depth=1, width=8, heads=2).trunk.blocks[0].mlp
-    x = torch.randn(3, 8)
-    torch.testing.assert_close(mlp(x), mlp.down(F.silu(mlp.gate(x)) * mlp.up(x)))
 
 
 @pytest.mark.parametrize("position", ["relative-bias", "alibi", "implicit"])

@@ -130,7 +130,7 @@ def find(name: str) -> catalog.Leaf:
 
 
 EXAMPLE = Example(
-    make=lambda: XFormer("compound", channels=1, image=(8, 8), patch=2, classes=10, depth=2, width=16, heads=2),
+    make=lambda: XFormer(channels=1, image=(8, 8), patch=2, classes=10, depth=1, width=16, heads=2),
     inputs=lambda: (torch.randn(2, 1, 8, 8),),
     wrong=lambda: (torch.randn(2, 1, 8, 7),),
 )
