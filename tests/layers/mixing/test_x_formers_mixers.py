@@ -30,7 +30,7 @@ SMALL = {  # the defaults see the whole of a short input
     "low-rank": "low-rank(rank=2, window=4)",
 }
 MIXERS = [SMALL.get(name, name) for name in catalog.builtins("mixer")]
-ONLY_WHOLE = {"routing", "hashed", "star", "external-nodes", "clustered", "linformer", "induced", "nystrom"}
+ONLY_WHOLE = {"routing", "star", "external-nodes", "clustered", "linformer", "induced", "nystrom"}
 ONLY_CAUSAL = {"delta"}
 SPARSE = [*list(SMALL.values())[:5], "big-bird(block=3, random=2, beside=False, first=False)"]
 TOKENS = torch.randint(0, 20, (2, 23), generator=torch.Generator().manual_seed(0))
@@ -281,7 +281,8 @@ def hashed_twin(layer, q, k, v):
                 rank = sorted(range(11), key=lambda i: (bucket[i].item(), i))
                 chunk = torch.tensor([rank.index(i) // 6 for i in range(11)])  # 2 * 11 / 4 buckets
                 back = chunk[:, None] - chunk
-                meets |= (bucket[:, None] == bucket) & (back >= 0) & (back <= 1)
+                near = seen_by(True) if layer.causal else (back >= 0) & (back <= 1)
+                meets |= (bucket[:, None] == bucket) & near
             meets.fill_diagonal_(False)
             alone = ~meets.any(1)
             meets |= torch.diag(alone)

@@ -544,9 +544,10 @@ class Hashed(Attention):
     Queries and keys are one projection, ``k = q / |q|``. A vector's bucket is ``argmax([x R; -x R])`` for a random rotation
     R. Tokens are sorted by bucket and cut into chunks of ``2 S / buckets``; a query sees those of its own bucket in its
     own chunk and in the one before, and itself only if there is no other. ``rounds`` of hashing are joined as one softmax over
-    the union. Chunks depend on all tokens, so there is no strictly causal form.
+    the union. S rounds 4 S / buckets scores a head.
 
-    S rounds 4 S / buckets scores a head.
+    Where a chunk ends depends on later tokens too. A causal model therefore has no chunks: a query sees all earlier tokens of
+    its bucket (equation 4), at S^2 scores a head.
 
     Args:
         width: Features D.
@@ -557,10 +558,10 @@ class Hashed(Attention):
         linear: Called with ``inputs=, outputs=``.
 
     Raises:
-        ValueError: A causal model, padding, or an odd number of buckets.
+        ValueError: Padding, or an odd number of buckets.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset()
+    offers: ClassVar[frozenset[str]] = frozenset({"cache"})
     rotations: Tensor
 
     def __init__(
@@ -574,7 +575,6 @@ class Hashed(Attention):
         linear: Linear = plain_linear,
     ) -> None:
         super().__init__(width, heads, causal=causal, values=False, linear=linear)
-        refuse_causal(self)
         if buckets < 2 or buckets % 2:
             raise ValueError(f"Hashed: buckets {buckets}; wanted an even number of at least 2.")
         self.buckets = buckets
@@ -591,6 +591,17 @@ class Hashed(Attention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         refuse_mask(self, mask)
+        return self.past(q, k, v) if self.causal else self.chunks(q, k, v)
+
+    def past(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention to all earlier tokens that share a bucket in some round."""
+        new, total = q.shape[-2], k.shape[-2]
+        i, j = torch.arange(total - new, total, device=q.device)[:, None], torch.arange(total, device=q.device)
+        met = (self.bucket(q)[..., :, None] == self.bucket(k)[..., None, :]).any(2) & (j < i)
+        return attend(q, k, v, causal=False, allowed=met | ((i == j) & ~met.any(-1, keepdim=True)))
+
+    def chunks(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention within sorted chunks, round by round."""
         length = q.shape[-2]
         size = -(-2 * length // self.buckets)
         count = -(-length // size)
