@@ -68,6 +68,28 @@ def test_diffusers_model_by_config(tmp_path):
     assert torch.equal(model(x, 3).sample, new(x, 3).sample)
 
 
+def test_a_model_with_a_backbone_by_config(tmp_path):
+    from transformers import DetrConfig, DetrModel, ResNetConfig
+
+    inner = ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], out_features=["stage2"], layer_type="basic"
+    )
+    small = {
+        "d_model": 8,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 8,
+        "decoder_ffn_dim": 8,
+        "num_queries": 3,
+    }
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = DetrModel(DetrConfig(backbone_config=inner, use_timm_backbone=False, **small, **heads)).eval()
+    recipe.save(model, tmp_path)
+    new, x = recipe.load(tmp_path), torch.randn(1, 3, 32, 32)
+    same(model, new)
+    assert torch.equal(model(x).last_hidden_state, new(x).last_hidden_state)
+
+
 def test_own_model_by_its_arguments(tmp_path):
     model = models.Transformer(vocab=32, length=16, depth=2, width=16, heads=2, stream="rezero").eval()
     recipe.save(model, tmp_path)
@@ -226,6 +248,23 @@ def test_broken_files_are_one_clear_error(tmp_path):
         recipe.load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "steps", "says"),
+    [
+        ({"depth": 10**6}, [], "it wants more than 14"),
+        ({"width": 10**6}, [], "no saved tensor has the shape"),
+        ({"width": 10**6}, [{"system": "bake", "structure": {}}], "no saved tensor has the shape"),
+        ({"stream": "denseformer(dilation=1000000000)"}, [], "is more than the saved weights can fill"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_cost_nothing(tmp_path, sizes, steps, says):
+    recipe.save(models.Transformer(vocab=32, length=16, depth=2, width=16, heads=2), tmp_path)
+    base = json.loads((tmp_path / recipe.RECIPE).read_text())["base"]
+    change(tmp_path, base={**base, "config": {**base["config"], **sizes}}, steps=steps)
+    with pytest.raises(ValueError, match=says):
+        recipe.load(tmp_path)
+
+
 def test_deep_nesting_is_one_clear_error(tmp_path):
     recipe.save(gpt2(), tmp_path)
     (tmp_path / recipe.RECIPE).write_text("[" * 100_000)
@@ -268,11 +307,17 @@ def test_backbones_by_name_are_refused_and_nothing_is_fetched(tmp_path, no_netwo
     recipe.save(named, tmp_path)
     assert json.loads((tmp_path / recipe.RECIPE).read_text())["base"]["kind"] == "given"
     same(named, recipe.load(tmp_path, base=gpt2))
-    import huggingface_hub
 
+
+def test_a_configuration_that_asks_the_hub_gets_no_answer(tmp_path, monkeypatch, no_network):
+    import huggingface_hub
+    from transformers import GPT2Config
+
+    recipe.save(gpt2(), tmp_path)
+    monkeypatch.setattr(GPT2Config, "from_dict", lambda config: huggingface_hub.HfApi().repo_exists("some/model"))
     before = huggingface_hub.constants.HF_HUB_OFFLINE
-    with recipe._offline(), pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):
-        huggingface_hub.HfApi().repo_exists("microsoft/resnet-50")
+    with pytest.raises(ValueError, match="OfflineModeIsEnabled"):
+        recipe.load(tmp_path)
     assert before == huggingface_hub.constants.HF_HUB_OFFLINE
 
 

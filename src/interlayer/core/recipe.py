@@ -198,9 +198,8 @@ def _build(content: dict[str, Any], shapes: Shapes) -> nn.Module:
             if kind == "diffusers":
                 return cls.from_config(scrub(config))
             settings = cls.config_class.from_dict(scrub(config))
-            settings._attn_implementation = (
-                "eager" if base.get("attention") == "eager" else "sdpa" if cls._supports_sdpa else "eager"
-            )
+            if base.get("attention") == "eager":
+                settings._attn_implementation = "eager"
             return cls(settings)
     except Exception as error:  # whatever a constructor makes of a configuration that anyone may have written
         raise ValueError(

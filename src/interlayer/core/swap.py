@@ -234,6 +234,7 @@ class Swap:
 
 
 def _filled(new: nn.Module, state: dict[str, Any]) -> nn.Module:
+    new.to(next(v.device for v in state.values() if v is not None))
     there = new.state_dict()
     fits = {n: v for n, v in state.items() if n in there and v is not None and v.shape == there[n].shape}
     new.load_state_dict(fits, strict=False)
