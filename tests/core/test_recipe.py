@@ -68,6 +68,19 @@ def test_diffusers_model_by_config(tmp_path):
     assert torch.equal(model(x, 3).sample, new(x, 3).sample)
 
 
+def test_a_configuration_with_an_infinity(tmp_path):
+    """Transformers writes it as an object, for JSON has none."""
+    from transformers import Mamba2Config, Mamba2Model
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1}
+    model = Mamba2Model(Mamba2Config(vocab_size=32, **small)).eval()
+    recipe.save(model, tmp_path)
+    assert "Infinity" in (tmp_path / recipe.RECIPE).read_text()
+    new = recipe.load(tmp_path)
+    same(model, new)
+    assert new.config.time_step_limit[1] == float("inf")
+
+
 def test_a_model_with_a_backbone_by_config(tmp_path):
     from transformers import DetrConfig, DetrModel, ResNetConfig
 

@@ -197,7 +197,7 @@ def _build(content: dict[str, Any], shapes: Shapes) -> nn.Module:
                 return cls(**config)
             if kind == "diffusers":
                 return cls.from_config(scrub(config))
-            settings = cls.config_class.from_dict(scrub(config))
+            settings = cls.config_class.from_dict(json.loads(json.dumps(scrub(config)), object_hook=_float))
             if base.get("attention") == "eager":
                 settings._attn_implementation = "eager"
             return cls(settings)
@@ -221,6 +221,11 @@ def _sizes(value: Any, room: int, key: str = "config") -> None:
         sizes = re.findall(r"\d{8,}", value) if isinstance(value, str) else [value] if isinstance(value, int) else []
         if any(len(str(n)) > 18 or abs(int(n)) > room for n in sizes):
             raise ValueError(f"{key}={str(value)[:80]} is more than the saved weights can fill")
+
+
+def _float(value: dict[str, Any]) -> Any:
+    """A number that JSON cannot write, from the way in which transformers writes it."""
+    return float(value["__float__"]) if set(value) == {"__float__"} else value
 
 
 @contextmanager

@@ -227,7 +227,9 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
     calls = calls if swap and swap.slot == "activation" else []
     meant = [n for n in found.chosen if n not in refused]
     if not meant:
-        reasons = sorted([*refused.items(), *((r.name, r.why) for r in calls)], key=lambda r: " is no " in r[1])
+        reasons = sorted(
+            [*refused.items(), *((r.name, r.why) for r in calls)], key=lambda r: (" is no " in r[1], "Norm" not in r[1])
+        )
         shown = "; ".join(f"{n}: {why}" for n, why in reasons[:3])
         raise ValueError(f"replace: nothing that `at` selects can become {with_!r} ({shown}).")
     worth = {
