@@ -63,6 +63,20 @@ def test_shared_module_is_chosen_once_and_replaced_everywhere():
     assert model[0] is one and model[2] is one
 
 
+def test_any_name_of_a_shared_module_selects_it(tmp_path):
+    block = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model = nn.ModuleDict({"first": block, "again": block})
+    assert list(select(model, "again.1").chosen) == ["again.1"] and list(select(model, "**.1").chosen) == ["first.1"]
+    new = replace(model, at="again.1", with_="smelu").apply()
+    assert new["first"] is new["again"] and type(new["first"][1]).__name__ == "SmeLU"
+    recipe.save(new, tmp_path)
+    assert type(recipe.load(tmp_path, base=model)["first"][1]).__name__ == "SmeLU"
+    plan = replace(model, at=["first", "again.0"], with_=lambda old: nn.Identity())
+    assert [r.name for r in plan.touched] == ["first"] and isinstance(plan.apply()["again"], nn.Identity)
+    with pytest.raises(ValueError, match=r"Names there: again\.1"):
+        select(model, "agian.1")
+
+
 def test_replace_gets_the_old_module_of_a_copy():
     model, got = net(), []
     plan = replace(model, at="body.*", with_=lambda old: got.append(old) or nn.Identity())

@@ -293,7 +293,7 @@ def _restore(model: nn.Module, step: dict[str, Any]) -> nn.Module:
 
 def _replaced(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     spec, names = structure.get("with"), structure.get("places")
-    there = dict(model.named_modules())
+    there = dict(model.named_modules(remove_duplicate=False))
     if isinstance(spec, str) and isinstance(names, list) and all(isinstance(n, str) and n in there for n in names):
         swap = Swap(spec)
         if not any(swap.refuses(there[n], named=True) for n in names):

@@ -123,26 +123,31 @@ class Selection:
 
 
 def select(model: nn.Module, at: At) -> Selection:
-    """The modules of ``model`` that ``at`` selects. A module that occurs twice counts once; the model itself never counts.
+    """The modules of ``model`` that ``at`` selects; the model itself never counts.
 
-    ``skipped`` lists the other modules that hold weights of their own, each with the reason.
+    A module that occurs at several places counts once, under the first of its names that ``at`` selects. ``skipped``
+    lists the other modules that hold weights of their own, each with the reason.
 
     Raises:
         ValueError: ``at`` selects nothing.
     """
     condition, found = where(at), Selection({})
-    for name, module in model.named_modules():
-        why = condition.why(name, module) if name else "the whole model"
-        if not why:
-            found.chosen[name] = module
-        elif name and next(module.parameters(recurse=False), None) is not None:
-            found.skipped.append(Row(name, type(module).__name__, why))
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    del names[model]
+    for module, places in names.items():
+        whys = {name: condition.why(name, module) for name in places}
+        if meant := [name for name, why in whys.items() if not why]:
+            found.chosen[meant[0]] = module
+        elif next(module.parameters(recurse=False), None) is not None:
+            found.skipped.append(Row(places[0], type(module).__name__, whys[places[0]]))
     if not found.chosen:
-        names = [n for n, _ in model.named_modules() if n]
-        near = difflib.get_close_matches(at, names, n=3, cutoff=0.4) if isinstance(at, str) else names[:6]
+        there = [name for places in names.values() for name in places]
+        near = difflib.get_close_matches(at, there, n=3, cutoff=0.4) if isinstance(at, str) else there[:6]
         raise ValueError(
             f"select: nothing in {type(model).__name__} is {condition.says}. "
-            f"Names there: {', '.join(near or names[:6])}."
+            f"Names there: {', '.join(near or there[:6])}."
         )
     return found
 
@@ -235,7 +240,8 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
     worth = {
         n for n, m in found if condition.names(n, m) or next(m.children(), None) is None
     }  # containers go without saying
-    inner = {n: o for n in meant for o in meant if n.startswith(f"{o}.")}
+    owner = {m: o for o in meant for m in found.chosen[o].modules() if m is not found.chosen[o]}
+    inner = {n: owner[found.chosen[n]] for n in meant if found.chosen[n] in owner}
     skipped = [
         *found.skipped,
         *(Row(n, type(found.chosen[n]).__name__, why) for n, why in refused.items() if n in worth),
