@@ -16,7 +16,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parent
 CHECKOUT = PACKAGE.parents[1]
-KINDS = ("layer", "model", "transform", "rule", "probe")
+KINDS = ("layer", "model", "transform", "rule", "probe", "data-transform", "construction", "simulator")
 STATES = ("ready", "partial", "planned")
 
 

@@ -1,4 +1,4 @@
-"""The command: list, show, compare, claim, apply, report."""
+"""The command: list, show, compare, claim, apply, probe, run, report."""
 
 from __future__ import annotations
 
@@ -294,6 +294,94 @@ def apply_(
     if not plan and out is not None:
         _or_stop(lambda: recipe.save(planned.apply(), out))
         typer.echo(f"saved to {out}")
+
+
+Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="name=value, as often as needed.")]
+Seed = Annotated[int, typer.Option(help="Of every random choice.")]
+
+
+@app.command()
+def probe(
+    slug: Slug,
+    model: Annotated[str, typer.Option(help="package.module:function, a saved folder, or hf:NAME_OR_PATH.")],
+    data: Annotated[str, typer.Option(help="package.module:function that gives batches.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the page and the tables as CSV.")] = None,
+    option: Options = None,
+    seed: Seed = 0,
+) -> None:
+    """Look into a model: tables on the terminal, and a page with pictures."""
+    make = _of_kind(slug, "probe")
+    _check_model(slug, model)
+    if not _is_function(data):
+        _stop(f"probe: --data {data!r}; wanted package.module:function.")
+    given = _or_stop(lambda: _options(option or []))
+    from interlayer.core.options import checked
+
+    found = _or_stop(lambda: make(**checked(make, given, f"probe {slug}")))
+    the_model, batches = _or_stop(lambda: _model(model, None)), _or_stop(lambda: _call(data))
+    _show(_or_stop(lambda: _seeded(lambda: found(the_model, batches), seed)), out, slug, f"{slug}: {model}")
+
+
+@app.command("run")
+def run_(
+    slug: Slug,
+    scenario: Annotated[Path | None, typer.Option(help="A scenario as TOML file; the default one otherwise.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the page and the tables as CSV.")] = None,
+    option: Options = None,
+    seed: Seed = 0,
+) -> None:
+    """Run a simulator: what a network, channel or device would do."""
+    make = _of_kind(slug, "simulator")
+    given = _or_stop(lambda: _options(option or []))
+    from interlayer.core.options import checked
+
+    wanted = _or_stop(lambda: _toml(scenario)) if scenario else None
+    simulator = _or_stop(lambda: make(**checked(make, given, f"run {slug}")))
+    title = f"{slug}: {scenario.stem if scenario else 'the default scenario'}"
+    _show(_or_stop(lambda: simulator.run(wanted, seed)), out, slug, title)
+
+
+def _of_kind(slug: str, kind: str) -> Any:
+    system = _get(slug)
+    if system.kind != kind:
+        _stop(f"{slug!r} is of kind {system.kind}, not {kind}. `interlayer list --kind {kind}` shows those.")
+    return _or_stop(system.resolve)
+
+
+def _check_model(who: str, *paths: str) -> None:
+    for path in paths:
+        if not (path.startswith("hf:") or Path(path).is_dir() or _is_function(path)):
+            _stop(f"{who}: --model {path!r}; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH.")
+
+
+def _seeded(do: Any, seed: int) -> Any:
+    import torch
+
+    torch.manual_seed(seed)
+    return do()
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"run: {path} cannot be read as TOML: {error}.") from error
+
+
+def _show(found: Any, out: Path | None, slug: str, title: str) -> None:
+    """Print the tables of a finding, and write them with a page where asked."""
+    from rich.console import Console
+
+    from interlayer.core import page
+
+    console = Console()
+    for table in page.printed(found).values():
+        (console if console.is_terminal else Console(width=180)).print(table)
+    if out is not None:
+        system = catalog.get(slug)
+        typer.echo(f"page: {page.write(found, out, system.title, title)}")
 
 
 def _is_function(text: str) -> bool:

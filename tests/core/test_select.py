@@ -1,6 +1,8 @@
+import copy
 import re
 from functools import partial
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -470,3 +472,15 @@ def test_blocks_of_hugging_face_models_and_ours():
 def test_missing_extra_names_caller_and_install():
     with pytest.raises(ImportError, match=r'demo needs \'nowhere\': pip install "interlayer\[hf\]"'):
         need("nowhere", "hf", "demo")
+
+
+def test_save_pretrained_refuses_replaced_modules_and_interlayer_save_keeps_them(tmp_path):
+    model = families.model("gpt2")
+    new = replace(model, at="**", with_="smelu").apply()
+    for each in (new, copy.deepcopy(new)):
+        with pytest.raises(ValueError, match="replaced modules, which from_pretrained would lose"):
+            each.save_pretrained(tmp_path / "plain")
+    recipe.save(new, tmp_path / "own")
+    with pytest.raises(ValueError, match="replaced modules"):
+        recipe.load(tmp_path / "own").save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "plain")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from interlayer import catalog, testing
 from interlayer.core import delivery, recipe
 from interlayer.core.example import Backbone, Example
-from interlayer.core.kinds import Finding, Plan, Probe, Row, Rule, Transform
+from interlayer.core.kinds import Construction, Finding, Plan, Probe, Row, Rule, Simulator, Transform
 from interlayer.core.stream import PreNorm
 from interlayer.testing import ContractError, check, contracts, example_of, hold, kind_of
 
@@ -613,3 +614,100 @@ def test_kinds_and_examples():
     with pytest.raises(ValueError, match="kind 'leyer'"):
         contracts("leyer")
     assert testing.check is check
+
+
+class Coin(Simulator):
+    """Heads among tosses; broken on purpose in one way each."""
+
+    slug = "coin"
+
+    def __init__(self, broken=""):
+        self.broken = broken
+
+    def run(self, scenario=None, seed=0):
+        given = {"tosses": 100, **(scenario or {})}
+        if (unknown := set(given) - {"tosses"}) and self.broken != "scenario":
+            raise ValueError(f"coin: no key {unknown.pop()!r}; wanted tosses.")
+        generator = None if self.broken == "seed" else torch.Generator().manual_seed(seed)
+        heads = torch.randint(2, (given["tosses"],), generator=generator).sum().item()
+        return Finding({"tosses": {"heads": [heads]}}, units={} if self.broken == "finding" else {"heads": "1"})
+
+    def known(self, seed=0):
+        heads = self.run({"tosses": 10_000}, seed).tables["tosses"]["heads"][0] / 10_000
+        return {"share of heads": (heads + (self.broken == "known"), 0.5, 0.02)}
+
+
+class Inverse(Construction):
+    """A linear map that inverts a matrix."""
+
+    slug = "inverse"
+
+    def __init__(self, broken=""):
+        self.broken = broken
+
+    def build(self, matrix):
+        if self.broken == "wrong":
+            matrix = matrix[:2, :2]
+        if matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"inverse: {tuple(matrix.shape)}; wanted a square matrix.")
+        if self.broken == "untouched":
+            matrix[0, 0] += 1
+        model = nn.Linear(*matrix.shape, bias=False, dtype=matrix.dtype)
+        with torch.no_grad():
+            model.weight.copy_(matrix.inverse() * (1.001 if self.broken == "exact" else 1))
+            if self.broken == "seed":
+                model.weight += 1e-12 * torch.rand(1).item() * next(COUNT)
+        return model
+
+    def reference(self, matrix):
+        return torch.eye(len(matrix), dtype=matrix.dtype)
+
+
+COUNT = itertools.count()
+
+
+class Reversed:
+    """Puts the rows of a dictionary's tensor into the reverse order."""
+
+    def __init__(self, broken=""):
+        self.broken = broken
+
+    def __call__(self, data):
+        if self.broken == "untouched":
+            data["x"][0] = 7
+        x = data["x"] if self.broken == "changes" else data["x"].flip(0)
+        return {"x": x + torch.rand(1).item() * next(COUNT) if self.broken == "seed" else x}
+
+
+MORE = {
+    "simulator": (Coin, lambda b: Example(make=lambda: Coin(b), inputs=lambda: ({"tosses": 20},))),
+    "construction": (
+        Inverse,
+        lambda b: Example(
+            make=lambda: Inverse(b),
+            inputs=lambda: (torch.randn(3, 3, dtype=torch.float64),),
+            wrong=lambda: (torch.randn(3, 2, dtype=torch.float64),),
+            outputs=lambda model, matrix: model(matrix.T).T,
+            precision=1e-9,
+        ),
+    ),
+    "data-transform": (
+        Reversed,
+        lambda b: Example(
+            make=lambda: Reversed(b),
+            inputs=lambda: ({"x": torch.arange(4.0)},),
+            known=lambda: {"sum": (6.0 + (b == "known"), 6.0, 1e-6)},
+            invariances={"sum": lambda t, d: bool((t(d)["x"].sum() == d["x"].sum()) ^ (b == "invariances"))},
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_the_kinds_beside_networks_keep_their_contracts_and_broken_twins_break_one(kind):
+    component, example = MORE[kind]
+    assert kind_of(component) == kind
+    assert set(check(component, example("")).values()) == {"kept"}
+    for name in contracts(kind):
+        with pytest.raises(ContractError, match=f"(?m)^{name}|  {name}"):
+            check(component, example(name))

@@ -32,6 +32,10 @@ class Example:
     transform     the ``Transform``                   ``(model,)`` or ``(model, data)``, a plain ``nn.Module``
     rule          the ``Rule``, bound to a new model  batches to learn from, one for each step
     probe         the ``Probe``                       ``(model, data)``
+    data-         the transform                       ``(data,)``
+    transform
+    construction  the ``Construction``                the problem, as ``build`` and ``reference`` take it
+    simulator     the ``Simulator``                   ``(scenario,)``, a small one
     ============  ==================================  ===============================================================
 
     Args:
@@ -48,6 +52,10 @@ class Example:
         train: For a model: gives ``(score, trivial)``, two losses of which the first must be the lower, after a real
             training run.
         planted: For a probe: whether its finding shows what the example planted.
+        known: For a data-transform: quantities with a closed form, by name: (found, exact, how far apart they may be).
+        invariances: For a data-transform: what its result must keep, by name; each is called with the transform and the data.
+        outputs: For a construction: what the model gives for the problem, to be compared with ``reference``.
+        precision: For a construction: how far apart these may be, relative to the largest number.
         exceptions: Contracts that the component can't keep, each with the reason. They must really fail.
     """
 
@@ -63,6 +71,10 @@ class Example:
     nothing: Callable[[], tuple[Any, ...]] | None = None
     train: Callable[[], tuple[float, float]] | None = None
     planted: Callable[[Any], bool] | None = None
+    known: Callable[[], Mapping[str, tuple[float, float, float]]] | None = None
+    invariances: Mapping[str, Callable[[Any, Any], bool]] = field(default_factory=dict)
+    outputs: Callable[..., Any] | None = None
+    precision: float = 0.0
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
 

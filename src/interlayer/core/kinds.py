@@ -1,6 +1,7 @@
-"""The protocols of the kinds that are not layers: transform, rule and probe.
+"""The protocols of the kinds that are not layers: transform, rule, probe, construction and simulator.
 
-A layer or a model is an ordinary ``torch.nn.Module`` and needs no base class.
+A layer or a model is an ordinary ``torch.nn.Module`` and needs no base class. A data-transform follows the convention of its
+ecosystem, such as PyTorch Geometric's ``BaseTransform``.
 """
 
 from __future__ import annotations
@@ -117,10 +118,27 @@ class Rule(ABC):
 
 @dataclass
 class Finding:
-    """What a probe saw: named tables (columns of equal length) and, if it draws, a function that makes the figure."""
+    """What a probe saw or a simulator measured.
+
+    Attributes:
+        tables: Columns of equal length, by table.
+        figure: Makes the matplotlib figure, if there is one.
+        units: The unit of each column that has one: ``{"rate": "1/s"}``; ``"1"`` for a plain number.
+
+    Examples:
+        >>> found = Finding({"link": {"distance": [1.0, 10.0], "success": [0.95, 0.63]}}, units={"distance": "km", "success": "1"})
+        >>> found.headings("link")
+        ['distance [km]', 'success']
+    """
 
     tables: dict[str, dict[str, list[Any]]]
     figure: Callable[[], Any] | None = field(default=None, repr=False)
+    units: dict[str, str] = field(default_factory=dict)
+
+    def headings(self, table: str) -> list[str]:
+        """Column names with their units."""
+        found = self.units
+        return [f"{c} [{found[c]}]" if found.get(c, "1") != "1" else c for c in self.tables[table]]
 
 
 class Probe(ABC):
@@ -131,3 +149,39 @@ class Probe(ABC):
     @abstractmethod
     def __call__(self, model: nn.Module, data: Any) -> Finding:
         """Look, and leave no trace."""
+
+
+class Construction(ABC):
+    """Weights written by hand: options in the constructor, ``build(...)`` gives a model that needs no training."""
+
+    slug: ClassVar[str]
+
+    @abstractmethod
+    def build(self, *problem: Any) -> nn.Module:
+        """The model that solves the problem, up to the precision that the class states."""
+
+    @abstractmethod
+    def reference(self, *problem: Any) -> Any:
+        """The outputs that the model must give for ``problem``, computed without it."""
+
+
+class Simulator(ABC):
+    """A program for what a network, channel or device would do: ``run(scenario, seed) -> Finding``.
+
+    A scenario is plain data, as a TOML file holds it; ``None`` runs the default one. Every column of the finding that holds
+    numbers has a unit.
+    """
+
+    slug: ClassVar[str]
+
+    @abstractmethod
+    def run(self, scenario: Mapping[str, Any] | None = None, seed: int = 0) -> Finding:
+        """Simulate. The same scenario and seed give the same finding.
+
+        Raises:
+            ValueError: The scenario has an unknown key, or a value out of range.
+        """
+
+    @abstractmethod
+    def known(self, seed: int = 0) -> Mapping[str, tuple[float, float, float]]:
+        """Quantities with a closed form: (simulated, exact, how far apart they may be), by name."""

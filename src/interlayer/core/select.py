@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from interlayer.core.delivery import guard
 from interlayer.core.kinds import Plan, Row
 from interlayer.core.record import REPLACE, rebase, record
 from interlayer.core.swap import Swap, bypassed, out_of_reach, unfuse
@@ -290,4 +291,4 @@ def exchange(model: nn.Module, names: list[str], make: Callable[[nn.Module], nn.
             put(model, place, new)
         changed.add(id(new))
     unfuse(model, changed)
-    return model
+    return guard(model, "replaced modules")

@@ -7,48 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from interlayer.core.page import document, header
 from interlayer.study.charts import colours, costs, forest, learning, rates, var, variables
 from interlayer.study.result import ArmRow, Result, headline
-
-STYLE = """
-:root{color-scheme:light dark;--page:#fbfbf9;--card:#fff;--ink:#1c1e21;--soft:#5d636b;--line:#e3e3de;--faint:#f1f1ec;--bad:#a8321a}
-@media(prefers-color-scheme:dark){:root{--page:#16181b;--card:#1d2024;--ink:#e8e8e4;--soft:#a0a6ae;--line:#343940;--faint:#25292e;--bad:#ff9678}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 "Source Sans 3","Segoe UI",system-ui,-apple-system,"Helvetica Neue",sans-serif;
- text-rendering:optimizeLegibility;-webkit-font-smoothing:antialiased}
-main{max-width:1120px;margin:0 auto;padding:56px 28px 80px}
-header p.kind{margin:0;color:var(--soft);font-size:14px;letter-spacing:.02em}
-h1{font-size:31px;line-height:1.22;font-weight:650;letter-spacing:-.012em;margin:6px 0 12px;max-width:26em;text-wrap:balance}
-h2{font-size:20px;font-weight:650;letter-spacing:-.005em;margin:52px 0 4px}
-h3{font-size:15px;font-weight:600;margin:0 0 2px}
-p{max-width:46em;margin:0 0 12px}p.soft{max-width:62em}p.soft,figcaption{color:var(--soft);font-size:14.5px}
-figcaption{margin:0 0 10px;max-width:62em}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:18px 20px 10px;min-width:0}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:20px;margin-top:16px}
-.one{margin-top:16px}
-@media(max-width:820px){.pair{grid-template-columns:1fr}}
-svg{display:block;width:100%;height:auto;overflow:visible;font:13px "Source Sans 3","Segoe UI",system-ui,-apple-system,"Helvetica Neue",sans-serif;
- font-variant-numeric:tabular-nums}
-svg text{fill:var(--soft)}svg text.name{font-weight:600}
-.grid{stroke:var(--line);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}.zero{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 3}
-.curve{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.band{opacity:.14}.seed{opacity:.5}
-.hit{fill:transparent;stroke:none}.hit:hover{fill:currentColor;fill-opacity:.25}
-.scroll{overflow-x:auto;margin-top:16px;border:1px solid var(--line);border-radius:8px;background:var(--card)}
-table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
-th,td{padding:9px 10px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
-thead th{border-top:0;color:var(--soft);font-weight:600;font-size:13px;vertical-align:bottom;white-space:normal;min-width:5.5em}
-th:first-child,td:first-child{text-align:left;font-weight:600}
-tr.best td{background:var(--faint)}
-i.key{display:inline-block;width:11px;height:11px;border-radius:50%;margin-right:9px;vertical-align:-1px}
-details{margin-top:12px;border:1px solid var(--line);border-radius:8px;background:var(--card)}
-summary{cursor:pointer;padding:11px 16px;font-size:15px}summary b{font-weight:600}
-.bad{color:var(--bad)}
-pre{margin:0;padding:14px 16px;overflow-x:auto;font:13px/1.5 ui-monospace,"SF Mono","Cascadia Mono",Menlo,Consolas,monospace}
-details pre{border-top:1px solid var(--line)}
-.box{margin-top:14px;border:1px solid var(--line);border-radius:8px;background:var(--card)}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:5px 22px;font-size:14.5px;margin:14px 0 0}dt{color:var(--soft)}dd{margin:0}
-@media print{body{background:#fff}main{padding:0}figure,.scroll{break-inside:avoid}}
-"""
 
 
 def _table(result: Result, found: Sequence[ArmRow], lines: Sequence[dict[str, str]], number: dict[str, int]) -> str:
@@ -146,12 +107,10 @@ def page(result: Result, found: Sequence[ArmRow], lines: Sequence[dict[str, str]
     about = result.about
     kind = f"{about['name']} · {result.base} · {len(result.spec.arms)} arms · {result.spec.seeds} seeds"
     body = (
-        f'<header><p class="kind">{escape(kind)}</p><h1>{escape(title)}</h1><p>{escape(sure)}</p></header>'
+        f"{header(kind, title, sure)}"
         f'{_table(result, found, lines, number)}<p class="soft" style="margin-top:10px">{escape(note)}</p>'
         f"{_failures(result)}<h2>Quality</h2>{forest(result, found, number)}{learning(result, number)}"
         f"{costs(result, found, number)}{rates(result, number)}{_what(result)}"
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(about['name'])}: {escape(', '.join(a.name for a in result.spec.arms))}</title><style>{STYLE}{variables()}</style></head><body><main>{body}</main></body></html>\n"
-    )
+    title = f"{about['name']}: {', '.join(a.name for a in result.spec.arms)}"
+    return document(title, body, variables())

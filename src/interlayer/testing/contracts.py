@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 from interlayer.core.example import Example
-from interlayer.core.kinds import Probe, Rule, Transform
+from interlayer.core.kinds import Construction, Probe, Rule, Simulator, Transform
 
 Contract = Callable[[Example], None]
 
@@ -22,7 +24,7 @@ def contracts(kind: str) -> Mapping[str, Contract]:
     Raises:
         ValueError: Unknown kind.
     """
-    from interlayer.testing import modules, probes, rules, transforms
+    from interlayer.testing import constructions, data_transforms, modules, probes, rules, simulators, transforms
 
     kinds = {
         "layer": modules.LAYER,
@@ -30,6 +32,9 @@ def contracts(kind: str) -> Mapping[str, Contract]:
         "transform": transforms.TRANSFORM,
         "rule": rules.RULE,
         "probe": probes.PROBE,
+        "data-transform": data_transforms.DATA_TRANSFORM,
+        "construction": constructions.CONSTRUCTION,
+        "simulator": simulators.SIMULATOR,
     }
     if kind not in kinds:
         raise ValueError(f"testing: kind {kind!r} is not one of {list(kinds)}.")
@@ -37,11 +42,12 @@ def contracts(kind: str) -> Mapping[str, Contract]:
 
 
 def kind_of(component: type) -> str:
-    """The kind of a class: transform, rule or probe by its base, otherwise layer."""
-    for base, kind in ((Transform, "transform"), (Rule, "rule"), (Probe, "probe")):
+    """The kind of a class by its base: a module is a layer, and what has no base of ours a data-transform."""
+    bases = {"transform": Transform, "rule": Rule, "probe": Probe, "construction": Construction, "simulator": Simulator}
+    for kind, base in {**bases, "layer": nn.Module}.items():
         if issubclass(component, base):
             return kind
-    return "layer"
+    return "data-transform"
 
 
 def example_of(component: type) -> Example:
@@ -92,8 +98,8 @@ def check(component: type, example: Example | None = None, *, kind: str | None =
     Args:
         component: The class.
         example: How to build it, and its inputs. Defaults to the ``EXAMPLE`` beside the class.
-        kind: ``layer``, ``model``, ``transform``, ``rule`` or ``probe``. Defaults to what the base class says (a
-            ``torch.nn.Module`` is a layer).
+        kind: One of the kinds of the catalogue. Defaults to what the base class says (a ``torch.nn.Module`` is a layer, a
+            class without a base of Interlayer a data-transform).
 
     Returns:
         For each contract ``"kept"`` or the reason of its declared exception.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from interlayer.core.example import Example
 from interlayer.core.kinds import Finding, Probe
 from interlayer.testing.common import make, picture, require, seeded, unchanged
+from interlayer.testing.findings import equal, sound
 
 
 def _given(example: Example) -> tuple[nn.Module, Any]:
@@ -28,20 +28,7 @@ def _find(example: Example, model: nn.Module, data: Any) -> Finding:
 
 def finding(example: Example) -> None:
     """Named tables with columns of equal length, and a figure that can be drawn, if there is one."""
-    found = _find(example, *_given(example))
-    require(isinstance(found, Finding) and bool(found.tables), "a probe gives a Finding with at least one table")
-    for name, table in found.tables.items():
-        lengths = {column: len(values) for column, values in table.items()}
-        require(len(set(lengths.values())) == 1, f"columns of table {name!r} differ in length: {lengths}")
-        require(max(lengths.values()) > 0, f"table {name!r} is empty")
-    if found.figure is not None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        require(found.figure() is not None, "figure() gives nothing")
-        pyplot.close("all")
+    sound(_find(example, *_given(example)))
 
 
 def no_trace(example: Example) -> None:
@@ -66,17 +53,7 @@ def planted(example: Example) -> None:
 def seed(example: Example) -> None:
     """The same seed gives the same tables."""
     first, second = (_find(example, *_given(example)).tables for _ in range(2))
-    require(_equal(first, second), "the tables of the same seed differ")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    return bool(a == b) or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
+    require(equal(first, second), "the tables of the same seed differ")
 
 
 PROBE: dict[str, Callable[[Example], None]] = {
