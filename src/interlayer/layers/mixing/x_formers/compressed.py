@@ -168,6 +168,10 @@ class Induced(Attention):
 
     Raises:
         ValueError: A causal model.
+
+    Examples:
+        >>> Induced(8, heads=2, points=3)(torch.randn(1, 9, 8)).shape
+        torch.Size([1, 9, 8])
     """
 
     offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share"})
@@ -215,6 +219,10 @@ class LowRank(SlidingWindow):
 
     Raises:
         ValueError: A rank that is not below K, or a window as long as ``length``.
+
+    Examples:
+        >>> LowRank(8, heads=2, rank=2, window=3)(torch.randn(1, 9, 8)).shape
+        torch.Size([1, 9, 8])
     """
 
     offers: ClassVar[frozenset[str]] = frozenset({"share", "cache"})

@@ -29,6 +29,12 @@ class Universal(Sequential):
         steps: Most steps.
         threshold: Sum of the halting probabilities at which a position halts.
         penalty: Weight of the mean number of steps in the loss.
+
+    Examples:
+        >>> from interlayer.models import Transformer
+        >>> model = Transformer(vocab=11, length=9, depth=1, width=8, heads=2, order="universal(steps=3)", position="none")
+        >>> model(torch.zeros(1, 9, dtype=torch.long)).shape
+        torch.Size([1, 9, 11])
     """
 
     caches = False
@@ -95,6 +101,12 @@ class EarlyExit(Sequential):
 
     Raises:
         ValueError: A causal model, one that gives no answer for the whole input, or a patience that never exits early.
+
+    Examples:
+        >>> from interlayer.models import Encoder
+        >>> model = Encoder(vocab=11, classes=3, length=9, depth=3, width=8, heads=2, order="early-exit")
+        >>> model(torch.zeros(1, 9, dtype=torch.long)).shape
+        torch.Size([1, 3])
     """
 
     caches = False
@@ -159,6 +171,12 @@ class Funnel(Sequential):
 
     Raises:
         ValueError: A causal model; fewer blocks than stages; a stream that keeps earlier states.
+
+    Examples:
+        >>> from interlayer.models import Encoder
+        >>> model = Encoder(vocab=11, classes=3, length=9, depth=2, width=8, heads=2, order="funnel", position="learned")
+        >>> model(torch.zeros(1, 9, dtype=torch.long)).shape
+        torch.Size([1, 3])
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"qkv", "bias"})  # any queries may ask any keys
@@ -211,6 +229,12 @@ class Feedback(Sequential):
 
     Raises:
         ValueError: A model that is not causal, or a stream that keeps earlier states.
+
+    Examples:
+        >>> from interlayer.models import Transformer
+        >>> model = Transformer(vocab=11, length=9, depth=2, width=8, heads=2, order="feedback")
+        >>> model(torch.zeros(1, 9, dtype=torch.long)).shape
+        torch.Size([1, 9, 11])
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"qkv", "cache"})  # one query asks many keys, as in decoding
@@ -253,6 +277,12 @@ class Transparent(PreNorm):
         outputs: Features of a sublayer's output, where they differ.
         branches: Sublayers in a block.
         norm: Called with ``width=`` for each norm.
+
+    Examples:
+        >>> from interlayer.models import Transformer
+        >>> model = Transformer(vocab=11, length=9, depth=2, width=8, heads=2, stream="transparent")
+        >>> model(torch.zeros(1, 9, dtype=torch.long)).shape
+        torch.Size([1, 9, 11])
     """
 
     def __init__(

@@ -33,6 +33,10 @@ class Star(Attention):
 
     Raises:
         ValueError: A causal model, or padding.
+
+    Examples:
+        >>> Star(8, heads=2)(torch.randn(1, 9, 8)).shape
+        torch.Size([1, 9, 8])
     """
 
     offers: ClassVar[frozenset[str]] = frozenset()
@@ -90,6 +94,10 @@ class ExternalNodes(SlidingWindow):
 
     Raises:
         ValueError: A causal model: the nodes see all tokens.
+
+    Examples:
+        >>> ExternalNodes(8, heads=2, window=3)(torch.randn(1, 9, 8)).shape
+        torch.Size([1, 9, 8])
     """
 
     offers: ClassVar[frozenset[str]] = frozenset()

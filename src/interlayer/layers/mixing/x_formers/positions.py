@@ -26,6 +26,10 @@ class RelativeBias(Position):
 
     Raises:
         ValueError: A number of buckets that is not a multiple of 4, or too small a ``farthest``.
+
+    Examples:
+        >>> RelativeBias(heads=2, causal=True).bucket(torch.tensor([0, -1, -15, -16, -200])).tolist()
+        [0, 1, 15, 16, 31]
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"bias"})
@@ -61,6 +65,10 @@ class Alibi(Position):
 
     Args:
         heads: Query heads.
+
+    Examples:
+        >>> Alibi(heads=2).bias(1, 3)[0].tolist()
+        [[-0.125, -0.0625, -0.0]]
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"bias"})
@@ -92,6 +100,12 @@ class Conditional(Position):
 
     Raises:
         ValueError: An even kernel.
+
+    Examples:
+        >>> from interlayer.models import VisionTransformer
+        >>> model = VisionTransformer(1, 6, patch=2, classes=3, depth=2, width=8, heads=2, position="conditional")
+        >>> model(torch.zeros(1, 1, 6, 6)).shape
+        torch.Size([1, 3])
     """
 
     caches: ClassVar[bool] = False
@@ -121,6 +135,12 @@ class Implicit(Position):
 
     Raises:
         ValueError: A model that is not causal: it would be blind to the order.
+
+    Examples:
+        >>> from interlayer.models import Transformer
+        >>> model = Transformer(vocab=11, length=9, depth=2, width=8, heads=2, position="implicit")
+        >>> model(torch.zeros(1, 9, dtype=torch.long)).shape
+        torch.Size([1, 9, 11])
     """
 
     def __init__(self, *, causal: bool) -> None:

@@ -301,6 +301,10 @@ class Axial(Attention):
         branches: Sublayers in a block.
         row: Length of a row. Defaults to the grid's, for a text to the square root of its length.
         **options: As for ``Attention``.
+
+    Examples:
+        >>> Axial(8, heads=2, grid=(3, 3), layer=0)(torch.randn(1, 9, 8)).shape
+        torch.Size([1, 9, 8])
     """
 
     offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "rotate"})
@@ -358,6 +362,10 @@ class Segments(Attention):
 
     Raises:
         ValueError: A model of a single segment.
+
+    Examples:
+        >>> Segments(8, heads=2, block=3, causal=True).pattern(1, 8).int().tolist()
+        [[0, 0, 0, 1, 1, 1, 1, 1]]
     """
 
     offers: ClassVar[frozenset[str]] = frozenset({"qkv", "cache", "order"})
@@ -559,6 +567,10 @@ class Hashed(Attention):
 
     Raises:
         ValueError: Padding, or an odd number of buckets.
+
+    Examples:
+        >>> Hashed(8, heads=2, buckets=4)(torch.randn(1, 9, 8)).shape
+        torch.Size([1, 9, 8])
     """
 
     offers: ClassVar[frozenset[str]] = frozenset({"cache"})
