@@ -5,6 +5,7 @@ from torch import nn
 from interlayer.core.mixer import Attention, Cache, Context, attend
 from interlayer.core.position import Learned, Rotary, Sinusoidal
 from interlayer.core.stream import QKV
+from interlayer.models import Transformer
 
 
 def naive(q, k, v, causal, mask=None):
@@ -81,6 +82,12 @@ def test_embedded_positions_start_at_the_offset():
         Sinusoidal(7, 4)
     with pytest.raises(ValueError, match="odd"):
         Rotary(4, 7)
+
+
+def test_sinusoids_do_not_drown_the_embedding():
+    model = Transformer(vocab=50, length=32, depth=1, width=64, heads=2, position="sinusoidal")
+    ratio = model.trunk.position.table.std() / model.embed.weight.std()
+    assert 0.5 < ratio < 1  # 0.7 in the paper: unit variance beside sines of amplitude 1
 
 
 def test_another_kind_of_attention_changes_what_heads_read_alone():

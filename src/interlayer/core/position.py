@@ -53,16 +53,23 @@ class Learned(Position):
 
 
 class Sinusoidal(Position):
-    """Fixed sines and cosines of geometrically spaced wavelengths (Vaswani et al., arXiv:1706.03762, section 3.5)."""
+    """Fixed sines and cosines of geometrically spaced wavelengths (Vaswani et al., arXiv:1706.03762, section 3.5).
+
+    Args:
+        width: Features D, even.
+        length: Longest sequence.
+        scale: Amplitude. Defaults to the standard deviation of the backbones' initial embeddings: the paper's have 1, with an
+            amplitude of 1.
+    """
 
     table: Tensor
 
-    def __init__(self, width: int, length: int) -> None:
+    def __init__(self, width: int, length: int, *, scale: float = 0.02) -> None:
         super().__init__()
         if width % 2:
             raise ValueError(f"Sinusoidal: width {width} is odd; give an even one.")
         angle = torch.outer(torch.arange(length), 10000 ** (-torch.arange(0, width, 2) / width))
-        self.register_buffer("table", torch.stack((angle.sin(), angle.cos()), -1).flatten(1), persistent=False)
+        self.register_buffer("table", scale * torch.stack((angle.sin(), angle.cos()), -1).flatten(1), persistent=False)
 
     def embed(self, x_BSD: Tensor, offset: int = 0) -> Tensor:
         return x_BSD + self.table[offset : offset + x_BSD.shape[1]].to(x_BSD.dtype)

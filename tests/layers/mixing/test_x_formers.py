@@ -66,6 +66,14 @@ def test_no_leaf_builds_the_model_of_the_root(leaf):
         assert not torch.equal(ours(x, answer=answer), theirs(x))
 
 
+def test_the_root_adds_sinusoids_to_embeddings_of_variance_one():
+    """Vaswani et al., sections 3.4 and 3.5."""
+    torch.manual_seed(0)
+    model = XFormer("head behaviour", vocab=500, length=64, depth=1, width=32, heads=4)
+    table = model.trunk.position.table
+    assert abs(model.embed.weight.std() - 1) < 0.05 and table[0, 1] == 1 and table[1, 0] == torch.tensor(1.0).sin()
+
+
 def test_image_models_use_the_position_of_the_leaf():
     kinds = {leaf: of_leaf(leaf, "image") for leaf in LEAVES if leaf.startswith("module/position")}
     built = [type(found[0].trunk.position).__name__ for found in kinds.values() if found]

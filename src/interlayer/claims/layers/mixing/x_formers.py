@@ -70,7 +70,7 @@ def _use(arm: str) -> dict[str, Any]:
     mixer = use.get("mixer", "attention")
     part = resolve("mixer", parse_spec(mixer)[0]) if isinstance(mixer, str) else mixer
     rotary = "rotate" in getattr(part, "offers", ())
-    return {"position": "rotary" if rotary else "sinusoidal", **use}
+    return {"position": "rotary" if rotary else "sinusoidal(scale=1.0)", **use}
 
 
 class Filler(nn.Module):

@@ -15,7 +15,7 @@ from interlayer.core.parts import Patches
 from interlayer.core.trunk import build_trunk, initialise
 
 # The survey's root (Vaswani et al., arXiv:1706.03762); a leaf replaces part of it.
-VANILLA: dict[str, Any] = {"stream": "post-norm", "position": "sinusoidal", "activation": "relu"}
+VANILLA: dict[str, Any] = {"stream": "post-norm", "position": "sinusoidal(scale=1.0)", "activation": "relu"}
 
 
 @configured
