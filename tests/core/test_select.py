@@ -382,17 +382,35 @@ def test_activations_that_are_no_modules_are_listed():
         ("first", "its held is the function gelu, not a module"),
         ("first", "its last is the function leaky_relu, not a module"),
         ("first", "calls mish, relu, selu in its forward pass, not a module"),
-        ("lstm", "its activations are part of its kernel"),
+        ("lstm", "its kernel has activations that are no modules"),
     ]
     new = plan.apply()
     assert new["first"].tanh is new["again"].tanh and type(new["first"].tanh).__name__ == "SmeLU"
-    assert not any(
-        "calls" in r.why
-        for r in replace(nn.ModuleDict({"a": one, "n": nn.LayerNorm(4)}), at="**", with_="rmsnorm").skipped
-    )
     for at in ("a", nn.Linear):  # nothing to replace: the error says what cannot be reached
         with pytest.raises(ValueError, match=r"Calls: its held is the function gelu.*calls mish, relu, selu"):
             replace(one, at=at, with_="smelu")
+
+
+def test_norms_and_linear_maps_that_are_no_modules_are_listed():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.norm, self.up = nn.Parameter(torch.ones(4, 4)), nn.LayerNorm(4), nn.Linear(4, 4)
+            self.attend = nn.MultiheadAttention(4, 2)
+
+        def forward(self, x):
+            return F.linear(F.layer_norm(F.relu(self.up(self.norm(x))), (4,)), self.weight)
+
+    def listed(with_):
+        plan = replace(Net(), at="**", with_=with_)
+        return {r.name: r.why for r in plan.skipped if "no modules" in r.why or "not a module" in r.why}
+
+    assert listed("rmsnorm") == {"Net": "calls layer_norm in its forward pass, not a module"}
+    calls = {
+        "Net": "calls linear in its forward pass, not a module",
+        "attend": "its kernel has linear maps that are no modules",
+    }
+    assert listed("linear") == calls
 
 
 @pytest.mark.parametrize("with_", ["smelu", "rmsnorm"])

@@ -206,8 +206,8 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
             module. What was replaced by name is in the recipe: ``save`` and ``load`` rebuild it.
 
     Returns:
-        The plan. Its ``skipped`` rows name what stays and why; activations that are function calls, which cannot be
-        replaced, are among them.
+        The plan. Its ``skipped`` rows name what stays and why, among it what is a function call (``F.gelu(x)``) or part of a
+        kernel and so cannot be replaced.
 
     Raises:
         ValueError: ``at`` selects nothing that can be replaced, or there is no such name.
@@ -229,8 +229,8 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
     if swap:
         whys = {n: swap.refuses(m, condition.names(n, m)) for n, m in found if n not in refused}
         refused |= {n: why for n, why in whys.items() if why}
-    calls = [Row(n or type(m).__name__, type(m).__name__, why) for n, m, why in out_of_reach(model)]
-    calls = calls if swap and swap.slot == "activation" else []
+    hidden = out_of_reach(model, swap.slot) if swap else ()
+    calls = [Row(n or type(m).__name__, type(m).__name__, why) for n, m, why in hidden]
     meant = [n for n in found.chosen if n not in refused]
     if not meant:
         reasons = sorted(

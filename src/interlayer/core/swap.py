@@ -26,10 +26,20 @@ ACTIVATIONS = (
 GATES = (
     "Sigmoid", "Hardsigmoid", "LogSigmoid", "Softplus", "LaplaceActivation", "LinearActivation", "SqrtSoftplusActivation",
 )  # fmt: skip
-FUNCTIONS = {
-    "relu", "relu_", "relu6", "rrelu", "leaky_relu", "leaky_relu_", "prelu", "elu", "elu_", "celu", "selu",
-    "gelu", "silu", "mish", "hardswish", "tanh", "tanh_", "hardtanh", "softsign", "tanhshrink", "softshrink", "hardshrink",
+FUNCTIONS: dict[str, set[str]] = {
+    "activation": {
+        "relu", "relu_", "relu6", "rrelu", "leaky_relu", "leaky_relu_", "prelu", "elu", "elu_", "celu", "selu",
+        "gelu", "silu", "mish", "hardswish", "tanh", "tanh_", "hardtanh", "softsign", "tanhshrink", "softshrink", "hardshrink",
+    },
+    "norm": {"layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm"},
+    "linear": {"linear", "addmm", "baddbmm"},
 }  # fmt: skip
+_CELLS = (nn.RNNBase, nn.RNNCellBase)
+KERNELS = {
+    "activation": _CELLS,
+    "norm": (),
+    "linear": (*_CELLS, nn.MultiheadAttention),
+}  # hold parts that are no modules
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -68,27 +78,28 @@ def _of_slots() -> list[catalog.System]:
     return [s for s in catalog.load().values() if s.slot in SLOTS]
 
 
-def out_of_reach(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Modules with activations that are no modules and so cannot be exchanged: their name and the reason.
+def out_of_reach(model: nn.Module, slot: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Modules with parts of a slot that are no modules and so cannot be exchanged: their name and the reason.
 
     Found are calls by name (``F.relu(x)``, ``x.tanh()``) in ``forward`` and the methods that it calls, functions kept as
-    attributes, and the kernels of recurrent layers. A function of another name that computes an activation is not found.
+    attributes, and the kernels of recurrent layers and attention. A function of another name is not found.
 
     Examples:
-        >>> [why for _, _, why in out_of_reach(nn.LSTM(1, 1))]
-        ['its activations are part of its kernel']
+        >>> [why for _, _, why in out_of_reach(nn.LSTM(1, 1), "activation")]
+        ['its kernel has activations that are no modules']
     """
+    words = {"activation": "activations", "norm": "norms", "linear": "linear maps"}[slot]
     for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-            yield name, module, "its activations are part of its kernel"
+        if isinstance(module, KERNELS[slot]):
+            yield name, module, f"its kernel has {words} that are no modules"
             continue
-        if known(module) == "activation":
+        if known(module) == slot:
             continue
         for key, value in vars(module).items():
             function = getattr(getattr(value, "func", value), "__name__", "")
-            if function in FUNCTIONS:
+            if function in FUNCTIONS[slot]:
                 yield name, module, f"its {key} is the function {function}, not a module"
-        if known(module) is None and (found := sorted(FUNCTIONS & _calls(type(module)) - module._modules.keys())):  # type: ignore[arg-type]
+        if known(module) is None and (found := sorted(FUNCTIONS[slot] & _calls(type(module)) - module._modules.keys())):  # type: ignore[arg-type]
             yield name, module, f"calls {', '.join(found)} in its forward pass, not a module"
 
 
@@ -102,7 +113,9 @@ def _calls(cls: type[nn.Module]) -> set[str]:
         function = inspect.unwrap(function) if callable(function) else function
         if isinstance(function, FunctionType) and function.__module__ != nn.Module.__module__:
             names = _names(function.__code__)
-            todo += [n for n in names if n not in todo and n not in vars(nn.Module) and n not in FUNCTIONS]
+            todo += [
+                n for n in names if n not in todo and n not in vars(nn.Module) and n not in FUNCTIONS["activation"]
+            ]
             found |= names
     return found
 
@@ -123,7 +136,9 @@ def bypassed(model: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.MultiheadAttention):
             found[f"{name}.out_proj"] = "MultiheadAttention reads its weights and never calls it"
         for key, value in vars(module).items():
-            for child, inner in module.named_children() if isinstance(value, str) and value in FUNCTIONS else ():
+            for child, inner in (
+                module.named_children() if isinstance(value, str) and value in FUNCTIONS["activation"] else ()
+            ):
                 if known(inner) == "activation" and child not in _calls(type(module)):  # type: ignore[arg-type]
                     found[f"{name}.{child}"] = f"{type(module).__name__} reads {key}={value!r} and never calls it"
     return {name.lstrip("."): why for name, why in found.items()}
