@@ -92,7 +92,7 @@ class Filler(nn.Module):
         return F.cross_entropy(self(text.masked_fill(hidden, 0))[hidden], text[hidden])
 
 
-def build(arm: str, scale: Scale) -> nn.Module:
+def build(arm: str, scale: Scale) -> Filler:
     """A model that fills in hidden bytes; its size is the same at every scale."""
     return Filler(arm)
 
