@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from interlayer.catalog import nearest
@@ -157,7 +157,9 @@ def mnist1d() -> Task:
         np.random.set_state(before[1])
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        save_file({k: torch.from_numpy(np.ascontiguousarray(made[k])) for k in ("x", "y", "x_test", "y_test")}, part)
+        part.write_bytes(
+            save({k: torch.from_numpy(np.ascontiguousarray(made[k])) for k in ("x", "y", "x_test", "y_test")})
+        )
         part.replace(path)
     data = load_file(path)
     train, held = ((data[x].float().unsqueeze(-1), data[y].long()) for x, y in (("x", "y"), ("x_test", "y_test")))

@@ -98,3 +98,10 @@ def test_errors(tmp_path: Path):
         DOH.load(tmp_path / "other")
     with pytest.raises(ValueError, match=r"wanted \[\.\.\., 2\]"):
         DOH(latent=3)(torch.zeros(4, 3))
+
+
+def test_a_saved_code_has_the_ordinary_mode(tmp_path):
+    model = DOH(2, 1, latent=20, width=8, depth=1)
+    model.save(tmp_path / "code")
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "code").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from interlayer.core.config import configured
@@ -140,7 +140,7 @@ class DOH(nn.Module):
             levels, *grids[name] = quantize(p.detach().cpu().float(), bits)
             packed[name] = torch.from_numpy(np.packbits((levels.numpy()[:, None] >> np.arange(bits)) & 1))
         header = json.dumps({"config": self.config, "bits": bits, "grids": grids})
-        save_file(packed, path, metadata={"doh": header})
+        Path(path).write_bytes(save(packed, metadata={"doh": header}))
         return self.quantized(bits)
 
     @classmethod
