@@ -88,7 +88,7 @@ def test_commands_of_the_readme(command, mine):
 def test_arms_of_long_comparisons_can_be_built(command):
     """All streams of the catalogue: built here, trained nowhere, as that takes half a minute."""
     options = dict(zip(command[1::2], command[2::2], strict=True))
-    spec = StudySpec.from_cli_values(None, {name.removeprefix("--"): value for name, value in options.items()})
+    spec = StudySpec.from_values(None, {name.removeprefix("--"): value for name, value in options.items()})
     streams = [s.slug for s in catalog.load().values() if s.slot == "stream" and s.state == "ready"]
     assert [arm.name for arm in spec.arms] == ["plain", *streams]
     task = tasks.load(spec.task)
