@@ -44,7 +44,7 @@ class Trunk(nn.Module):
         mixer: What mixes tokens.
         mlp: What mixes channels.
         activation: The activation of the MLP. Defaults to the MLP's own.
-        position: The position encoding. Defaults to rotary where the mixer rotates queries and keys, to none where it has
+        position: The position encoding. Defaults to rotary where mixer and order allow it, to none where the mixer has
             positions of its own, else to learned vectors.
         order: The order in which the blocks run.
         linear: Every linear map.
@@ -88,9 +88,10 @@ class Trunk(nn.Module):
             self.blocks.append(Block(attention, channels))
         self.offers = getattr(self.blocks[0].mixer, "offers", None)
         offers = self.offers or frozenset()
-        default = "rotary" if "rotate" in offers else "none" if self.offers is None or "order" in offers else "learned"
-        self.position = fill("position", default if position is None else position, **sizes, head_width=width // heads)
         self.order = fill("order", order, **sizes)
+        rotary = "rotate" in offers and self.order.rotates
+        default = "rotary" if rotary else "none" if self.offers is None or "order" in offers else "learned"
+        self.position = fill("position", default if position is None else position, **sizes, head_width=width // heads)
         for slot, part in (("stream", self.stream), ("position", self.position), ("order", self.order)):
             if missing := part.needs - offers:
                 raise ValueError(
@@ -119,21 +120,7 @@ class Trunk(nn.Module):
                 f"Transformer: {start + x.shape[1]} tokens, but the model was built for length={self.length}; "
                 "shorten the input or build it longer."
             )
-        mixer = self.blocks[0].mixer
-        able = (("mixer", mixer, "cache" in (self.offers or ())), ("order", order, order.caches),
-                ("position", self.position, self.position.caches))  # fmt: skip
-        for slot, part, caches in able:
-            if cache is not None and not caches:
-                raise ValueError(
-                    f"Transformer: {type(part).__name__} {slot} cannot use a cache; run the whole sequence."
-                )
-        taking = (("mixer", mixer, self.offers is not None), ("order", order, order.masks),
-                  ("position", self.position, self.position.masks))  # fmt: skip
-        for slot, part, masks in taking:
-            if mask is not None and not masks:
-                raise ValueError(
-                    f"Transformer: {type(part).__name__} {slot} takes no padding mask; give sequences of one length."
-                )
+        self.check(cache, mask)
         state = stream.start(self.position.embed(x, start))
         if answer is not None:
             state.answer = lambda at: answer(stream.finish(replace(at, kept=dict(at.kept))))
@@ -158,6 +145,23 @@ class Trunk(nn.Module):
         if cache is not None:
             cache.length += x.shape[1]
         return x
+
+    def check(self, cache: Cache | None, mask: Tensor | None) -> None:
+        """Raise if a part cannot use the cache or the mask that it would get."""
+        mixer, order, position = self.blocks[0].mixer, self.order, self.position
+        for slot, part, caches, masks in (
+            ("mixer", mixer, "cache" in (self.offers or ()), self.offers is not None),
+            ("order", order, order.caches, order.masks),
+            ("position", position, position.caches, position.masks),
+        ):
+            if cache is not None and not caches:
+                raise ValueError(
+                    f"Transformer: {type(part).__name__} {slot} cannot use a cache; run the whole sequence."
+                )
+            if mask is not None and not masks:
+                raise ValueError(
+                    f"Transformer: {type(part).__name__} {slot} takes no padding mask; give sequences of one length."
+                )
 
 
 def initialise(model: nn.Module) -> None:

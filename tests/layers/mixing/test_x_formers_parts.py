@@ -219,6 +219,7 @@ def test_a_funnel_pools_queries_and_comes_back():
     wanted = first + pooled.repeat_interleave(2, 1)[:, :5] + 1
     torch.testing.assert_close(order(State(x), grow).x, wanted)
     assert Funnel(9, stages=3, decode=0).firsts == [0, 3, 6]
+    assert type(Encoder(**SIZES, order="funnel").trunk.position).__name__ == "Learned"
     model = Encoder(**SIZES, position="sinusoidal", order="funnel(stages=3, decode=1)")
     lengths = []
     for block in model.trunk.blocks:
