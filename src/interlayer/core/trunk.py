@@ -125,6 +125,7 @@ class Trunk(nn.Module):
         if answer is not None:
             state.answer = lambda at: answer(stream.finish(replace(at, kept=dict(at.kept))))
         kept: dict[str, Any] = {}
+        last: list[Any] = []  # the state that the last block left, and its shape
 
         def step(state: State, block: int, source: Tensor | None = None) -> State:
             layer, here = 2 * block, cast(Block, self.blocks[block])
@@ -137,9 +138,18 @@ class Trunk(nn.Module):
                         f"Transformer: {type(order).__name__} order and stream {type(stream).__name__} both set keys."
                     )
                 inputs = QKV(inputs, keys, keys)
+            if block == 0:
+                kept.clear()  # the blocks begin anew
+            elif kept and (last[0] is not state or last[1] != state.x.shape):
+                raise ValueError(
+                    f"Transformer: {type(here.mixer).__name__} keeps things for later blocks, but {type(order).__name__} order gives "
+                    "them another sequence. Take order='sequential' or another mixer."
+                )
             mixed = here.mixer(inputs, context) if self.offers is not None else here.mixer(inputs)
             state = stream.write(state, layer, mixed)
-            return stream.write(state, layer + 1, here.mlp(stream.read(state, layer + 1)))
+            state = stream.write(state, layer + 1, here.mlp(stream.read(state, layer + 1)))
+            last[:] = state, state.x.shape
+            return state
 
         x = stream.finish(order(state, step))
         if cache is not None:

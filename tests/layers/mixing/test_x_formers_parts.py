@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from interlayer.core.mixer import Cache
+from interlayer.core.mixer import Cache, Context
 from interlayer.core.order import Sequential
 from interlayer.core.stream import State
 from interlayer.layers.mixing.x_formers.compressed import Nystrom
-from interlayer.layers.mixing.x_formers.depth import EarlyExit, Feedback, Funnel, Transparent, Universal
+from interlayer.layers.mixing.x_formers.depth import EarlyExit, Feedback, Funnel, Sentences, Transparent, Universal
 from interlayer.layers.mixing.x_formers.parts import ProductKeys, ScaleNorm
 from interlayer.layers.mixing.x_formers.positions import Alibi, Conditional, RelativeBias
 from interlayer.models import Encoder, Transformer, VisionTransformer
@@ -238,6 +238,40 @@ def test_a_funnel_pools_queries_and_comes_back():
         Transformer(**SIZES, position="sinusoidal", order="funnel")
     with pytest.raises(ValueError, match="Funnel order takes no padding mask"):
         model(TOKENS, mask=torch.ones(2, 11, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("length", [3, 4, 8, 11])
+def test_sentences_are_read_word_by_word_and_then_one_by_one(length):
+    """HIBERT: words within sentences, then sentences, each by its last word; one sentence of one example at a time."""
+    torch.manual_seed(0)
+    model = Encoder(**SIZES, order="sentences(block=4)").double().eval()
+    trunk, x = model.trunk, model.embed(TOKENS[:, :length])
+
+    def run(x, blocks):
+        for n in blocks:
+            mixer, mlp, norms = trunk.blocks[n].mixer, trunk.blocks[n].mlp, trunk.stream.norms[2 * n : 2 * n + 2]
+            x = x + mixer(norms[0](x), Context(position=trunk.position))
+            x = x + mlp(norms[1](x))
+        return x
+
+    words = [[run(one[a : a + 4][None], (0, 1)) for a in range(0, length, 4)] for one in x]
+    sentences = [run(torch.cat([w[:, -1:] for w in one], 1), (2, 3)) for one in words]
+    wanted = [torch.cat([w + d[:, i] for i, w in enumerate(one)], 1) for one, d in zip(words, sentences, strict=True)]
+    torch.testing.assert_close(model(TOKENS[:, :length]), model.head(trunk.stream.last(torch.cat(wanted))))
+
+
+def test_orders_that_change_the_length_refuse_what_keeps_it():
+    for order in ("sentences(block=4)", "funnel"):
+        with pytest.raises(ValueError, match="ResidualScores keeps things for later blocks"):
+            Encoder(**SIZES, position="sinusoidal", order=order, mixer="residual-scores")(TOKENS)
+    with pytest.raises(ValueError, match="the stream keeps states"):
+        Encoder(**SIZES, order="sentences(block=4)", stream="transparent")(TOKENS)
+    with pytest.raises(ValueError, match="a sentence is read as a whole"):
+        Transformer(**SIZES, order="sentences(block=4)")
+    with pytest.raises(ValueError, match="at least 2 blocks and 2 sentences"):
+        Sentences(4, block=4, length=4)
+    model = Transformer(**SIZES, order="feedback", mixer="residual-scores")  # every token begins anew
+    assert model(TOKENS).shape == (2, 11, 20)
 
 
 def test_feedback_reads_the_memory_of_all_levels():

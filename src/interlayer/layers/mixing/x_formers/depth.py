@@ -217,6 +217,66 @@ class Funnel(Sequential):
         return state
 
 
+class Sentences(Sequential):
+    """Lower blocks read within sentences, upper ones read the sentences (HIBERT; Zhang et al., arXiv:1905.06566, section 3.1).
+
+    The first half of the blocks sees ``block`` tokens at a time. The state of a sentence's last token stands for it: ``h_i``; the
+    rest of the blocks turn the sentences ``h_1 .. h_n`` into ``d_1 .. d_n``, each in the context of all. A token's output is
+    its own state plus its sentence's d.
+
+    Args:
+        depth: Number of blocks, at least 2.
+        block: Tokens in a sentence; the last one may be shorter.
+        length: Longest sequence.
+        causal: Whether a token sees only earlier ones.
+
+    Raises:
+        ValueError: A causal model; a single block or sentence; a stream that keeps earlier states.
+
+    Examples:
+        >>> from interlayer.models import Encoder
+        >>> model = Encoder(vocab=11, classes=3, length=9, depth=2, width=8, heads=2, order="sentences(block=4)")
+        >>> model(torch.zeros(1, 9, dtype=torch.long)).shape
+        torch.Size([1, 3])
+    """
+
+    caches, masks = False, False
+
+    def __init__(self, depth: int, *, block: int = 16, length: int | None = None, causal: bool = False) -> None:
+        super().__init__(depth)
+        if causal:
+            raise ValueError("Sentences: a sentence is read as a whole; use it in an encoder or on images.")
+        if depth < 2 or block < 1 or (length is not None and length <= block):
+            raise ValueError(
+                f"Sentences: depth {depth}, sentences of {block} in length {length}; wanted at least 2 blocks and 2 sentences."
+            )
+        self.block = block
+
+    def forward(self, state: State, step: Step) -> State:
+        """Read words, then sentences."""
+        half = self.depth // 2
+        length, size = state.x.shape[1:]
+        whole = length - length % self.block
+        full, rest = state.x[:, :whole], state.x[:, whole:]  # sentences of one length, and a shorter one
+        words, last = [], []
+        for part, tokens in ((full, self.block), (rest, length - whole)):
+            if part.shape[1]:
+                here = State(part.reshape(-1, tokens, size))
+                for block in range(half):
+                    here = step(here, block)
+                if here.kept:
+                    raise ValueError(
+                        "Sentences: the stream keeps states of earlier blocks; take one that keeps none, such as 'pre-norm'."
+                    )
+                words.append(here.x.reshape(part.shape))
+                last.append(here.x[:, -1].reshape(part.shape[0], -1, size))
+        there = State(torch.cat(last, 1))
+        for block in range(half, self.depth):
+            there = step(there, block)
+        state.x = torch.cat(words, 1) + there.x.repeat_interleave(self.block, 1)[:, :length]
+        return state
+
+
 class Feedback(Sequential):
     """Every block reads one memory of the past, which holds all levels of it (Feedback Transformer; Fan et al., arXiv:2002.09402).
 
