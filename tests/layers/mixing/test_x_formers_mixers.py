@@ -234,14 +234,6 @@ def compressed_twin(layer, q, k, v):
     return torch.cat(out, 2)
 
 
-def hierarchical_twin(layer, q, k, v):
-    block = torch.arange(11) // 3
-    low = (q @ k.mT / 2).masked_fill(~seen_by(layer.causal) | (block[:, None] != block), -torch.inf).softmax(-1) @ v
-    mean_k, mean_v = (torch.stack([t[:, :, block == b].mean(2) for b in range(4)], 2) for t in (k, v))
-    later = torch.arange(4) >= block[:, None] if layer.causal else torch.zeros(11, 4, dtype=torch.bool)
-    return low + (q @ mean_k.mT / 2).masked_fill(later, -torch.inf).softmax(-1).nan_to_num(0) @ mean_v
-
-
 def axial_twin(layer, q, k, v):
     i, j = torch.arange(11)[:, None], torch.arange(11)
     line = (i % 4 == j % 4) if layer.down else (i // 4 == j // 4)
@@ -374,7 +366,6 @@ TWINS = {
     "local-prior": local_twin,
     "top-k(keep=3)": top_twin,
     "compressed(ratio=3)": compressed_twin,
-    "hierarchical(block=3)": hierarchical_twin,
     "axial(row=4)": axial_twin,
     "axial(row=4, layer=2)": axial_twin,
     "clustered(clusters=3)": clustered_twin,
