@@ -5,7 +5,7 @@ from torch import nn
 from interlayer.core.mixer import Attention, Cache, Context, attend
 from interlayer.core.position import Learned, Rotary, Sinusoidal
 from interlayer.core.stream import QKV
-from interlayer.models import Transformer
+from interlayer.models import Transformer, VisionTransformer
 
 
 def naive(q, k, v, causal, mask=None):
@@ -88,6 +88,9 @@ def test_sinusoids_do_not_drown_the_embedding():
     model = Transformer(vocab=50, length=32, depth=1, width=64, heads=2, position="sinusoidal")
     ratio = model.trunk.position.table.std() / model.embed.weight.std()
     assert 0.5 < ratio < 1  # 0.7 in the paper: unit variance beside sines of amplitude 1
+    images = VisionTransformer(1, 8, patch=2, depth=1, width=64, heads=2, position="sinusoidal")
+    ratio = images.trunk.position.table.std() / images.patches(torch.randn(20, 1, 8, 8)).std()
+    assert 0.5 < ratio < 3
 
 
 def test_another_kind_of_attention_changes_what_heads_read_alone():

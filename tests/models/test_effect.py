@@ -135,6 +135,8 @@ def test_a_pair_of_slots_is_refused_or_both_have_an_effect(backbone, one, two):
         (MLP, {"features": 4, "classes": 2, "norm": "rmsnorm"}, "norm='rmsnorm' has no effect"),
         (Transformer, {"mlp": "bilinear", "activation": "helu"}, "activation='helu' has no effect"),
         (Transformer, {"mixer": "hopfield", "kv_heads": 2}, "kv_heads=2 has no effect"),
+        (Transformer, {"grid": (8, 16)}, "has no effect"),
+        (Transformer, {"scale": 1.0}, "scale=1.0 has no effect"),
         (Transformer, {"mixer": "synthesizer", "position": "rotary"}, "Rotary needs a mixer that offers"),
         (ConvNet, {"depth": 8, "norm": "layernorm"}, "normalises features"),
         (Transformer, {"norm": "batchnorm"}, "normalises channels"),

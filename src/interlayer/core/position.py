@@ -58,13 +58,12 @@ class Sinusoidal(Position):
     Args:
         width: Features D, even.
         length: Longest sequence.
-        scale: Amplitude. Defaults to the standard deviation of the backbones' initial embeddings: the paper's have 1, with an
-            amplitude of 1.
+        scale: Amplitude. A backbone gives the standard deviation of its embedded input, which is 1 in the paper.
     """
 
     table: Tensor
 
-    def __init__(self, width: int, length: int, *, scale: float = 0.02) -> None:
+    def __init__(self, width: int, length: int, *, scale: float = 1.0) -> None:
         super().__init__()
         if width % 2:
             raise ValueError(f"Sinusoidal: width {width} is odd; give an even one.")

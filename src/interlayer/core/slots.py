@@ -15,13 +15,15 @@ from torch import nn
 
 from interlayer import catalog
 
-SIZES = ("kv_heads", "hidden")  # sizes that only some fillings use
+SIZES = ("kv_heads", "hidden", "grid", "scale")  # sizes that only some fillings use
 WHO = {
     "norm": "a stream that normalises, such as stream='pre-norm'",
     "activation": "an MLP with an activation, such as mlp='mlp'",
     "linear": "parts made of linear maps, such as mixer='attention'",
     "kv_heads": "mixer='attention'",
     "hidden": "mlp='mlp'",
+    "grid": "position='conditional'",
+    "scale": "position='sinusoidal'",
 }
 _used: ContextVar[set[str] | None] = ContextVar("used", default=None)
 

@@ -39,6 +39,7 @@ class Trunk(nn.Module):
         kv_heads: Key-value heads, if fewer.
         hidden: Hidden features of the MLP.
         grid: Shape of the positions, such as rows and columns of patches. Defaults to ``(length,)``.
+        scale: Standard deviation of the embedded input at initialisation.
         stream: How sublayers are joined.
         norm: The norm of the stream.
         mixer: What mixes tokens.
@@ -61,6 +62,7 @@ class Trunk(nn.Module):
         kv_heads: int | None = None,
         hidden: int | None = None,
         grid: tuple[int, ...] | None = None,
+        scale: float = 0.02,
         stream: Any = "pre-norm",
         norm: Any = "layernorm",
         mixer: Any = "attention",
@@ -91,7 +93,9 @@ class Trunk(nn.Module):
         self.order = fill("order", order, **sizes)
         rotary = "rotate" in offers and self.order.rotates
         default = "rotary" if rotary else "none" if self.offers is None or "order" in offers else "learned"
-        self.position = fill("position", default if position is None else position, **sizes, head_width=width // heads)
+        self.position = fill(
+            "position", default if position is None else position, **sizes, head_width=width // heads, scale=scale
+        )
         for slot, part in (("stream", self.stream), ("position", self.position), ("order", self.order)):
             if missing := part.needs - offers:
                 raise ValueError(

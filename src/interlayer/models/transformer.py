@@ -185,15 +185,14 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, classes)
         initialise(self.head)
         slots = {"position": Learned, **slots}
-        self.trunk = build_trunk(
-            depth=depth,
-            width=width,
-            heads=heads,
-            length=self.patches.count,
-            grid=self.patches.grid,
-            causal=False,
-            **slots,
-        )
+        sizes = {
+            "depth": depth,
+            "width": width,
+            "heads": heads,
+            "length": self.patches.count,
+            "grid": self.patches.grid,
+        }
+        self.trunk = build_trunk(**sizes, scale=1.0, causal=False, **slots)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Logits of the classes."""

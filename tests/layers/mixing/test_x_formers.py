@@ -24,13 +24,13 @@ def noisy(module):
 
 def of_leaf(leaf, kind):
     """A model with the leaf's parts, and the trunk of the root of the same size; None where the leaf is refused."""
-    sizes = {"depth": 3, "width": 16, "heads": 4}
+    sizes, root = {"depth": 3, "width": 16, "heads": 4}, {"scale": 1.0, **VANILLA}
     try:
         if kind == "image":
             model = XFormer(leaf, channels=1, image=(8, 8), patch=2, classes=3, **sizes)
-            return model, build_trunk(length=16, grid=(4, 4), causal=False, **sizes, **VANILLA)
+            return model, build_trunk(length=16, grid=(4, 4), causal=False, **sizes, **root)
         model = XFormer(leaf, vocab=20, classes=3 * (kind == "classes"), length=24, **sizes)
-        return model, build_trunk(length=24, causal=kind == "causal", **sizes, **VANILLA)
+        return model, build_trunk(length=24, causal=kind == "causal", **sizes, **root)
     except ValueError:
         return None
 

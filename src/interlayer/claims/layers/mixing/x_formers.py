@@ -70,7 +70,7 @@ def _use(arm: str) -> dict[str, Any]:
     mixer = use.get("mixer", "attention")
     part = resolve("mixer", parse_spec(mixer)[0]) if isinstance(mixer, str) else mixer
     rotary = "rotate" in getattr(part, "offers", ())
-    return {"position": "rotary" if rotary else "sinusoidal(scale=1.0)", **use}
+    return {"position": "rotary" if rotary else "sinusoidal", **use}
 
 
 class Filler(nn.Module):
@@ -80,7 +80,7 @@ class Filler(nn.Module):
         super().__init__()
         self.embed, self.head = nn.Embedding(256, SIZES["width"]), nn.Linear(SIZES["width"], 256)
         initialise(self.head)
-        self.trunk = build_trunk(depth=2, length=LONG, causal=arm in CAUSAL, **SIZES, **_use(arm))
+        self.trunk = build_trunk(depth=2, length=LONG, scale=1.0, causal=arm in CAUSAL, **SIZES, **_use(arm))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits."""

@@ -15,7 +15,7 @@ from interlayer.core.parts import Patches
 from interlayer.core.trunk import build_trunk, initialise
 
 # The survey's root (Vaswani et al., arXiv:1706.03762); a leaf replaces part of it.
-VANILLA: dict[str, Any] = {"stream": "post-norm", "position": "sinusoidal(scale=1.0)", "activation": "relu"}
+VANILLA: dict[str, Any] = {"stream": "post-norm", "position": "sinusoidal", "activation": "relu"}
 
 
 @configured
@@ -50,7 +50,7 @@ class XFormer(nn.Module):
 
     Examples:
         >>> import torch
-        >>> model = XFormer("approximation", vocab=50, classes=3, length=32, depth=2, width=32, heads=2)
+        >>> model = XFormer("query prototypes", vocab=50, classes=3, length=32, depth=2, width=32, heads=2)
         >>> model(torch.zeros(4, 20, dtype=torch.long)).shape
         torch.Size([4, 3])
     """
@@ -89,6 +89,7 @@ class XFormer(nn.Module):
         self.head = nn.Linear(width, classes or vocab)
         initialise(self.head)
         sizes = {"depth": depth, "width": width, "heads": heads, "length": length, "grid": grid, "causal": not classes}
+        sizes["scale"] = 1.0
         self.trunk = build_trunk(**sizes, **{**VANILLA, **self.leaf.use, **slots})
 
     @classmethod
