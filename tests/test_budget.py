@@ -30,7 +30,7 @@ def test_of_systems(slug, part): burn(0.01 if slug == "rmsnorm" else 0.12)
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_budget(tmp_path, workers):
-    conftest = Path(__file__).with_name("conftest.py").read_text(encoding="utf-8")
+    conftest = Path(__file__).with_name("conftest.py").read_text(encoding="utf-8").replace("os.getloadavg()[0]", "1.0")
     lines = conftest.replace("TEST, SYSTEM = 4.0, 9.0", "TEST, SYSTEM = 0.2, 0.3").split("\n")
     start = next(i for i, line in enumerate(lines) if line.startswith("@pytest.fixture"))
     end = next(i for i, line in enumerate(lines) if line.startswith("def pytest_configure"))
