@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -126,25 +127,25 @@ def test_all_that_start_on_a_new_database_at_once_work(tmp_path):
 
 
 @pytest.fixture
-def postgres(tmp_path):
+def postgres():
     """A server of its own, where PostgreSQL and its driver are installed."""
     pytest.importorskip("psycopg")
     found = [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), *filter(None, [shutil.which("initdb")])]
     if not found:
         pytest.skip("PostgreSQL is not installed")
-    data, user = tmp_path / "data", {}
+    folder = Path(tempfile.mkdtemp())
+    data, user = folder / "data", {}
     if os.getuid() == 0:  # the server refuses to run as root
         user = {"user": "nobody"}
-        for path in (tmp_path, *tmp_path.parents[:2]):
-            path.chmod(0o777)
+        folder.chmod(0o777)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     make = [found[0], "-D", data, "-U", "study", "-A", "trust", "-N"]
-    subprocess.run(make, check=True, capture_output=True, cwd=tmp_path, **user)
+    subprocess.run(make, check=True, capture_output=True, cwd=folder, **user)
     server = subprocess.Popen(
-        [found[0].with_name("postgres"), "-D", data, "-p", str(port), "-k", tmp_path, "-h", "127.0.0.1", "-F"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **user,
+        [found[0].with_name("postgres"), "-D", data, "-p", str(port), "-k", folder, "-h", "127.0.0.1", "-F"],
+        cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **user,
     )  # fmt: skip
     ready = [found[0].with_name("pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
     while subprocess.run(ready, check=False, capture_output=True).returncode:
@@ -154,6 +155,7 @@ def postgres(tmp_path):
     gc.collect()
     server.send_signal(signal.SIGQUIT)
     server.wait()
+    shutil.rmtree(folder)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of connections with which an opening failed
