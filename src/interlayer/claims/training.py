@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from interlayer.claims.harness import Scale
 from interlayer.core.auxiliary import extra_loss
 from interlayer.core.pairing import Streams, clip_gradients, paired
+from interlayer.core.schedule import progress
 from interlayer.study import Task, tasks
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,6 +75,7 @@ def train(
             x, y = x[:, :cut], y[:, :cut]
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / (warmup + 1))
+        progress(model, step / steps)
         with noise.step(step):
             loss = task(name).loss(model(x), y)
             losses.append(float(loss.detach()))

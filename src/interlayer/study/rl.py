@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from interlayer.core.auxiliary import extra_loss
 from interlayer.core.extras import need
+from interlayer.core.schedule import progress
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -160,6 +161,7 @@ class DQN:
             total[over], seen = 0, following
             if step < self.warm:
                 continue
+            progress(q, step / self.steps)
             for _ in range(self.updates):
                 loss = self.loss(q, target, tuple(t.to(device) for t in memory.sample(self.batch, generator)))  # type: ignore[arg-type]
                 optimiser.zero_grad(set_to_none=True)

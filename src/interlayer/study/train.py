@@ -25,6 +25,7 @@ from interlayer.core.data import run
 from interlayer.core.kinds import Rule
 from interlayer.core.options import checked
 from interlayer.core.pairing import Paired, Streams, clip_gradients, paired
+from interlayer.core.schedule import progress
 from interlayer.study.arms import Arm
 from interlayer.study.spec import StudyError, StudySpec
 from interlayer.study.task import Task, moved
@@ -259,6 +260,7 @@ class _Loop:
     def step(self, inputs: Any, targets: Tensor, share: float) -> float:
         """Learn from one batch; the loss before it."""
         self.model.train()
+        progress(self.model, min(share, 1.0))
         if self.rule:
             return float(self.rule.step((inputs, targets))["loss"])
         assert self.optimizer is not None

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from interlayer.core.cost import flops
 from interlayer.core.mixer import Attention, Cache, Context
-from interlayer.layers.mixing.ssa_pathways import SSA, anneal, ensemble, layers, resampled
+from interlayer.core.schedule import progress
+from interlayer.layers.mixing.ssa_pathways import SSA, ensemble, layers, resampled
 from interlayer.models import Encoder, Transformer
 
 SIZES = {"vocab": 20, "length": 32, "depth": 2, "width": 16, "heads": 4}
@@ -179,12 +180,24 @@ def test_attention_flops_fall_as_one_over_the_groups(sampling, groups):
 
 
 def test_annealing_rises_geometrically_to_dense():
-    model = Transformer(**SIZES, mixer="ssa-pathways(sampling=0.0625)")
-    seen = [anneal(model, p, start=0.5, full=0.9) for p in (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
-    assert seen == pytest.approx([1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1])
+    def seen(model, *shares):
+        found = []
+        for share in shares:
+            progress(model, share)
+            found.append(layers(model)[1].current)
+        return found
+
+    model = Transformer(**SIZES, mixer="ssa-pathways(sampling=0.0625, rise=(0.5, 0.9))")
+    assert seen(model, 0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.5) == pytest.approx(
+        [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1, 1 / 16]
+    )
     assert {layer.sampling for layer in layers(model)} == {1 / 16}
-    assert anneal(model, 0.7, start=0.7, full=0.7) == 1  # a step
-    assert anneal(model, 0.69, start=0.7, full=0.7) == 1 / 16
+    step = Transformer(**SIZES, mixer="ssa-pathways(sampling=0.0625, rise=(0.7, 0.7))")
+    assert seen(step, 0.69, 0.7) == [1 / 16, 1]
+    never = Transformer(**SIZES, mixer="ssa-pathways(sampling=0.0625, rise=(1, 1))")
+    assert seen(never, 0.0, 1.0) == [1 / 16, 1 / 16]
+    default = Transformer(**SIZES, mixer="ssa-pathways")
+    assert seen(default, 0.0, 0.7, 0.9) == pytest.approx([1 / 4, 1 / 4, 1])
 
 
 def test_an_ensemble_is_the_mean_over_samples_and_leaves_the_model_as_it_was():
@@ -226,11 +239,11 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match=r"SSA: mask \(1, 6\).*wanted bool \(1, 5\)"):
         SSA(8, 2)(torch.zeros(1, 5, 8), Context(mask=torch.ones(1, 6, dtype=torch.bool)))
     with pytest.raises(ValueError, match="Linear has no SSA layer; build it with mixer='ssa-pathways'"):
-        anneal(torch.nn.Linear(2, 2), 0.5)
-    with pytest.raises(ValueError, match=r"anneal: progress 1.5"):
-        anneal(model, 1.5)
-    with pytest.raises(ValueError, match=r"start 0.9, full 0.8"):
-        anneal(model, 0.5, start=0.9, full=0.8)
+        layers(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"share was 1.5"):
+        progress(model, 1.5)
+    with pytest.raises(ValueError, match=r"rise \(0.9, 0.8\)"):
+        SSA(8, 2, rise=(0.9, 0.8))
     with pytest.raises(ValueError, match="ensemble: members 0"):
         ensemble(model, tokens, members=0)
     with pytest.raises(ValueError, match="SSA: sampling 2"), resampled(model, 2):

@@ -36,9 +36,9 @@ class SSA(Attention):
     exists in either form, and no token is without a key. A step costs S^2 / n scores instead of S^2, three gathers of S
     rows, and one back. All heads and sequences of a batch share one draw from torch's global generator.
 
-    In evaluation it is dense attention, unless ``resample`` is set; ``anneal`` raises the sampling to dense at the end of
-    training and ``ensemble`` averages predictions over fresh samples. Pathways cannot be drawn token by token, so decoding with a
-    cache is dense.
+    In evaluation it is dense attention, unless ``resample`` is set. Towards the end of training the sampling rises to dense,
+    geometrically (1/8, 1/4, 1/2, 1 take equally long); training loops say how far they are (``core.schedule``). ``ensemble``
+    averages predictions over fresh samples. Pathways cannot be drawn token by token, so decoding with a cache is dense.
 
     No reference implementation is public. The paper's exact samplers, noise and fine-tuning schedule could not be verified;
     here queries are grouped together with keys, which gives the causal form without a mask.
@@ -50,6 +50,7 @@ class SSA(Attention):
         sampler: ``"unbiased"`` or ``"local"``.
         spread: Standard deviation of a token's position in ``local``, in groups. Defaults to
             1/2; 0 gives shifted windows.
+        rise: Shares of the training at which the sampling begins to rise and at which it is dense. ``(1, 1)``: never.
         kv_heads: Key-value heads, if fewer.
         causal: Whether a token sees only itself and earlier ones.
         values: Whether this sublayer projects values of its own.
@@ -58,8 +59,8 @@ class SSA(Attention):
     Shapes: [B, S, D] to [B, S, D].
 
     Raises:
-        ValueError: ``sampling`` outside (0, 1], an unknown sampler, a negative spread; an input or mask of
-            another shape; a cache while pathways are sampled.
+        ValueError: ``sampling`` outside (0, 1], an unknown sampler, a negative spread, a ``rise`` out of order; an input or
+            mask of another shape; a cache while pathways are sampled.
 
     Examples:
         >>> layer = SSA(width=16, heads=2, sampling=1 / 4, causal=True)
@@ -79,6 +80,7 @@ class SSA(Attention):
         sampling: float = 0.25,
         sampler: str = "local",
         spread: float | None = None,
+        rise: tuple[float, float] = (0.7, 0.9),
         kv_heads: int | None = None,
         causal: bool = False,
         values: bool = True,
@@ -92,8 +94,17 @@ class SSA(Attention):
             raise ValueError(
                 f"SSA: spread {spread} has no effect on sampler {sampler!r}; leave it out, or take 'local'."
             )
-        self.sampling = self.current = sampling  # as built, and as annealed so far
+        if not 0 <= rise[0] <= rise[1] <= 1:
+            raise ValueError(f"SSA: rise {rise}; wanted 0 <= begin <= dense <= 1.")
+        self.sampling = self.current = sampling  # as built, and as risen so far
+        self.rise = tuple(rise)
         self.sampler, self.spread, self.resample = sampler, 0.5 if spread is None else spread, False
+
+    def progress(self, share: float) -> None:
+        """Set the sampling for this point of the training."""
+        begin, dense = self.rise
+        risen = float(begin < 1) if share >= dense else max(0.0, share - begin) / max(dense - begin, 1e-9)
+        self.current = self.sampling ** (1 - risen)
 
     def deal(self, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Tokens of each group in the order of time, [groups, m], and the index of each token's query among them, [length]."""
@@ -162,38 +173,6 @@ def layers(model: nn.Module) -> list[SSA]:
     if not found:
         raise ValueError(f"ssa-pathways: {type(model).__name__} has no SSA layer; build it with mixer='ssa-pathways'.")
     return found
-
-
-def anneal(model: nn.Module, progress: float, *, start: float = 0.7, full: float = 0.9) -> float:
-    """Set the sampling for this point of the training: each layer's own until ``start``, dense from ``full`` on.
-
-    Between them it rises geometrically (1/8, 1/4, 1/2, 1 take equally long). Call it before each step; it keeps
-    no state, so that a resumed run continues as before.
-
-    Args:
-        model: Has SSA layers.
-        progress: Share of the training that is done, 0 to 1.
-        start: Where the rise begins.
-        full: Where all pathways are open.
-
-    Returns:
-        The first layer's sampling.
-
-    Raises:
-        ValueError: No SSA layer, or not ``0 <= start <= full <= 1`` and ``0 <= progress <= 1``.
-
-    Examples:
-        >>> layer = SSA(width=8, heads=2, sampling=1 / 16)
-        >>> [round(anneal(layer, step / 10), 4) for step in (0, 7, 8, 9, 10)]
-        [0.0625, 0.0625, 0.25, 1.0, 1.0]
-    """
-    if not (0 <= start <= full <= 1 and 0 <= progress <= 1):
-        raise ValueError(f"anneal: progress {progress}, start {start}, full {full}; wanted 0 <= start <= full <= 1.")
-    risen = 1.0 if progress >= full else max(0.0, progress - start) / max(full - start, 1e-9)
-    found = layers(model)
-    for layer in found:
-        layer.current = layer.sampling ** (1 - risen)
-    return found[0].current
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from interlayer.claims import Claim, Scale, effect, fits, lowest
 from interlayer.claims.training import judge, task, train
 from interlayer.core import cost
-from interlayer.layers.mixing.ssa_pathways import SSA, anneal, ensemble, layers, resampled
+from interlayer.layers.mixing.ssa_pathways import SSA, ensemble, layers, resampled
 from interlayer.models import Transformer
 
 
@@ -40,6 +40,14 @@ class Frozen(SSA):
         return self.kept
 
 
+class DenseFirst(SSA):
+    """The control of opening at the end: it begins dense and is closed."""
+
+    def progress(self, share: float) -> None:
+        """The other way round."""
+        super().progress(1 - share)
+
+
 # Layer, sampling, sampler, and the part of the training that is done where its sampling begins to rise and where it is dense.
 DENSE, RISE, NEVER = (0.0, 0.0), (0.7, 0.9), (1.0, 1.0)
 ARMS: dict[str, tuple[Callable[..., SSA], float, str, tuple[float, float]]] = {
@@ -51,7 +59,7 @@ ARMS: dict[str, tuple[Callable[..., SSA], float, str, tuple[float, float]]] = {
     "local 1/4, not annealed": (SSA, 1 / 4, "local", NEVER),
     "masked 1/8": (Masked, 1 / 8, "local", RISE),
     "frozen 1/4": (Frozen, 1 / 4, "local", NEVER),
-    "dense first, 1/4": (SSA, 1 / 4, "local", RISE),
+    "dense first, 1/4": (DenseFirst, 1 / 4, "local", RISE),
     "ensemble of dense": (SSA, 1 / 4, "local", DENSE),
 }
 
@@ -89,27 +97,20 @@ def together(model: Transformer, scale: Scale, sampling: float, members: int) ->
 
 def build(arm: str, scale: Scale) -> Transformer:
     """A language model of bytes."""
-    kind, sampling, sampler, _ = ARMS[arm]
-    mixer = partial(kind, sampling=sampling, sampler=sampler)
+    kind, sampling, sampler, rise = ARMS[arm]
+    mixer = partial(kind, sampling=sampling, sampler=sampler, rise=rise)
     return Transformer(depth=scale.depth, width=scale.width, heads=4, mixer=mixer)
 
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Costs of a step; after equal steps, validation loss of the dense network and what ensembles gain on it."""
-    kind, sampling, sampler, (start, full) = ARMS[arm]
-    found = dict(costs(kind, 1.0 if full == 0 else sampling, sampler, scale.depth, scale.width, scale.long))
+    kind, sampling, sampler, rise = ARMS[arm]
+    found = dict(costs(kind, 1.0 if rise == DENSE else sampling, sampler, scale.depth, scale.width, scale.long))
     if kind is Masked:
         return found
     torch.manual_seed(seed)
     model = build(arm, scale)
-
-    def watch(step: int, _: float = 0.0) -> bool:
-        done = (step + 1) / scale.steps
-        anneal(model, 1 - done if arm == "dense first, 1/4" else done, start=start, full=full)
-        return False
-
-    watch(-1)
-    train(model, "stdlib-bytes", seed=seed, steps=scale.steps, lr=2e-3, batch=8, warmup=scale.steps // 10, watch=watch)
+    train(model, "stdlib-bytes", seed=seed, steps=scale.steps, lr=2e-3, batch=8, warmup=scale.steps // 10)
     for layer in layers(model):
         layer.current = 1.0
     found["loss"] = judge(model, "stdlib-bytes", batch=scale.batch, most=scale.judged)["loss"]
