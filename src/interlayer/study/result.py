@@ -230,7 +230,8 @@ def note(result: Result) -> str:
         arms = len(spec.arms) - 1
         factors = ", ".join(f"{c:.2f}" for c in critical(spec.looks, LEVEL / max(arms, 1)))
         text += (
-            f"Each arm ran until its difference to {spec.baseline} left out zero, at {', '.join(map(str, spec.looks))} seeds; "
+            f"Each arm got {', '.join(map(str, spec.looks[:-1]))} or {spec.looks[-1]} seeds, until its difference to "
+            f"{spec.baseline} excluded zero; "
             f"± of a difference is c s / √n with c = {factors}, valid for all looks"
             + (f" and {arms} arms" if arms > 1 else "")
             + " together (5% false positives in all). "
