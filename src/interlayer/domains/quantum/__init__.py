@@ -1,0 +1,1 @@
+"""Quantum networks and circuits."""

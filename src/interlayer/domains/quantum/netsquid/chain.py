@@ -1,0 +1,164 @@
+"""A chain of repeaters that swap as soon as they can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from interlayer.core.events import Entity, World
+from interlayer.domains.quantum.netsquid.hardware import Device
+from interlayer.domains.quantum.netsquid.network import Fibre, Memory, correct, swap
+from interlayer.domains.quantum.netsquid.noise import Weights
+from interlayer.domains.quantum.netsquid.states import Qubit, State
+
+
+@dataclass
+class End:
+    """One end of the chain and what it has heard: the newest outcome of each repeater, and which outcomes are void.
+
+    Attributes:
+        at: Its node.
+        outcomes: By node: (round, x, z). A node's round rises by one whenever its swap is undone.
+        void: By node: outcomes of rounds below this do not count.
+    """
+
+    at: int
+    outcomes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    void: dict[int, int] = field(default_factory=dict)
+
+    def hear(self, node: int, turn: int, x: int, z: int) -> None:
+        """Note an outcome."""
+        if turn >= self.void.get(node, 0):
+            self.outcomes[node] = (turn, x, z)
+
+    def forget(self, turns: dict[int, int]) -> None:
+        """Drop outcomes from before these rounds."""
+        self.void |= turns
+        for node, turn in turns.items():
+            if self.outcomes.get(node, (turn,))[0] < turn:
+                del self.outcomes[node]
+
+    def correct(self, qubit: Qubit) -> None:
+        """Apply the product of all corrections."""
+        x, z = (sum(o[i] for o in self.outcomes.values()) % 2 for i in (1, 2))
+        correct(qubit, x, z)
+
+
+Half = tuple[Memory, int]  # one end of a pair, and the node at its other end
+
+
+class Chain:
+    """Two ends and the repeaters between them. Each delivery makes one pair of the ends, at a time of its own.
+
+    All fibres make pairs at once (with one optical interface in a node: even ones first, then odd ones). A node that holds two
+    pairs swaps them, and tells both ends the outcome; these take the product of all outcomes as the Pauli correction. A swap that
+    fails loses both pairs, and every fibre below them starts again once its ends know.
+
+    Args:
+        world: The clock and the random numbers.
+        device: The hardware of all nodes.
+        nodes: Number of nodes, both ends included.
+        length: From end to end in m; the nodes are spaced evenly.
+        formalism: What the pairs are made of.
+        distillation: Rounds of distillation on every fibre's pairs.
+    """
+
+    def __init__(
+        self, world: World, device: Device, nodes: int, length: float, formalism: type[State], distillation: int = 0
+    ) -> None:
+        self.world, self.device, self.rounds = world, device, distillation
+        hop = length / (nodes - 1)
+        self.delay = hop / device.speed
+        self.nodes = [Entity(world, f"node {i}") for i in range(nodes)]
+        self.fibres = [Fibre(world, f"fibre {i}", device, hop, formalism) for i in range(nodes - 1)]
+        self.one_by_one = device.interfaces == 1 and nodes > 2
+
+    def deliver(self) -> tuple[float, Weights]:
+        """Make one pair from end to end.
+
+        Returns:
+            The time that it took in s, and its Bell weights.
+        """
+        start, last = self.world.now, len(self.nodes) - 1
+        self.done = self.world.event()
+        self.ends = (End(0), End(last))
+        self.left: list[Half | None] = [None] * (last + 1)
+        self.right: list[Half | None] = [None] * (last + 1)
+        self.turn = [0] * (last + 1)
+        self.ready = [self.world.event() for _ in self.fibres]
+        for i in range(last):
+            self.world.process(self._make(i))
+        self.world.run(self.done)
+        (a, _), (b, _) = self._half(self.right, 0), self._half(self.left, last)
+        a.touch()
+        qubit = b.touch()
+        self.ends[1].correct(qubit)
+        return self.world.now - start, qubit.state.weights()
+
+    def _half(self, side: list[Half | None], node: int) -> Half:
+        half = side[node]
+        assert half is not None
+        return half
+
+    def _make(self, i: int, pause: float = 0.0) -> Generator[Any, Any, None]:
+        """Make the pair of fibre i, after a pause."""
+        fibre, last = self.fibres[i], len(self.fibres)
+        if pause:
+            yield self.world.wait(pause)
+        late = self.one_by_one and i % 2
+        if late:
+            for event in self.ready[i - 1 : i + 2 : 2]:
+                yield event
+        before = fibre.attempts
+        a, b = yield from fibre.pair(self.rounds)
+        if late:
+            for half in (self.left[i], self.right[i + 1]):
+                if half is not None:
+                    fibre.disturb(half[0], fibre.attempts - before)
+        elif self.one_by_one:
+            yield from fibre.store([m for m, node in ((a, i), (b, i + 1)) if 0 < node < last])
+        self.right[i], self.left[i + 1] = (a, i + 1), (b, i)
+        self.ready[i].succeed()
+        for node in (i, i + 1):
+            if self.left[node] is not None and self.right[node] is not None:
+                self._swap(node)
+        if last == 1:
+            self.done.succeed()
+
+    def _swap(self, node: int) -> None:
+        """Swap, and tell both ends of the chain."""
+        (left, low), (right, high) = self._half(self.left, node), self._half(self.right, node)
+        who, device = self.nodes[node], self.device
+        self.left[node] = self.right[node] = None
+        x, z = swap(who, device, left, right)
+        if device.swap_success < 1 and who.random.random() >= device.swap_success:
+            self._fail(node, low, high)
+            return
+        self.right[low], self.left[high] = (self._half(self.right, low)[0], high), (self._half(self.left, high)[0], low)
+        for end in self.ends:
+            self._tell(node, end, partial(end.hear, node, self.turn[node], x, z))
+
+    def _tell(self, node: int, end: End, what: Callable[[], None]) -> None:
+        """Let a message arrive at an end, and see whether both ends know all."""
+
+        def arrive(_: Any) -> None:
+            what()
+            if not self.done.triggered and all(len(e.outcomes) == len(self.nodes) - 2 for e in self.ends):
+                self.done.succeed()
+
+        self.nodes[node].send(None, arrive, self.device.swap_time + abs(end.at - node) * self.delay)
+
+    def _fail(self, node: int, low: int, high: int) -> None:
+        """Undo all between two nodes, and start again once a message from ``node`` has come there."""
+        self.right[low] = self.left[high] = None
+        for k in range(low + 1, high):
+            self.turn[k] += 1
+        turns = {k: self.turn[k] for k in range(low + 1, high)}
+        for end in self.ends:
+            self._tell(node, end, partial(end.forget, turns))
+        for i in range(low, high):
+            self.ready[i] = self.world.event()
+            far = max(abs(node - i), abs(node - i - 1))
+            self.world.process(self._make(i, self.device.swap_time + far * self.delay))
