@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
 from collections.abc import Callable, Generator
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from interlayer.core.extras import need
 
@@ -43,15 +46,15 @@ class World:
         """The time, in the world's unit."""
         return float(self.simpy.now)
 
-    def wait(self, delay: float) -> Any:
-        """An event that happens after a delay.
+    def wait(self, delay: float, value: Any = None) -> Any:
+        """An event that happens after a delay; a process that yields it gets the value.
 
         Raises:
             ValueError: The delay is negative or not a number.
         """
         if not delay >= 0:
             raise ValueError(f"World: a delay of {delay} {self.unit}; expected 0 or more.")
-        return self.simpy.timeout(delay)
+        return self.simpy.timeout(delay, value)
 
     def event(self) -> Any:
         """An event that happens when someone calls its ``succeed(value)``."""
@@ -61,9 +64,10 @@ class World:
         """Start a process; it is itself an event, which happens when the generator returns."""
         return self.simpy.process(steps)
 
-    def stream(self, name: str) -> random.Random:
+    def stream(self, name: str) -> np.random.Generator:
         """Random numbers for one name. They depend on the seed and the name alone, not on what else is simulated."""
-        return random.Random(f"{self.seed}/{name}")
+        key = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=16).digest()
+        return np.random.Generator(np.random.PCG64(int.from_bytes(key, "big")))
 
     def run(self, until: Any = None) -> Any:
         """Run until a time, until an event (its value is returned), or until nothing is left to happen."""
@@ -90,11 +94,15 @@ class Entity:
     def __init__(self, world: World, name: str) -> None:
         self.world = world
         self.name = name
-        self.random = world.stream(name)
+
+    @cached_property
+    def random(self) -> np.random.Generator:
+        """The entity's own random numbers."""
+        return self.world.stream(self.name)
 
     def get(self, message: Any) -> None:
         """Receive a message; a subclass says what happens. By default nothing does."""
 
     def send(self, message: Any, to: Callable[[Any], Any], delay: float) -> None:
         """Call ``to(message)`` after a delay."""
-        self.world.wait(delay).callbacks.append(lambda event: to(message))
+        self.world.wait(delay, message).callbacks.append(lambda event: to(event.value))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Generator
 from typing import Any
 
 from interlayer.core.events import Entity, World
@@ -14,31 +12,35 @@ from interlayer.domains.quantum.netsquid.noise import Weights
 from interlayer.domains.quantum.netsquid.states import Qubit, State
 
 
-@dataclass
-class End:
-    """One end of the chain and what it has heard: the newest outcome of each repeater, and which outcomes are void.
+class End(Entity):
+    """One end of the chain, which hears of the swaps.
 
-    Attributes:
+    A node's ``turn`` rises by one whenever its swap is undone, and word of an older turn does not count.
+
+    Args:
+        world: Where it lives.
         at: Its node.
-        outcomes: By node: (round, x, z). A node's round rises by one whenever its swap is undone.
-        void: By node: outcomes of rounds below this do not count.
+        others: Number of swaps that it has to hear of.
     """
 
-    at: int
-    outcomes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    void: dict[int, int] = field(default_factory=dict)
+    def __init__(self, world: World, at: int, others: int) -> None:
+        super().__init__(world, f"end {at}")
+        self.at, self.others = at, others
+        self.knows = world.event()
+        self.outcomes: dict[int, tuple[int, int, int]] = {}  # by node: turn, x, z
+        self.void: dict[int, int] = {}  # by node: turns below this do not count
 
-    def hear(self, node: int, turn: int, x: int, z: int) -> None:
-        """Note an outcome."""
-        if turn >= self.void.get(node, 0):
-            self.outcomes[node] = (turn, x, z)
-
-    def forget(self, turns: dict[int, int]) -> None:
-        """Drop outcomes from before these rounds."""
-        self.void |= turns
-        for node, turn in turns.items():
-            if self.outcomes.get(node, (turn,))[0] < turn:
-                del self.outcomes[node]
+    def get(self, message: tuple[int, int, int, int] | dict[int, int]) -> None:
+        """Hear of an outcome (node, turn, x, z), or of swaps that were undone (turns that count, by node)."""
+        if isinstance(message, dict):
+            self.void |= message
+            for node, turn in message.items():
+                if self.outcomes.get(node, (turn,))[0] < turn:
+                    del self.outcomes[node]
+        elif message[1] >= self.void.get(message[0], 0):
+            self.outcomes[message[0]] = message[1:]
+            if len(self.outcomes) == self.others:
+                self.knows.succeed()
 
     def correct(self, qubit: Qubit) -> None:
         """Apply the product of all corrections."""
@@ -82,15 +84,13 @@ class Chain:
             The time that it took in s, and its Bell weights.
         """
         start, last = self.world.now, len(self.nodes) - 1
-        self.done = self.world.event()
-        self.ends = (End(0), End(last))
+        self.ends = [End(self.world, at, last - 1) for at in (0, last)]
         self.left: list[Half | None] = [None] * (last + 1)
         self.right: list[Half | None] = [None] * (last + 1)
         self.turn = [0] * (last + 1)
         self.ready = [self.world.event() for _ in self.fibres]
-        for i in range(last):
-            self.world.process(self._make(i))
-        self.world.run(self.done)
+        made = [self.world.process(self._make(i)) for i in range(last)]
+        self.world.run(made[0] if last == 1 else self.ends[0].knows & self.ends[1].knows)
         (a, _), (b, _) = self._half(self.right, 0), self._half(self.left, last)
         a.touch()
         qubit = b.touch()
@@ -120,12 +120,11 @@ class Chain:
         elif self.one_by_one:
             yield from fibre.store([m for m, node in ((a, i), (b, i + 1)) if 0 < node < last])
         self.right[i], self.left[i + 1] = (a, i + 1), (b, i)
-        self.ready[i].succeed()
+        if self.one_by_one:
+            self.ready[i].succeed()
         for node in (i, i + 1):
             if self.left[node] is not None and self.right[node] is not None:
                 self._swap(node)
-        if last == 1:
-            self.done.succeed()
 
     def _swap(self, node: int) -> None:
         """Swap, and tell both ends of the chain."""
@@ -137,27 +136,19 @@ class Chain:
             self._fail(node, low, high)
             return
         self.right[low], self.left[high] = (self._half(self.right, low)[0], high), (self._half(self.left, high)[0], low)
+        self._tell(node, (node, self.turn[node], x, z))
+
+    def _tell(self, node: int, message: Any) -> None:
+        """Send word of a swap to both ends of the chain."""
         for end in self.ends:
-            self._tell(node, end, partial(end.hear, node, self.turn[node], x, z))
-
-    def _tell(self, node: int, end: End, what: Callable[[], None]) -> None:
-        """Let a message arrive at an end, and see whether both ends know all."""
-
-        def arrive(_: Any) -> None:
-            what()
-            if not self.done.triggered and all(len(e.outcomes) == len(self.nodes) - 2 for e in self.ends):
-                self.done.succeed()
-
-        self.nodes[node].send(None, arrive, self.device.swap_time + abs(end.at - node) * self.delay)
+            self.nodes[node].send(message, end.get, self.device.swap_time + abs(end.at - node) * self.delay)
 
     def _fail(self, node: int, low: int, high: int) -> None:
         """Undo all between two nodes, and start again once a message from ``node`` has come there."""
         self.right[low] = self.left[high] = None
         for k in range(low + 1, high):
             self.turn[k] += 1
-        turns = {k: self.turn[k] for k in range(low + 1, high)}
-        for end in self.ends:
-            self._tell(node, end, partial(end.forget, turns))
+        self._tell(node, {k: self.turn[k] for k in range(low + 1, high)})
         for i in range(low, high):
             self.ready[i] = self.world.event()
             far = max(abs(node - i), abs(node - i - 1))

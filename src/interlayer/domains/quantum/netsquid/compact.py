@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from functools import reduce
-from random import Random
+from itertools import accumulate
 
 import numpy as np
 from jaxtyping import Complex, Int
 
-from interlayer.domains.quantum.netsquid.noise import PAULIS, Noise, Weights, product
+from interlayer.domains.quantum.netsquid.noise import PAULIS, Draw, Noise, Weights, product
 from interlayer.domains.quantum.netsquid.states import Density, Ket, Qubit, State
 
 
@@ -47,16 +48,16 @@ class Stabiliser(State):
         else:
             raise self.refuse(f"gate {name}")
 
-    def noise(self, noise: Noise, at: Qubit, draw: Random) -> None:
+    def noise(self, noise: Noise, at: Qubit, draw: Draw) -> None:
         """Draw a Pauli of the twirled noise."""
-        self.gate(*draw.choices("IXYZ", noise.twirled), at)
+        self.gate("IXYZ"[bisect(list(accumulate(noise.twirled[:3])), draw.random())], at)
 
     def _times(self, row: int, by: int) -> None:
         self.k[row] += self.k[by] + 2 * int(self.z[row] @ self.x[by])
         self.x[row] ^= self.x[by]
         self.z[row] ^= self.z[by]
 
-    def measure(self, at: Qubit, draw: Random) -> int:
+    def measure(self, at: Qubit, draw: Draw) -> int:
         """Random where a row anticommutes with Z, else the sign of Z among the products of rows."""
         q, n = self.index(at), len(self.qubits)
         if (hits := np.flatnonzero(self.x[:, q])).size:
@@ -64,7 +65,7 @@ class Stabiliser(State):
             for row in hits[1:]:
                 self._times(int(row), own)
             self.x[own], self.z[own] = 0, np.eye(n, dtype=int)[q]
-            self.k[own] = 2 * draw.getrandbits(1)
+            self.k[own] = 2 * int(2 * draw.random())
         else:
             own = self._alone(q)
         for row in np.flatnonzero(self.z[:, q]):
@@ -123,7 +124,7 @@ class BellDiagonal(State):
     mix: Weights
 
     @classmethod
-    def pair(cls, weights: Weights, draw: Random) -> list[Qubit]:
+    def pair(cls, weights: Weights, draw: Draw) -> list[Qubit]:
         """A pair of these weights."""
         state = cls.__new__(cls)
         a, b = state.qubits = [Qubit(), Qubit()]
@@ -142,11 +143,11 @@ class BellDiagonal(State):
         i, x, y, z = self.mix
         self.mix = {"I": (i, x, y, z), "X": (x, i, z, y), "Y": (y, z, i, x), "Z": (z, y, x, i)}[name]
 
-    def noise(self, noise: Noise, at: Qubit, draw: Random) -> None:
+    def noise(self, noise: Noise, at: Qubit, draw: Draw) -> None:
         """Mix with the twirled noise's weights."""
         self.mix = product(self.mix, noise.twirled)
 
-    def measure(self, at: Qubit, draw: Random) -> int:
+    def measure(self, at: Qubit, draw: Draw) -> int:
         """A pair with one end measured is no mixture of Bell states."""
         raise self.refuse("measurement of one qubit")
 
@@ -154,7 +155,7 @@ class BellDiagonal(State):
         """Pairs stay pairs."""
         raise self.refuse("joint state of two pairs")
 
-    def bell(self, a: Qubit, b: Qubit, draw: Random) -> tuple[int, int]:
+    def bell(self, a: Qubit, b: Qubit, draw: Draw) -> tuple[int, int]:
         """Swap: the far ends are a pair, its error the product of both errors and the outcome, whose bits are even."""
         left, right = a.state, b.state
         if left is right:
@@ -164,12 +165,12 @@ class BellDiagonal(State):
         left.qubits = ends
         ends[1].state = left
         left.mix = product(left.mix, right.mix)
-        outcome = draw.getrandbits(2)
+        outcome = int(4 * draw.random())
         x, z = outcome & 1, outcome >> 1
         left.gate("IXZY"[outcome], ends[1])
         return x, z
 
-    def distil(self, keep: Sequence[Qubit], spend: Sequence[Qubit], draw: Random) -> bool:
+    def distil(self, keep: Sequence[Qubit], spend: Sequence[Qubit], draw: Draw) -> bool:
         """DEJMPS on the weights: the quarter turns exchange Y and Z, and both pairs must agree on X."""
         one, two = keep[0].state, spend[0].state
         assert isinstance(one, BellDiagonal) and isinstance(two, BellDiagonal)

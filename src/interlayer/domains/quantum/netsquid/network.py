@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from random import Random
 from typing import Any
 
 from interlayer.core.events import Entity, World
 from interlayer.domains.quantum.netsquid.hardware import Device, Link
-from interlayer.domains.quantum.netsquid.noise import decay, dephasing, depolarising
+from interlayer.domains.quantum.netsquid.noise import Draw, decay, dephasing, depolarising
 from interlayer.domains.quantum.netsquid.states import Qubit, State
 
 
@@ -26,7 +25,7 @@ class Memory:
 
     __slots__ = ("draw", "qubit", "since", "t1", "t2", "world")
 
-    def __init__(self, qubit: Qubit, world: World, t1: float, t2: float, draw: Random) -> None:
+    def __init__(self, qubit: Qubit, world: World, t1: float, t2: float, draw: Draw) -> None:
         self.qubit, self.world, self.t1, self.t2, self.draw = qubit, world, t1, t2, draw
         self.since = world.now
 

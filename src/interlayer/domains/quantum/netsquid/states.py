@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from random import Random
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Complex
 
-from interlayer.domains.quantum.netsquid.noise import PAULIS, Noise, Weights
+from interlayer.domains.quantum.netsquid.noise import PAULIS, Draw, Noise, Weights
 
 GATES = {
     **PAULIS,
@@ -51,7 +50,7 @@ class State(ABC):
         return state.qubits[:]
 
     @classmethod
-    def pair(cls, weights: Weights, draw: Random) -> list[Qubit]:
+    def pair(cls, weights: Weights, draw: Draw) -> list[Qubit]:
         """Two qubits in the Bell-diagonal mixture of these weights; a formalism of pure states draws one of the four."""
         a, b = cls.make(2)
         a.state.gate("H", a)
@@ -68,11 +67,11 @@ class State(ABC):
         """Apply X, Y, Z, H, S, T or CNOT (control first)."""
 
     @abstractmethod
-    def noise(self, noise: Noise, at: Qubit, draw: Random) -> None:
+    def noise(self, noise: Noise, at: Qubit, draw: Draw) -> None:
         """Apply noise to one qubit."""
 
     @abstractmethod
-    def measure(self, at: Qubit, draw: Random) -> int:
+    def measure(self, at: Qubit, draw: Draw) -> int:
         """Measure in the Z basis and remove the qubit."""
 
     @abstractmethod
@@ -89,7 +88,7 @@ class State(ABC):
         i, x, y, z = (float((bell.conj() @ rho @ bell).real) for bell in BELL.values())
         return (i, x, y, z)
 
-    def bell(self, a: Qubit, b: Qubit, draw: Random) -> tuple[int, int]:
+    def bell(self, a: Qubit, b: Qubit, draw: Draw) -> tuple[int, int]:
         """Measure two qubits in the Bell basis and remove them.
 
         Returns:
@@ -102,7 +101,7 @@ class State(ABC):
         z = self.measure(a, draw)
         return self.measure(b, draw), z
 
-    def distil(self, keep: Sequence[Qubit], spend: Sequence[Qubit], draw: Random) -> bool:
+    def distil(self, keep: Sequence[Qubit], spend: Sequence[Qubit], draw: Draw) -> bool:
         """DEJMPS: improve the pair ``keep`` by using up the pair ``spend``; return whether it worked."""
         for a, b in (keep, spend):
             for qubit, turns in ((a, 1), (b, 3)):  # a quarter turn about X forwards at one end, backwards at the other
@@ -154,7 +153,7 @@ class Ket(State):
         turned = np.tensordot(matrix.reshape([2] * (2 * n)), self.array, (range(n, 2 * n), at))
         self.array = np.moveaxis(turned, range(n), at)
 
-    def noise(self, noise: Noise, at: Qubit, draw: Random) -> None:
+    def noise(self, noise: Noise, at: Qubit, draw: Draw) -> None:
         """Apply one Kraus operator, drawn by its probability."""
         left, before, spot = draw.random(), self.array, self.index(at)
         for kraus in noise.kraus:
@@ -166,7 +165,7 @@ class Ket(State):
                 break
         self.array = self.array / math.sqrt(share)
 
-    def measure(self, at: Qubit, draw: Random) -> int:
+    def measure(self, at: Qubit, draw: Draw) -> int:
         """Collapse."""
         spot = self.index(at)
         halves = np.moveaxis(self.array, spot, 0)
@@ -197,7 +196,7 @@ class Density(Ket):
         super()._act(matrix, at)
         super()._act(matrix.conj(), [i + len(self.qubits) for i in at])
 
-    def noise(self, noise: Noise, at: Qubit, draw: Random) -> None:
+    def noise(self, noise: Noise, at: Qubit, draw: Draw) -> None:
         """The sum over all Kraus operators."""
         before, spot, total = self.array, self.index(at), np.zeros_like(self.array)
         for kraus in noise.kraus:
@@ -206,7 +205,7 @@ class Density(Ket):
             total = total + self.array
         self.array = total
 
-    def measure(self, at: Qubit, draw: Random) -> int:
+    def measure(self, at: Qubit, draw: Draw) -> int:
         """Collapse."""
         spot, n = self.index(at), len(self.qubits)
         halves = np.moveaxis(self.array, (spot, spot + n), (0, 1))
