@@ -8,7 +8,7 @@ from interlayer import catalog
 
 PRIMITIVES = (
     "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "swap", "wiring", "weights", "options",
-    "delivery", "fields", "auxiliary", "schedule", "pairing", "equal", "recipe", "record", "cost", "kinds",
+    "delivery", "fields", "auxiliary", "schedule", "pairing", "equal", "recipe", "record", "cost", "kinds", "events",
 )  # fmt: skip
 PARTS = ("sparse", "nodes", "linear", "compressed", "prior", "positions", "depth", "parts")
 

@@ -105,4 +105,9 @@ class Entity:
 
     def send(self, message: Any, to: Callable[[Any], Any], delay: float) -> None:
         """Call ``to(message)`` after a delay."""
-        self.world.wait(delay, message).callbacks.append(lambda event: to(event.value))
+        self.world.wait(delay, (to, message)).callbacks.append(_arrive)
+
+
+def _arrive(event: Any) -> None:
+    to, message = event.value
+    to(message)

@@ -27,7 +27,7 @@ class End(Entity):
         super().__init__(world, f"end {at}")
         self.at, self.others = at, others
         self.knows = world.event()
-        self.outcomes: dict[int, tuple[int, int, int]] = {}  # by node: turn, x, z
+        self.outcomes: dict[int, tuple[int, int, int, int]] = {}  # the newest by node
         self.void: dict[int, int] = {}  # by node: turns below this do not count
 
     def get(self, message: tuple[int, int, int, int] | dict[int, int]) -> None:
@@ -35,16 +35,16 @@ class End(Entity):
         if isinstance(message, dict):
             self.void |= message
             for node, turn in message.items():
-                if self.outcomes.get(node, (turn,))[0] < turn:
+                if node in self.outcomes and self.outcomes[node][1] < turn:
                     del self.outcomes[node]
         elif message[1] >= self.void.get(message[0], 0):
-            self.outcomes[message[0]] = message[1:]
+            self.outcomes[message[0]] = message
             if len(self.outcomes) == self.others:
                 self.knows.succeed()
 
     def correct(self, qubit: Qubit) -> None:
         """Apply the product of all corrections."""
-        x, z = (sum(o[i] for o in self.outcomes.values()) % 2 for i in (1, 2))
+        x, z = (sum(o[i] for o in self.outcomes.values()) % 2 for i in (2, 3))
         correct(qubit, x, z)
 
 
@@ -88,7 +88,7 @@ class Chain:
         self.left: list[Half | None] = [None] * (last + 1)
         self.right: list[Half | None] = [None] * (last + 1)
         self.turn = [0] * (last + 1)
-        self.ready = [self.world.event() for _ in self.fibres]
+        self.ready = [self.world.event() for _ in self.fibres if self.one_by_one]
         made = [self.world.process(self._make(i)) for i in range(last)]
         self.world.run(made[0] if last == 1 else self.ends[0].knows & self.ends[1].knows)
         (a, _), (b, _) = self._half(self.right, 0), self._half(self.left, last)
@@ -150,6 +150,5 @@ class Chain:
             self.turn[k] += 1
         self._tell(node, {k: self.turn[k] for k in range(low + 1, high)})
         for i in range(low, high):
-            self.ready[i] = self.world.event()
             far = max(abs(node - i), abs(node - i - 1))
             self.world.process(self._make(i, self.device.swap_time + far * self.delay))

@@ -121,6 +121,7 @@ class BellDiagonal(State):
     """
 
     name = "bell-diagonal"
+    __slots__ = ("mix",)
     mix: Weights
 
     @classmethod

@@ -172,7 +172,9 @@ def device(name: str, changes: dict[str, Any]) -> Device:
         ValueError: The name or a parameter is unknown, or a value is out of range.
     """
     if name not in DEVICES:
-        raise ValueError(f"netsquid: no device {name!r}.{catalog.nearest(name, DEVICES)} There are {', '.join(DEVICES)}.")
+        raise ValueError(
+            f"netsquid: no device {name!r}.{catalog.nearest(name, DEVICES)} There are {', '.join(DEVICES)}."
+        )
     known = [f.name for f in fields(Device)]
     if unknown := [key for key in changes if key not in known]:
         near = catalog.nearest(unknown[0], known)

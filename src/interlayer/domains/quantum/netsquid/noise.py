@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Complex
 
 Draw = np.random.Generator  # decides outcomes and errors
-Weights = tuple[float, float, float, float]  # of I, X, Y, Z: of Pauli errors, or of the Bell states that they make of Phi+
+Weights = tuple[
+    float, float, float, float
+]  # of I, X, Y, Z: of Pauli errors, or of the Bell states that they make of Phi+
 PAULIS = {
     "I": np.eye(2, dtype=complex),
     "X": np.array([[0, 1], [1, 0]], complex),

@@ -102,15 +102,15 @@ def overlap(qubit: Qubit, axis: int) -> float:
     return float((state.density() @ ideal.state.density()).trace().real)
 
 
-def store(world: World, device: Device, formalism: type[State], weights: Weights, times: list[float]) -> list[float]:
-    """Fidelity of a pair kept at both ends, looked at after each of these times in s."""
-    draw, found = world.stream("pair"), []
+def store(
+    world: World, device: Device, formalism: type[State], weights: Weights, times: list[float], name: str = "pair"
+) -> list[float]:
+    """Fidelity of a pair kept at both ends, looked at after each of these times in s; ``name`` picks its random numbers."""
+    start, draw, found = world.now, world.stream(name), []
     memories = [Memory(q, world, device.t1, device.t2, draw) for q in formalism.pair(weights, draw)]
     for time in times:
-        world.run(until=time)
+        world.run(world.wait(max(0.0, start + time - world.now)))
         for m in memories:
             m.touch()
         found.append(memories[0].qubit.state.weights()[0])
     return found
-
-

@@ -37,6 +37,7 @@ class State(ABC):
     """
 
     name: ClassVar[str]
+    __slots__ = ("qubits",)
     qubits: list[Qubit]
 
     @classmethod
