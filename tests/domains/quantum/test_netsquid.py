@@ -10,12 +10,13 @@ from interlayer.core.events import World
 from interlayer.domains.quantum.netsquid import NetSquid
 from interlayer.domains.quantum.netsquid.chain import Chain
 from interlayer.domains.quantum.netsquid.compact import FORMALISMS, BellDiagonal, Stabiliser
+from interlayer.domains.quantum.netsquid.dense import Density, Ket
 from interlayer.domains.quantum.netsquid.hardware import DEVICES, NV, Device
 from interlayer.domains.quantum.netsquid.known import distilled, slower_of_two, stored_fidelity, swapped_fidelity
 from interlayer.domains.quantum.netsquid.network import Fibre
 from interlayer.domains.quantum.netsquid.noise import decay, dephasing, depolarising, product, werner
 from interlayer.domains.quantum.netsquid.services import AXES, Switch, overlap, store, teleport
-from interlayer.domains.quantum.netsquid.states import GATES, Density, Ket
+from interlayer.domains.quantum.netsquid.states import GATES
 
 JOINT = [Ket, Density, Stabiliser]
 

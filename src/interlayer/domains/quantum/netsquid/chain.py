@@ -109,8 +109,7 @@ class Chain:
             yield self.world.wait(pause)
         late = self.one_by_one and i % 2
         if late:
-            for event in self.ready[i - 1 : i + 2 : 2]:
-                yield event
+            yield from self.ready[i - 1 : i + 2 : 2]
         before = fibre.attempts
         a, b = yield from fibre.pair(self.rounds)
         if late:

@@ -10,8 +10,9 @@ from itertools import accumulate
 import numpy as np
 from jaxtyping import Complex, Int
 
+from interlayer.domains.quantum.netsquid.dense import Density, Ket
 from interlayer.domains.quantum.netsquid.noise import PAULIS, Draw, Noise, Weights, product
-from interlayer.domains.quantum.netsquid.states import Density, Ket, Qubit, State
+from interlayer.domains.quantum.netsquid.states import BELL, Qubit, State
 
 
 class Stabiliser(State):
@@ -191,8 +192,6 @@ class BellDiagonal(State):
 
     def density(self) -> Complex[np.ndarray, "4 4"]:
         """The mixture."""
-        from interlayer.domains.quantum.netsquid.states import BELL
-
         return sum(w * np.outer(b, b.conj()) for w, b in zip(self.mix, BELL.values(), strict=True))  # type: ignore[return-value]
 
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from interlayer.core.events import World
 from interlayer.domains.quantum.netsquid.chain import Chain
 from interlayer.domains.quantum.netsquid.compact import BellDiagonal
+from interlayer.domains.quantum.netsquid.dense import Density
 from interlayer.domains.quantum.netsquid.hardware import Device
 from interlayer.domains.quantum.netsquid.network import Fibre
 from interlayer.domains.quantum.netsquid.noise import werner
 from interlayer.domains.quantum.netsquid.services import Switch, store, teleport
-from interlayer.domains.quantum.netsquid.states import Density
 
 
 def swapped_fidelity(fidelity: float, links: int) -> float:
