@@ -8,7 +8,7 @@ import pytest
 
 from interlayer.core.events import World
 from interlayer.domains.quantum.netsquid import NetSquid
-from interlayer.domains.quantum.netsquid.chain import Chain
+from interlayer.domains.quantum.netsquid.chain import Chain, tree
 from interlayer.domains.quantum.netsquid.compact import FORMALISMS, BellDiagonal, Stabiliser
 from interlayer.domains.quantum.netsquid.dense import Density, Ket
 from interlayer.domains.quantum.netsquid.hardware import DEVICES, NV, Device
@@ -193,8 +193,8 @@ def test_distillation_on_a_fibre_waits_for_both_pairs_and_for_words():
 # Chains
 
 
-def deliver(device, nodes, hop=10e3, formalism=BellDiagonal, count=1, seed=0, rounds=0):
-    chain = Chain(World(seed), device, nodes, hop * (nodes - 1), formalism, rounds)
+def deliver(device, nodes, hop=10e3, formalism=BellDiagonal, count=1, seed=0, order="asap"):
+    chain = Chain(World(seed), device, nodes, hop * (nodes - 1), formalism, order=order)
     return [chain.deliver() for _ in range(count)]
 
 
@@ -220,12 +220,23 @@ def test_a_pair_that_waits_for_words_decoheres_meanwhile():
     assert 2 * weights[0] - 1 == pytest.approx(math.exp(-(lost - hop) / 1e-3), abs=1e-9)
 
 
+def test_a_nested_chain_waits_for_the_pairs_below():
+    assert tree(7) == {1: (0, 2), 3: (2, 4), 5: (4, 6), 2: (0, 4), 4: (0, 6)}
+    for nodes, hops in ((2, 2), (3, 3), (4, 5), (5, 5), (9, 9)):  # two for the herald, then up the tree
+        (time, weights), *_ = deliver(Device(loss=0.0, pair_fidelity=0.98), nodes, order="nested")
+        assert time == pytest.approx(hops * 5e-5) and weights[0] == pytest.approx(swapped_fidelity(0.98, nodes - 1))
+    chance = Device(efficiency=0.3, loss=0.0)
+    asap, nested = (np.mean([t for t, _ in deliver(chance, 9, count=150, order=o)]) for o in ("asap", "nested"))
+    assert asap < nested
+
+
 def test_failing_swaps_start_again_and_still_end_correctly():
     sure = deliver(Device(efficiency=0.5, loss=0.0), 4, count=300)
     device = Device(efficiency=0.5, loss=0.0, swap_success=0.5)
     for formalism in (BellDiagonal, Stabiliser):
-        failing = deliver(device, 4, count=60, formalism=formalism, seed=3)
-        assert all(w[0] == pytest.approx(1) for _, w in failing)
+        for order, nodes in (("nested", 5), ("asap", 4)):
+            failing = deliver(device, nodes, count=40, formalism=formalism, seed=3, order=order)
+            assert all(w[0] == pytest.approx(1) for _, w in failing)
     times = [t for t, _ in deliver(device, 3, count=1500, seed=4)]
     period, hop = 1e-4, 5e-5
     once = slower_of_two(0.5) * period
@@ -287,7 +298,7 @@ def test_every_kind_of_scenario_has_units_and_draws(scenario):
         assert len({len(v) for v in table.values()}) == 1 and found.headings(name)
     assert found.units.get("length", "m") == "m"
     if found.figure:
-        assert len(found.figure().axes) == 2
+        assert len(found.figure().axes) >= 1
 
 
 @pytest.mark.parametrize(
@@ -304,6 +315,8 @@ def test_every_kind_of_scenario_has_units_and_draws(scenario):
         ({"length": float("nan")}, r"length of repeater-chain is nan"),
         ({"length": "far"}, r"length of repeater-chain is 'far'"),
         ({"pairs": True}, r"pairs of repeater-chain is True"),
+        ({"order": "tree"}, r"no order 'tree'. There are asap, nested"),
+        ({"device": ["nv"]}, r"no device \['nv'\]"),
         ({"device": "ion"}, r"no device 'ion'"),
         ({"formalism": "kett"}, r"no formalism 'kett'. Did you mean 'ket'"),
         ({"kind": "teleport", "formalism": "bell-diagonal"}, r"teleport needs a formalism of single qubits"),
@@ -314,6 +327,7 @@ def test_every_kind_of_scenario_has_units_and_draws(scenario):
         ({"parameters": {"speed": "fast"}}, r"speed is 'fast'; expected a number above 0"),
         ({"parameters": {"herald": "triple"}}, r"herald 'triple'; expected one of"),
         ({"parameters": {"interfaces": 1}}, r"interfaces = 1 needs swap_success = 1"),
+        ({"kind": "switch", "device": "nv"}, r"nv has one optical interface. Set interfaces = 2 in parameters"),
         ({"parameters": {"efficiency": 0}}, r"nothing would ever be delivered"),
         ({"nodes": 100}, r"100 nodes whose swaps succeed with 0.328 may need 1e47 tries; expected at most 1e7"),
         ({"nodes": 2, "length": 1e8, "device": "ideal"}, r"never succeeds. Use a shorter one, or more nodes"),

@@ -41,7 +41,8 @@ class NetSquid(Simulator):
     (see ``hardware.Device``), and a ``formalism`` (``ket``, ``density``, ``stabiliser``, ``bell-diagonal``). Further keys:
 
     ==================  =========================================================================================
-    ``repeater-chain``  ``nodes`` and ``length`` in m (a number or a list each), ``pairs``, rounds of ``distillation``
+    ``repeater-chain``  ``nodes`` and ``length`` in m (a number or a list each), ``pairs``, rounds of ``distillation``,
+                        ``order`` of the swaps (``asap`` or ``nested``)
     ``switch``          ``users`` and ``length`` in m (a number or a list each), ``buffer``, ``duration`` in s
     ``teleport``        ``length`` in m, ``repetitions``
     ``memory``          ``times`` in s at which a stored pair is looked at, ``repetitions``
@@ -97,7 +98,7 @@ Ran = tuple[dict[str, Table], Callable[[], Any] | None]
 def _chain(v: Mapping[str, Any], device: Device, seed: int) -> Ran:
     table: Table = {}
     for nodes, length in scenario.grid(v, "nodes", "length"):
-        chain = Chain(World(seed), device, nodes, length, FORMALISMS[v["formalism"]], v["distillation"])
+        chain = Chain(World(seed), device, nodes, length, FORMALISMS[v["formalism"]], v["distillation"], v["order"])
         got = [chain.deliver() for _ in range(v["pairs"])]
         time, apart = _mean([t for t, _ in got])
         fidelity, error = _mean([w[0] for _, w in got])
@@ -148,7 +149,7 @@ def _teleport(v: Mapping[str, Any], device: Device, seed: int) -> Ran:
             table, length=length, repetitions=len(got), mean_time=_mean([t for t, _ in got])[0], fidelity=fidelity,
             error_of_fidelity=error,
         )  # fmt: skip
-    return {"teleport": table}, None
+    return {"teleport": table}, lambda: _lines(table, "", {"fidelity": "mean fidelity", "mean time": "mean time [s]"})
 
 
 def _memory(v: Mapping[str, Any], device: Device, seed: int) -> Ran:
@@ -161,27 +162,29 @@ def _memory(v: Mapping[str, Any], device: Device, seed: int) -> Ran:
     for time, found in zip(v["times"], zip(*rows, strict=True), strict=True):
         fidelity, error = _mean(found)
         _add(table, time=time, fidelity=fidelity, error_of_fidelity=error)
-    return {"memory": table}, None
+    return {"memory": table}, lambda: _lines(table, "", {"fidelity": "fidelity of a stored pair"}, "time")
 
 
 def _lines(table: Table, by: str, panels: Mapping[str, str], along: str = "length") -> Any:
     """A panel for each column, by ``along``, with a line for each value of ``by``."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels))
-    for axis, (column, label) in zip(axes, panels.items(), strict=True):
-        for value in dict.fromkeys(table[by]):
-            rows = [i for i, b in enumerate(table[by]) if b == value]
-            name = f"{value} nodes" if by == "nodes" else f"{value / 1e3:g} km"
-            x = [table[along][i] / (1e3 if along == "length" else 1) for i in rows]
+    figure = Figure(figsize=(1 + 4 * len(panels), 3.6), layout="constrained")
+    groups = table[by] if by else [""] * len(table[along])
+    far = along == "length"
+    for axis, (column, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for value in dict.fromkeys(groups):
+            rows = [i for i, group in enumerate(groups) if group == value]
+            name = {"nodes": f"{value} nodes", "length": f"{float(value or 0) / 1e3:g} km"}.get(by)
+            x = [table[along][i] / (1e3 if far else 1) for i in rows]
             axis.plot(x, [table[column][i] for i in rows], marker="o", label=name)
-        axis.set_xlabel("distance [km]" if along == "length" else along)
+        axis.set_xlabel({"length": "distance [km]", "time": "time [s]"}.get(along, along))
         axis.set_ylabel(label)
         if column == "rate" and all(0 < r < math.inf for r in table[column]):
             axis.set_yscale("log")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    if by:
+        figure.axes[0].legend(frameon=False)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""A chain of repeaters that swap as soon as they can."""
+"""A chain of repeaters that swap as soon as they can, or in the order of a tree."""
 
 from __future__ import annotations
 
@@ -7,56 +7,37 @@ from typing import Any
 
 from interlayer.core.events import Entity, World
 from interlayer.domains.quantum.netsquid.hardware import Device
-from interlayer.domains.quantum.netsquid.network import Fibre, Memory, correct, swap
+from interlayer.domains.quantum.netsquid.network import End, Fibre, Memory, swap
 from interlayer.domains.quantum.netsquid.noise import Weights
-from interlayer.domains.quantum.netsquid.states import Qubit, State
-
-
-class End(Entity):
-    """One end of the chain, which hears of the swaps.
-
-    A node's ``turn`` rises by one whenever its swap is undone, and word of an older turn does not count.
-
-    Args:
-        world: Where it lives.
-        at: Its node.
-        others: Number of swaps that it has to hear of.
-    """
-
-    def __init__(self, world: World, at: int, others: int) -> None:
-        super().__init__(world, f"end {at}")
-        self.at, self.others = at, others
-        self.knows = world.event()
-        self.outcomes: dict[int, tuple[int, int, int, int]] = {}  # the newest by node
-        self.void: dict[int, int] = {}  # by node: turns below this do not count
-
-    def get(self, message: tuple[int, int, int, int] | dict[int, int]) -> None:
-        """Hear of an outcome (node, turn, x, z), or of swaps that were undone (turns that count, by node)."""
-        if isinstance(message, dict):
-            self.void |= message
-            for node, turn in message.items():
-                if node in self.outcomes and self.outcomes[node][1] < turn:
-                    del self.outcomes[node]
-        elif message[1] >= self.void.get(message[0], 0):
-            self.outcomes[message[0]] = message
-            if len(self.outcomes) == self.others:
-                self.knows.succeed()
-
-    def correct(self, qubit: Qubit) -> None:
-        """Apply the product of all corrections."""
-        x, z = (sum(o[i] for o in self.outcomes.values()) % 2 for i in (2, 3))
-        correct(qubit, x, z)
-
+from interlayer.domains.quantum.netsquid.states import State
 
 Half = tuple[Memory, int]  # one end of a pair, and the node at its other end
+
+ORDERS = ("asap", "nested")
+
+
+def tree(nodes: int) -> dict[int, tuple[int, int]]:
+    """Between which two nodes each repeater joins pairs, where every second node swaps, then every second of those left, ...
+
+    Examples:
+        >>> tree(5)
+        {1: (0, 2), 3: (2, 4), 2: (0, 4)}
+    """
+    left = list(range(nodes))
+    joins: dict[int, tuple[int, int]] = {}
+    while len(left) > 2:
+        joins |= {left[i]: (left[i - 1], left[i + 1]) for i in range(1, len(left) - 1, 2)}
+        left = left[:-1:2] + left[-1:]
+    return joins
 
 
 class Chain:
     """Two ends and the repeaters between them. Each delivery makes one pair of the ends, at a time of its own.
 
     All fibres make pairs at once (with one optical interface in a node: even ones first, then odd ones). A node that holds two
-    pairs swaps them, and tells both ends the outcome; these take the product of all outcomes as the Pauli correction. A swap that
-    fails loses both pairs, and every fibre below them starts again once its ends know.
+    pairs swaps them, and tells both ends the outcome; these take the product of all outcomes as the Pauli correction. In nested
+    order it waits until it has heard that they reach as far as the tree wants. A swap that fails loses both pairs, and every fibre
+    below them starts again once its ends know.
 
     Args:
         world: The clock and the random numbers.
@@ -65,12 +46,21 @@ class Chain:
         length: From end to end in m; the nodes are spaced evenly.
         formalism: What the pairs are made of.
         distillation: Rounds of distillation on every fibre's pairs.
+        order: ``asap`` or ``nested``.
     """
 
     def __init__(
-        self, world: World, device: Device, nodes: int, length: float, formalism: type[State], distillation: int = 0
+        self,
+        world: World,
+        device: Device,
+        nodes: int,
+        length: float,
+        formalism: type[State],
+        distillation: int = 0,
+        order: str = "asap",
     ) -> None:
         self.world, self.device, self.rounds = world, device, distillation
+        self.joins = tree(nodes) if order == "nested" else None
         hop = length / (nodes - 1)
         self.delay = hop / device.speed
         self.nodes = [Entity(world, f"node {i}") for i in range(nodes)]
@@ -97,7 +87,8 @@ class Chain:
         self.ends[1].correct(qubit)
         return self.world.now - start, qubit.state.weights()
 
-    def _half(self, side: list[Half | None], node: int) -> Half:
+    @staticmethod
+    def _half(side: list[Half | None], node: int) -> Half:
         half = side[node]
         assert half is not None
         return half
@@ -122,11 +113,16 @@ class Chain:
         if self.one_by_one:
             self.ready[i].succeed()
         for node in (i, i + 1):
-            if self.left[node] is not None and self.right[node] is not None:
-                self._swap(node)
+            self._look(node)
+
+    def _look(self, node: int) -> None:
+        """Swap if there are two pairs, of the reach that the order wants."""
+        left, right = self.left[node], self.right[node]
+        if left is not None and right is not None and (not self.joins or self.joins[node] == (left[1], right[1])):
+            self._swap(node)
 
     def _swap(self, node: int) -> None:
-        """Swap, and tell both ends of the chain."""
+        """Swap, and tell both ends of the chain; in nested order also those of the pair."""
         (left, low), (right, high) = self._half(self.left, node), self._half(self.right, node)
         who, device = self.nodes[node], self.device
         self.left[node] = self.right[node] = None
@@ -134,8 +130,23 @@ class Chain:
         if device.swap_success < 1 and who.random.random() >= device.swap_success:
             self._fail(node, low, high)
             return
-        self.right[low], self.left[high] = (self._half(self.right, low)[0], high), (self._half(self.left, high)[0], low)
         self._tell(node, (node, self.turn[node], x, z))
+        news = [
+            (self.right, low, (self._half(self.right, low)[0], high)),
+            (self.left, high, (self._half(self.left, high)[0], low)),
+        ]
+        if self.joins:
+            for item in news:
+                who.send(item, self._learn, device.swap_time + abs(item[1] - node) * self.delay)
+        else:
+            for side, end, half in news:
+                side[end] = half
+
+    def _learn(self, news: tuple[list[Half | None], int, Half]) -> None:
+        """Note at a node how far its pair reaches now."""
+        side, node, half = news
+        side[node] = half
+        self._look(node)
 
     def _tell(self, node: int, message: Any) -> None:
         """Send word of a swap to both ends of the chain."""
@@ -144,7 +155,8 @@ class Chain:
 
     def _fail(self, node: int, low: int, high: int) -> None:
         """Undo all between two nodes, and start again once a message from ``node`` has come there."""
-        self.right[low] = self.left[high] = None
+        if not self.joins:  # in nested order a node with stale news waits for other pairs anyway
+            self.right[low] = self.left[high] = None
         for k in range(low + 1, high):
             self.turn[k] += 1
         self._tell(node, {k: self.turn[k] for k in range(low + 1, high)})

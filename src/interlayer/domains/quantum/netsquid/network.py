@@ -118,3 +118,39 @@ def correct(qubit: Qubit, x: int, z: int) -> None:
     """Apply X^x Z^z."""
     if x or z:
         qubit.state.gate({(1, 0): "X", (0, 1): "Z", (1, 1): "Y"}[x, z], qubit)
+
+
+class End(Entity):
+    """One end of the chain, which hears of the swaps.
+
+    A node's ``turn`` rises by one whenever its swap is undone, and word of an older turn does not count.
+
+    Args:
+        world: Where it lives.
+        at: Its node.
+        others: Number of swaps that it has to hear of.
+    """
+
+    def __init__(self, world: World, at: int, others: int) -> None:
+        super().__init__(world, f"end {at}")
+        self.at, self.others = at, others
+        self.knows = world.event()
+        self.outcomes: dict[int, tuple[int, int, int, int]] = {}  # the newest by node
+        self.void: dict[int, int] = {}  # by node: turns below this do not count
+
+    def get(self, message: tuple[int, int, int, int] | dict[int, int]) -> None:
+        """Hear of an outcome (node, turn, x, z), or of swaps that were undone (turns that count, by node)."""
+        if isinstance(message, dict):
+            self.void |= message
+            for node, turn in message.items():
+                if node in self.outcomes and self.outcomes[node][1] < turn:
+                    del self.outcomes[node]
+        elif message[1] >= self.void.get(message[0], 0):
+            self.outcomes[message[0]] = message
+            if len(self.outcomes) == self.others:
+                self.knows.succeed()
+
+    def correct(self, qubit: Qubit) -> None:
+        """Apply the product of all corrections."""
+        x, z = (sum(o[i] for o in self.outcomes.values()) % 2 for i in (2, 3))
+        correct(qubit, x, z)

@@ -8,13 +8,14 @@ from itertools import product
 from typing import Any
 
 from interlayer import catalog
+from interlayer.domains.quantum.netsquid.chain import ORDERS
 from interlayer.domains.quantum.netsquid.compact import FORMALISMS
 from interlayer.domains.quantum.netsquid.hardware import DEVICES, Device, device
 
 KINDS: dict[str, dict[str, Any]] = {
     "repeater-chain": {
         "device": "ensemble", "parameters": {}, "formalism": "bell-diagonal", "nodes": [2, 3, 5],
-        "length": [25e3, 50e3, 100e3, 150e3, 200e3], "pairs": 100, "distillation": 0,
+        "length": [25e3, 50e3, 100e3, 150e3, 200e3], "pairs": 100, "distillation": 0, "order": "asap",
     },
     "switch": {
         "device": "ensemble", "parameters": {"modes": 1}, "formalism": "bell-diagonal", "users": [3, 6, 9],
@@ -56,8 +57,8 @@ def read(scenario: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], Devic
     values |= given
     for key in RANGES.keys() & values.keys():
         values[key] = _numbers(kind, key, values[key])
-    for key, known in (("formalism", FORMALISMS), ("device", DEVICES)):
-        if not isinstance(values[key], str) or values[key] not in known:
+    for key, known in (("formalism", list(FORMALISMS)), ("device", list(DEVICES)), ("order", list(ORDERS))):
+        if key in values and values[key] not in known:
             near = catalog.nearest(str(values[key]), known)
             raise ValueError(f"netsquid: no {key} {values[key]!r}.{near} There are {', '.join(known)}.")
     if kind == "teleport" and values["formalism"] not in JOINT:
@@ -73,6 +74,11 @@ def read(scenario: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], Devic
                     f"netsquid: {nodes} nodes whose swaps succeed with {made.swap_success:.3g} may need 1e{tries:.0f} tries; "
                     "expected at most 1e7. Use fewer nodes, or swap_success = 1 in parameters."
                 )
+    if kind == "switch" and made.interfaces == 1:
+        raise ValueError(
+            f"netsquid: a switch makes pairs with all users at once; {values['device']} has one optical interface. "
+            "Set interfaces = 2 in parameters."
+        )
     return kind, values, made
 
 
