@@ -126,7 +126,7 @@ class Chain:
         (left, low), (right, high) = self._half(self.left, node), self._half(self.right, node)
         who, device = self.nodes[node], self.device
         self.left[node] = self.right[node] = None
-        x, z = swap(who, device, left, right)
+        x, z = swap(device, left, right)
         if device.swap_success < 1 and who.random.random() >= device.swap_success:
             self._fail(node, low, high)
             return

@@ -102,7 +102,7 @@ class Fibre(Entity):
             memory.qubit.state.noise(dephasing(odd), memory.qubit, self.random)
 
 
-def swap(node: Entity, device: Device, left: Memory, right: Memory) -> tuple[int, int]:
+def swap(device: Device, left: Memory, right: Memory) -> tuple[int, int]:
     """A Bell measurement on two memories of a node; what is left is a pair of their partners.
 
     Returns:
@@ -110,8 +110,8 @@ def swap(node: Entity, device: Device, left: Memory, right: Memory) -> tuple[int
     """
     a, b = left.touch(), right.touch()
     if device.swap_noise:
-        a.state.noise(depolarising(device.swap_noise), a, node.random)
-    return a.state.bell(a, b, node.random)
+        a.state.noise(depolarising(device.swap_noise), a, left.draw)
+    return a.state.bell(a, b, left.draw)
 
 
 def correct(qubit: Qubit, x: int, z: int) -> None:

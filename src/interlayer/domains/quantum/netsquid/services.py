@@ -53,7 +53,7 @@ class Switch(Entity):
         """Swap the switch's halves and tell the users; the pair counts when they know."""
         if self.random.random() >= self.device.swap_success:
             return
-        x, z = swap(self, self.device, one[1], two[1])
+        x, z = swap(self.device, one[1], two[1])
 
         def arrive(memories: Stored) -> None:
             memories[0].touch()
@@ -87,7 +87,7 @@ def teleport(world: World, fibre: Fibre, axis: int) -> Generator[Any, Any, tuple
     for name in AXES[axis]:
         data.state.gate(name, data)
     held = Memory(data, world, device.t1, device.t2, draw)
-    x, z = swap(fibre, device, held, mine)
+    x, z = swap(device, held, mine)
     yield world.wait(device.swap_time + fibre.link.delay)
     qubit = theirs.touch()
     correct(qubit, x, z)
