@@ -133,6 +133,7 @@ def main():
     nodes = last[0]
     ratios = sorted(ours(nodes, "ket", seed)[0] / run["seconds"] for seed in range(1, 4) if (run := peer(nodes, seed)))
     middle = ratios[len(ratios) // 2]
+    verdict = "met" if middle <= GOAL else "NOT met"
     print(
         f"The longest that it sets up and finishes in {LIMIT:g} s has {nodes} nodes; of {len(ratios)} runs the median ratio is"
     )

@@ -68,7 +68,9 @@ def mine(tmp_path, monkeypatch):
 
 def test_the_table_of_commands_is_read():
     assert (
-        len(README) == 9 and {c[0] for c in README} == {"compare", "apply", "claim", "list", "show"} and len(LONG) == 1
+        len(README) == 10
+        and {c[0] for c in README} == {"compare", "apply", "run", "claim", "list", "show"}
+        and len(LONG) == 1
     )
 
 

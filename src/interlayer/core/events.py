@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Generator
 from functools import cached_property
@@ -71,7 +72,12 @@ class World:
 
     def run(self, until: Any = None) -> Any:
         """Run until a time, until an event (its value is returned), or until nothing is left to happen."""
-        return self.simpy.run(until)
+        often, *rest = gc.get_threshold()
+        gc.set_threshold(often and max(often, 100_000), *rest)  # else it scans all that is in flight over and over
+        try:
+            return self.simpy.run(until)
+        finally:
+            gc.set_threshold(often, *rest)
 
 
 class Entity:

@@ -212,12 +212,17 @@ def test_noise_of_swaps_multiplies_like_that_of_pairs():
     assert 4 * weights[0] - 1 == pytest.approx((4 * swapped_fidelity(0.97, 5) - 1) * 0.95**4)
 
 
-def test_a_pair_that_waits_for_words_decoheres_meanwhile():
-    device = Device(t2=1e-3, loss=0.0)
-    (time, weights), hop = deliver(device, 3)[0], 10e3 / 2e8
+def test_qubits_decohere_while_heralds_and_words_travel():
+    device, hop = Device(t2=1e-3, loss=0.0), 10e3 / 2e8
+    time, weights = deliver(device, 3)[0]
     assert time == pytest.approx(3 * hop)  # there and back for the herald, then the outcome
-    lost = 2 * hop + hop  # each outer qubit waits for one message; the middle ones swap at once
-    assert 2 * weights[0] - 1 == pytest.approx(math.exp(-(lost - hop) / 1e-3), abs=1e-9)
+    held = 3 * hop + hop + 2 * hop + 2 * hop  # from the left end to the right
+    assert 2 * weights[0] - 1 == pytest.approx(math.exp(-held / 1e-3), abs=1e-9)
+    single = Device(herald="single-click", t2=1e-3, loss=0.0, bright=0.0, dark=0.5)
+    clean = single.link(10e3).weights
+    assert deliver(single, 2)[0][1] == pytest.approx(
+        product(clean, dephasing((1 - math.exp(-2 * hop / 1e-3)) / 2).paulis)
+    )
 
 
 def test_a_nested_chain_waits_for_the_pairs_below():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 from interlayer import catalog
@@ -107,14 +108,17 @@ class Link:
         period: Time of an attempt in s: emission, photons to the midpoint, and the herald back.
         weights: Bell weights of the pair that a success leaves.
         delay: Time of a classical message from end to end in s.
+        held: How long the left and the right qubit have waited, in s, when the herald comes.
     """
 
     success: float
     period: float
     weights: Weights
     delay: float
+    held: tuple[float, float]
 
     @classmethod
+    @lru_cache(maxsize=256)  # equal fibres share one
     def over(cls, d: Device, length: float) -> Link:
         """Where s is the signal and n the noise clicks, an attempt succeeds with s + n and leaves the signal's state with s/(s + n).
 
@@ -141,8 +145,9 @@ class Link:
         w0, w1, w2, w3 = product(state, werner(d.pair_fidelity))
         rest = (1 - clean) / 4
         mixed = (clean * w0 + rest, clean * w1 + rest, clean * w2 + rest, clean * w3 + rest)
-        travel = 2 * delay if d.herald == "direct" else delay
-        return cls(-math.expm1(d.modes * math.log1p(-chance)) if chance < 1 else 1.0, d.emission + travel, mixed, delay)
+        held = (2 * delay, delay) if d.herald == "direct" else (delay, delay)
+        success = -math.expm1(d.modes * math.log1p(-chance)) if chance < 1 else 1.0
+        return cls(success, d.emission + held[0], mixed, delay, held)
 
 
 # NV centres: Humphreys et al., doi:10.1038/s41586-018-0200-5 (clicks: the mean of 2.8e-4 and 4.2e-4 at two detectors; visibility,

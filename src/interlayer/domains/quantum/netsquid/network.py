@@ -21,13 +21,14 @@ class Memory:
         t1: Relaxation time in s.
         t2: Coherence time in s.
         draw: Decides about noise in formalisms of pure states.
+        held: How long it has held the qubit already, in s.
     """
 
     __slots__ = ("draw", "qubit", "since", "t1", "t2", "world")
 
-    def __init__(self, qubit: Qubit, world: World, t1: float, t2: float, draw: Draw) -> None:
+    def __init__(self, qubit: Qubit, world: World, t1: float, t2: float, draw: Draw, held: float = 0.0) -> None:
         self.qubit, self.world, self.t1, self.t2, self.draw = qubit, world, t1, t2, draw
-        self.since = world.now
+        self.since = world.now - held
 
     def touch(self) -> Qubit:
         """The qubit as it is now."""
@@ -77,8 +78,11 @@ class Fibre(Entity):
             self.attempts += count
             yield world.wait(count * self.link.period)
             a, b = self.formalism.pair(self.link.weights, self.random)
-            left, right = (Memory(q, world, device.t1, device.t2, self.random) for q in (a, b))
-            return left, right
+            left, right = self.link.held
+            return (
+                Memory(a, world, device.t1, device.t2, self.random, left),
+                Memory(b, world, device.t1, device.t2, self.random, right),
+            )
         while True:
             keep = yield from self.pair(rounds - 1)
             spend = yield from self.pair(rounds - 1)
