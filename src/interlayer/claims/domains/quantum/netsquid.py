@@ -219,8 +219,8 @@ CLAIM = Claim(
     pilots="Seeds 1000 and 1001: errors and differences of at most 9e-16 (controls and mutants 3e-4 to 0.5); waiting .999 and .997 (1.39 "
     "in turn, .86 from 0); exponent 1.04 and 1.04 (1.30 and 1.33 with noise at every swap); rate -.129 dB/km (-.230 direct), which counts "
     "the longer attempts too, so that the statement was moved from .1 to .13; pairs a second 10^.64 (10^-1.5 direct, 10^-1.7 without "
-    "memory); fidelity .907 at 100 km and .10 lost. Seeds 0 to 7 were run before, with a simulator in which qubits did not decohere while a "
-    "herald travels; the verdicts were the same, and no statement was changed since.",
+    "memory); fidelity .907 at 100 km and .10 lost. Seeds 0 to 7 were run before, with a simulator in which qubits did not decohere while "
+    "a herald travels; the verdicts were the same, and no statement was changed since.",
     scales={
         "smoke": {"runs": 100, "nodes": (10, 30), "pairs": 20},
         "small": {"runs": 4000, "nodes": (10, 30, 100, 300, 1000), "pairs": 2000},
