@@ -9,7 +9,7 @@ from typing import Any
 from interlayer.core.events import World
 from interlayer.core.example import Example
 from interlayer.core.kinds import Finding, Simulator
-from interlayer.domains.quantum.netsquid import known, scenario
+from interlayer.domains.quantum.netsquid import known, scenarios
 from interlayer.domains.quantum.netsquid.chain import Chain
 from interlayer.domains.quantum.netsquid.compact import FORMALISMS
 from interlayer.domains.quantum.netsquid.hardware import Device
@@ -18,7 +18,7 @@ from interlayer.domains.quantum.netsquid.services import Switch, store, teleport
 
 Table = dict[str, list[Any]]
 UNITS = {
-    "length": "m", "rate": "1/s", "rate of one link": "1/s", "capacity": "1/s", "capacity at random times": "1/s", "key rate": "1/s",
+    "length": "m", "rate": "1/s", "rate of a direct link": "1/s", "capacity": "1/s", "capacity at random times": "1/s", "key rate": "1/s",
     "time": "s", "mean time": "s", "error of time": "s",
 }  # fmt: skip
 
@@ -38,15 +38,14 @@ class NetSquid(Simulator):
     leave a fully mixed pair. Everything is in SI units.
 
     A scenario has a ``kind``, the name of a ``device`` (``ideal``, ``nv`` or ``ensemble``), ``parameters`` that differ from it
-    (see ``hardware.Device``), and a ``formalism`` (``ket``, ``density``, ``stabiliser``, ``bell-diagonal``). Further keys:
+    (the finding's table ``device`` lists them all), and a ``formalism`` (``ket``, ``density``, ``stabiliser``, ``bell-diagonal``).
+    Further keys, with defaults:
 
-    ==================  =========================================================================================
-    ``repeater-chain``  ``nodes`` and ``length`` in m (a number or a list each), ``pairs``, rounds of ``distillation``,
-                        ``order`` of the swaps (``asap`` or ``nested``)
-    ``switch``          ``users`` and ``length`` in m (a number or a list each), ``buffer``, ``duration`` in s
-    ``teleport``        ``length`` in m, ``repetitions``
-    ``memory``          ``times`` in s at which a stored pair is looked at, ``repetitions``
-    ==================  =========================================================================================
+    - ``repeater-chain``: ``nodes`` and ``length`` in m (a number or a list each), ``pairs``, rounds of ``distillation``, and the
+      ``order`` of the swaps (``asap`` or ``nested``).
+    - ``switch``: ``users`` and ``length`` in m (a number or a list each), ``buffer``, ``duration`` in s.
+    - ``teleport``: ``length`` in m (a number or a list), ``repetitions``.
+    - ``memory``: ``times`` in s at which a stored pair is looked at, ``repetitions``.
 
     Paper: Coopmans et al., NetSquid, a NETwork Simulator for QUantum Information using Discrete events, arXiv:2010.12535,
     doi:10.1038/s42005-021-00647-8.
@@ -64,10 +63,11 @@ class NetSquid(Simulator):
 
     slug = "netsquid"
 
-    def run(self, scenario_: Mapping[str, Any] | None = None, seed: int = 0) -> Finding:
+    def run(self, scenario: Mapping[str, Any] | None = None, seed: int = 0) -> Finding:
         """Simulate a scenario; ``None`` is a chain of atomic ensembles over several distances."""
-        kind, values, device = scenario.read(scenario_)
+        kind, values, device = scenarios.read(scenario)
         tables, figure = RUN[kind](values, device, seed)
+        tables["device"] = device.table()
         columns = {c for table in tables.values() for c, v in table.items() if not isinstance(v[0], str)}
         return Finding(tables, figure, {c: UNITS.get(c, "1") for c in sorted(columns)})
 
@@ -97,7 +97,7 @@ Ran = tuple[dict[str, Table], Callable[[], Any] | None]
 
 def _chain(v: Mapping[str, Any], device: Device, seed: int) -> Ran:
     table: Table = {}
-    for nodes, length in scenario.grid(v, "nodes", "length"):
+    for nodes, length in scenarios.grid(v, "nodes", "length"):
         chain = Chain(World(seed), device, nodes, length, FORMALISMS[v["formalism"]], v["distillation"], v["order"])
         got = [chain.deliver() for _ in range(v["pairs"])]
         time, apart = _mean([t for t, _ in got])
@@ -107,7 +107,7 @@ def _chain(v: Mapping[str, Any], device: Device, seed: int) -> Ran:
         one = device.link(length)
         _add(
             table, nodes=nodes, length=length, pairs=len(got), mean_time=time, error_of_time=apart,
-            rate=1 / time if time else math.inf, rate_of_one_link=one.success / one.period if one.period else math.inf,
+            rate=1 / time if time else math.inf, rate_of_a_direct_link=one.success / one.period if one.period else math.inf,
             fidelity=fidelity, error_of_fidelity=error, bit_errors=bits, phase_errors=phases,
             key_rate=secret / time if time else math.inf,
         )  # fmt: skip
@@ -117,7 +117,7 @@ def _chain(v: Mapping[str, Any], device: Device, seed: int) -> Ran:
 def _switch(v: Mapping[str, Any], device: Device, seed: int) -> Ran:
     table: Table = {}
     pairs: Table = {}
-    for users, length in scenario.grid(v, "users", "length"):
+    for users, length in scenarios.grid(v, "users", "length"):
         switch = Switch(World(seed), device, users, length, FORMALISMS[v["formalism"]], v["buffer"])
         switch.serve(v["duration"])
         found = [w[0] for *_, w in switch.served]
@@ -140,7 +140,7 @@ def _switch(v: Mapping[str, Any], device: Device, seed: int) -> Ran:
 
 def _teleport(v: Mapping[str, Any], device: Device, seed: int) -> Ran:
     table: Table = {}
-    for (length,) in scenario.grid(v, "length"):
+    for (length,) in scenarios.grid(v, "length"):
         world = World(seed)
         fibre = Fibre(world, "fibre", device, length, FORMALISMS[v["formalism"]])
         got = [world.run(world.process(teleport(world, fibre, k % 6))) for k in range(v["repetitions"])]

@@ -10,6 +10,10 @@ from typing import Any
 from interlayer import catalog
 from interlayer.domains.quantum.netsquid.noise import Weights, dephasing, product, werner
 
+UNITS = {
+    "t1": "s", "t2": "s", "storage_t1": "s", "storage_t2": "s", "phase": "rad", "emission": "s", "swap_time": "s", "move_time": "s",
+    "loss": "dB/m", "speed": "m/s",
+}  # fmt: skip
 HERALDS = ("direct", "single-click", "double-click")
 
 
@@ -89,6 +93,12 @@ class Device:
             raise ValueError("netsquid: modes must be a whole number, and interfaces 1 or 2.")
         if self.interfaces == 1 and self.swap_success < 1:
             raise ValueError("netsquid: interfaces = 1 needs swap_success = 1. Use interfaces = 2 for swaps that fail.")
+
+    def table(self) -> dict[str, list[str]]:
+        """All parameters, as a finding's table."""
+        rows = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = [v if isinstance(v, str) else f"{v:.6g}" for v in rows.values()]
+        return {"parameter": list(rows), "value": shown, "unit": [UNITS.get(name, "") for name in rows]}
 
     def link(self, length: float) -> Link:
         """The elementary link over a fibre of this length in m."""
