@@ -1,4 +1,6 @@
+import importlib.util
 import itertools
+import sys
 
 import networkx as nx
 import numpy as np
@@ -177,6 +179,8 @@ def test_bad_input_is_refused_in_one_sentence():
         EffectiveResistance(0)
     with pytest.raises(TypeError, match="a HeteroData; expected"):
         EffectiveResistance(1)(HeteroData())
+    with pytest.raises(TypeError, match=r"a DataBatch; expected one .*graph before batching"):
+        EffectiveResistance(1)(Batch.from_data_list([Data(edge_index=graph(5, 0, 0), num_nodes=5)] * 2))
     with pytest.raises(ValueError, match="no edge_index"):
         EffectiveResistance(1)(Data(x=torch.randn(3, 1)))
     with pytest.raises(ValueError, match="names nodes 0 to 5; expected 0 to 2"):
@@ -185,3 +189,10 @@ def test_bad_input_is_refused_in_one_sentence():
         total_resistance(torch.zeros(3, 2, dtype=torch.long), 3)
     with pytest.raises(ValueError, match="layers=0"):
         jacobian_bound(torch.tensor([[0], [1]]), 2, 0)
+
+
+def test_without_pytorch_geometric_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_geometric.transforms", None)
+    spec = importlib.util.spec_from_file_location("fresh", sys.modules[EffectiveResistance.__module__].__file__)
+    with pytest.raises(ImportError, match=r"EffectiveResistance needs .*interlayer\[graph\]"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

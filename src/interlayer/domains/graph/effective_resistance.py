@@ -226,8 +226,8 @@ class EffectiveResistance(BaseTransform):
     $$n \, \frac{x^\top (L^+)^2 x}{1 + x^\top L^+ x}.$$
 
     Each step adds the best edge that isn't there within a component (never a loop) and updates $L^+$ by the matrix
-    $-L^+ x x^\top L^+ / (1 + R_{st})$ of rank one, at a cost of $O(n^2)$. Components stay apart, as in the paper: each
-    counts with its own number of nodes n.
+    $-L^+ x x^\top L^+ / (1 + R_{st})$ of rank one: $O(n^2)$ time for an edge, and $24 n^2$ bytes of memory. Components stay
+    apart, as in the paper: each counts with its own number of nodes n.
 
     ``edge_type`` marks the new edges: it is 0 and 1 where the data has no ``edge_type``, otherwise one more than the largest.
     Other attributes of edges are 0 for the new ones, except ``edge_weight``, which is 1. Resistances ignore weights,
@@ -240,7 +240,7 @@ class EffectiveResistance(BaseTransform):
 
     Raises:
         ValueError: ``edges`` is below 1; the data has no ``edge_index``, or it names a node that doesn't exist.
-        TypeError: The data is not a ``torch_geometric.data.Data``.
+        TypeError: The data is not a ``torch_geometric.data.Data``, or is a batch.
         ImportError: PyTorch Geometric is not installed.
 
     Examples:
@@ -260,11 +260,12 @@ class EffectiveResistance(BaseTransform):
 
     def forward(self, data: Data) -> Data:
         """The graph with more edges; ``BaseTransform`` gives a shallow copy, so the input stays as it is."""
-        from torch_geometric.data import Data
+        from torch_geometric.data import Batch, Data
 
-        if not isinstance(data, Data):
+        if not isinstance(data, Data) or isinstance(data, Batch):
             raise TypeError(
-                f"EffectiveResistance: data is a {type(data).__name__}; expected a torch_geometric.data.Data."
+                f"EffectiveResistance: data is a {type(data).__name__}; expected one torch_geometric.data.Data. "
+                "Transform each graph before batching."
             )
         if data.edge_index is None or data.num_nodes is None:
             raise ValueError("EffectiveResistance: the data has no edge_index; expected [2, edges].")
