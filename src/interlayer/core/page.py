@@ -48,6 +48,7 @@ pre{margin:0;padding:14px 16px;overflow-x:auto;font:13px/1.5 ui-monospace,"SF Mo
 details pre{border-top:1px solid var(--line)}
 .box{margin-top:14px;border:1px solid var(--line);border-radius:8px;background:var(--card)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:5px 22px;font-size:14.5px;margin:14px 0 0}dt{color:var(--soft)}dd{margin:0}
+figure.plot{background:#fff}figure.plot svg text{fill:#33373d}
 @media print{body{background:#fff}main{padding:0}figure,.scroll{break-inside:avoid}}
 """
 
@@ -100,7 +101,7 @@ def figure(drawn: Any) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "interlayer", "svg.fonttype": "none"}):
         drawn.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     return (
-        f'<figure class="one">{buffer.getvalue().partition("<svg")[1]}{buffer.getvalue().partition("<svg")[2]}</figure>'
+        f'<figure class="one plot">{buffer.getvalue().partition("<svg")[1]}{buffer.getvalue().partition("<svg")[2]}</figure>'
     )
 
 
