@@ -78,7 +78,7 @@ def test_updates_are_the_pseudo_inverse_of_the_larger_graph():
 
 def test_each_edge_is_the_best_of_all():
     edges, n = graph(9, 2, 5), 9
-    for s, t in EffectiveResistance(4).choose(edges, n).T[::2].tolist():
+    for s, t in EffectiveResistance(edges=4).choose(edges, n).T[::2].tolist():
         present = {tuple(e) for e in edges.T.tolist()}
         trials = {
             pair: total_resistance(torch.cat([edges, torch.tensor([pair]).T], 1), n)
@@ -100,7 +100,7 @@ AUTHORS = [
 @pytest.mark.parametrize(("n", "more", "seed", "before", "after", "chosen"), AUTHORS)
 def test_numbers_of_the_authors_code(n, more, seed, before, after, chosen):
     edges = graph(n, more, seed)
-    new = EffectiveResistance(6).choose(edges, n)
+    new = EffectiveResistance(edges=6).choose(edges, n)
     assert new[:, ::2].T.sort(1).values.tolist() == chosen
     assert total_resistance(edges, n) == pytest.approx(before, abs=1e-5)
     assert total_resistance(torch.cat([edges, new], 1), n) == pytest.approx(after, abs=1e-5)
@@ -111,18 +111,18 @@ def test_components_stay_apart_and_the_larger_gain_goes_first():
     edges = torch.tensor([[0, 1, 3, 4, 5, 6, 7], [1, 2, 4, 5, 6, 7, 8]])
     assert torch.isinf(effective_resistance(edges, 10)[0, 3])
     assert total_resistance(edges, 10) == pytest.approx(4 + 35)
-    new = EffectiveResistance(20).choose(edges, 10)[:, ::2].T.tolist()
+    new = EffectiveResistance(edges=20).choose(edges, 10)[:, ::2].T.tolist()
     assert new[0][0] >= 3 and [0, 2] in new and len(new) == 1 + 10  # all that there is room for
     assert all((s < 3) == (t < 3) and 9 not in (s, t) for s, t in new)
 
 
 def test_full_graphs_get_no_loops():
     square = Data(edge_index=torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]]), num_nodes=4)
-    found = EffectiveResistance(10)(square)
+    found = EffectiveResistance(edges=10)(square)
     assert found.edge_index.shape[1] == 8 and not contains_self_loops(found.edge_index)
-    again = EffectiveResistance(10)(found)
+    again = EffectiveResistance(edges=10)(found)
     assert torch.equal(again.edge_index, found.edge_index)
-    empty = EffectiveResistance(2)(Data(edge_index=torch.zeros(2, 0, dtype=torch.long), num_nodes=0))
+    empty = EffectiveResistance(edges=2)(Data(edge_index=torch.zeros(2, 0, dtype=torch.long), num_nodes=0))
     assert empty.edge_index.shape == (2, 0)
 
 
@@ -130,11 +130,11 @@ def test_attributes_of_edges_and_types():
     edges = graph(8, 2, 0)
     n = edges.shape[1]
     data = Data(edge_index=edges, edge_attr=torch.ones(n, 3), edge_weight=torch.full((n,), 0.5), num_nodes=8)
-    found = EffectiveResistance(2)(data)
+    found = EffectiveResistance(edges=2)(data)
     assert found.edge_type.tolist() == [0] * n + [1] * 4
     assert found.edge_attr[n:].eq(0).all() and found.edge_weight[n:].eq(1).all()
     assert is_undirected(found.edge_index) and found.validate()
-    assert EffectiveResistance(1)(found).edge_type.tolist() == [0] * n + [1] * 4 + [2] * 2
+    assert EffectiveResistance(edges=1)(found).edge_type.tolist() == [0] * n + [1] * 4 + [2] * 2
     assert data.edge_index is edges and "edge_type" not in data
     assert Batch.from_data_list([found, found]).edge_type.shape == (2 * n + 8,)
 
@@ -176,13 +176,13 @@ def test_bound_by_its_terms():
 
 def test_bad_input_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match="edges=0; expected at least 1"):
-        EffectiveResistance(0)
+        EffectiveResistance(edges=0)
     with pytest.raises(TypeError, match="a HeteroData; expected"):
-        EffectiveResistance(1)(HeteroData())
+        EffectiveResistance(edges=1)(HeteroData())
     with pytest.raises(TypeError, match=r"a DataBatch; expected one .*graph before batching"):
-        EffectiveResistance(1)(Batch.from_data_list([Data(edge_index=graph(5, 0, 0), num_nodes=5)] * 2))
+        EffectiveResistance(edges=1)(Batch.from_data_list([Data(edge_index=graph(5, 0, 0), num_nodes=5)] * 2))
     with pytest.raises(ValueError, match="no edge_index"):
-        EffectiveResistance(1)(Data(x=torch.randn(3, 1)))
+        EffectiveResistance(edges=1)(Data(x=torch.randn(3, 1)))
     with pytest.raises(ValueError, match="names nodes 0 to 5; expected 0 to 2"):
         total_resistance(torch.tensor([[0], [5]]), 3)
     with pytest.raises(ValueError, match=r"shape \(3, 2\)"):

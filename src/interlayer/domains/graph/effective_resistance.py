@@ -253,7 +253,7 @@ class EffectiveResistance(BaseTransform):
         (10.0, 5.0)
     """
 
-    def __init__(self, edges: int = 10) -> None:
+    def __init__(self, *, edges: int = 10) -> None:
         if edges < 1:
             raise ValueError(f"EffectiveResistance: edges={edges}; expected at least 1.")
         self.edges = edges
@@ -322,7 +322,7 @@ def _known() -> dict[str, tuple[float, float, float]]:
     }
     found = {name: (total_resistance(e, n), float(exact), 1e-9) for name, (e, exact) in graphs.items()}
     square = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
-    more = torch.cat([square, EffectiveResistance(1).choose(square, 4)], 1)
+    more = torch.cat([square, EffectiveResistance(edges=1).choose(square, 4)], 1)
     return {**found, "a diagonal of the square": (total_resistance(more, 4), 4.0, 1e-9)}
 
 

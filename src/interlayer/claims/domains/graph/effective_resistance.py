@@ -87,7 +87,7 @@ def fosr(matrix: Tensor, edges: int) -> Tensor:
 def rewire(arm: str, edge_index: Tensor, nodes: int, edges: int) -> Tensor:
     """The new edges of an arm, in both directions."""
     if arm in (OURS, NONE):
-        return EffectiveResistance(edges).choose(edge_index, nodes) if arm == OURS else edge_index[:, :0]
+        return EffectiveResistance(edges=edges).choose(edge_index, nodes) if arm == OURS else edge_index[:, :0]
     matrix = adjacency(edge_index, torch.arange(nodes), nodes)
     if arm == FOSR:
         new = fosr(matrix, edges)
