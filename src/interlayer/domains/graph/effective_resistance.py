@@ -227,7 +227,8 @@ class EffectiveResistance(BaseTransform):
 
     Each step adds the best edge that isn't there within a component (never a loop) and updates $L^+$ by the matrix
     $-L^+ x x^\top L^+ / (1 + R_{st})$ of rank one: $O(n^2)$ time for an edge, and $24 n^2$ bytes of memory. Components stay
-    apart, as in the paper: each counts with its own number of nodes n.
+    apart, as in the paper: each counts with its own number of nodes n (the authors' code leaves out this factor, which
+    matters only between components).
 
     ``edge_type`` marks the new edges: it is 0 and 1 where the data has no ``edge_type``, otherwise one more than the largest.
     Other attributes of edges are 0 for the new ones, except ``edge_weight``, which is 1. Resistances ignore weights,
