@@ -92,7 +92,7 @@ def main() -> None:
         {name: way.step for name, way in ways.items()},
         agree=agree,
         rounds=args.rounds,
-        goal={"pinv anew": 1 / 20},
+        goal={"pinv anew": 1 / 20, "Cholesky inverse anew": 1 / 20},
     )
     for nodes in (500, 1000, 2000, 4000):
         way = Updated(graph(nodes))
