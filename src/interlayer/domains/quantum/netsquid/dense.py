@@ -39,10 +39,11 @@ class Ket(State):
             self.array = before
             self._act(kraus, [spot])
             share = float(np.vdot(self.array, self.array).real)
-            left -= share
+            if share > 0:
+                chosen, left = self.array / math.sqrt(share), left - share
             if left < 0:
                 break
-        self.array = self.array / math.sqrt(share)
+        self.array = chosen
 
     def measure(self, at: Qubit, draw: Draw) -> int:
         """Collapse."""

@@ -14,6 +14,9 @@ UNITS = {
     "t1": "s", "t2": "s", "storage_t1": "s", "storage_t2": "s", "phase": "rad", "emission": "s", "swap_time": "s", "move_time": "s",
     "loss": "dB/m", "speed": "m/s",
 }  # fmt: skip
+SHARES = (
+    "efficiency", "bright", "visibility", "dark", "pair_fidelity", "swap_success", "swap_noise", "move_noise", "attempt_dephasing",
+)  # fmt: skip
 HERALDS = ("direct", "single-click", "double-click")
 
 
@@ -79,14 +82,15 @@ class Device:
             value = getattr(self, name)
             if not _number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"netsquid: {name} is {value!r}; expected a finite number of at least 0.")
-        for name in (
-            "efficiency", "bright", "visibility", "dark", "pair_fidelity", "swap_success", "swap_noise", "move_noise",
-            "attempt_dephasing",
-        ):  # fmt: skip
+        for name in SHARES:
             if not _number(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"netsquid: {name} is {getattr(self, name)!r}; expected a number from 0 to 1.")
-        if self.t2 > 2 * self.t1 or self.storage_t2 > 2 * self.storage_t1:
-            raise ValueError("netsquid: a coherence time t2 above 2 t1 is not physical; expected t2 of at most 2 t1.")
+        for t1, t2 in (("t1", "t2"), ("storage_t1", "storage_t2")):
+            long, short = getattr(self, t2), getattr(self, t1)
+            if long > 2 * short:
+                raise ValueError(
+                    f"netsquid: {t2} is {long:g} s where {t1} is {short:g} s; expected at most 2 {t1}. Lower {t2}."
+                )
         if not self.efficiency or not self.swap_success:
             raise ValueError("netsquid: efficiency or swap_success is 0; nothing would ever be delivered.")
         if self.modes != int(self.modes) or self.interfaces not in (1, 2):

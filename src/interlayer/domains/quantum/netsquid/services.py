@@ -71,7 +71,8 @@ AXES = ((), ("X",), ("H",), ("X", "H"), ("H", "S"), ("X", "H", "S"))
 def teleport(world: World, fibre: Fibre, axis: int) -> Generator[Any, Any, tuple[float, float]]:
     """A process that teleports one of six states over a fibre.
 
-    Alice and Bob make a pair; she measures her qubit and her half in the Bell basis and sends two bits; he corrects.
+    Alice and Bob make a pair; she measures her qubit and her half in the Bell basis and sends two bits; he corrects. Where the
+    measurement fails, they start again.
 
     Args:
         world: The clock.
@@ -82,13 +83,16 @@ def teleport(world: World, fibre: Fibre, axis: int) -> Generator[Any, Any, tuple
         The time that it took in s, and the overlap of Bob's qubit with the state.
     """
     start, device, draw = world.now, fibre.device, fibre.random
-    mine, theirs = yield from fibre.pair()
-    (data,) = fibre.formalism.make(1)
-    for name in AXES[axis]:
-        data.state.gate(name, data)
-    held = Memory(data, world, device.t1, device.t2, draw)
-    x, z = swap(device, held, mine)
-    yield world.wait(device.swap_time + fibre.link.delay)
+    while True:
+        mine, theirs = yield from fibre.pair()
+        (data,) = fibre.formalism.make(1)
+        for name in AXES[axis]:
+            data.state.gate(name, data)
+        x, z = swap(device, Memory(data, world, device.t1, device.t2, draw), mine)
+        yield world.wait(device.swap_time)
+        if device.swap_success == 1 or draw.random() < device.swap_success:
+            break
+    yield world.wait(fibre.link.delay)
     qubit = theirs.touch()
     correct(qubit, x, z)
     return world.now - start, overlap(qubit, axis)
