@@ -10,10 +10,8 @@ from typing import Any
 from interlayer import catalog
 from interlayer.domains.quantum.netsquid.noise import Weights, dephasing, product, werner
 
-UNITS = {
-    "t1": "s", "t2": "s", "storage_t1": "s", "storage_t2": "s", "phase": "rad", "emission": "s", "swap_time": "s", "move_time": "s",
-    "loss": "dB/m", "speed": "m/s",
-}  # fmt: skip
+TIMES = ("t1", "t2", "storage_t1", "storage_t2", "emission", "swap_time", "move_time")
+UNITS = dict.fromkeys(TIMES, "s") | {"phase": "rad", "loss": "dB/m", "speed": "m/s"}
 SHARES = (
     "efficiency", "bright", "visibility", "dark", "pair_fidelity", "swap_success", "swap_noise", "move_noise", "attempt_dephasing",
 )  # fmt: skip
