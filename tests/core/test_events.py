@@ -1,5 +1,7 @@
 """Discrete-event simulation: the clock, processes, messages, and random streams."""
 
+import gc
+
 import pytest
 
 from interlayer.core.events import Entity, World
@@ -58,3 +60,16 @@ def test_an_event_wakes_who_waits_for_it():
 def test_a_delay_into_the_past_is_refused(delay):
     with pytest.raises(ValueError, match=r"World: a delay of .*; expected 0 or more"):
         World(unit="s").wait(delay)
+
+
+def test_a_run_leaves_the_garbage_collector_as_it_was():
+    def broken():
+        seen.append(gc.get_threshold()[0])
+        yield world.wait(1.0)
+        raise KeyError("inside")
+
+    world, seen, before = World(), [], gc.get_threshold()
+    world.process(broken())
+    with pytest.raises(KeyError):
+        world.run()
+    assert gc.get_threshold() == before and seen[0] >= 100_000
