@@ -1,4 +1,4 @@
-"""Building a model with paired noise as a multiple of building it plainly."""
+"""Building a model with paired noise as a multiple of building it plainly: the first time, and with another seed."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def main() -> None:
             one, two = (paired(build, 0).model.state_dict() for _ in range(2))
             return all(torch.equal(t, two[k]) for k, t in one.items())
 
-        candidates = {"paired": partial(paired, build, 0), "plain": build}
-        compare(name, candidates, agree=agree, rounds=8 if inner == 1 else 15, inner=inner, goal={"plain": GOAL})
+        rounds, plan = 8 if inner == 1 else 15, paired(build, 0).plan
+        for when, given in (("another seed", plan), ("first time", None)):
+            candidates = {"paired": partial(paired, build, 1, plan=given), "plain": build}
+            compare(f"{name}, {when}", candidates, agree=agree, rounds=rounds, inner=inner, goal={"plain": GOAL})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -247,3 +248,40 @@ def test_clipping_is_torchs_but_for_gradients_of_zero():
     assert math.isnan(clip_gradients(weights, 0.1)) and torch.equal(weights[1].grad, kept)
     with pytest.raises(ValueError, match="most 0"):
         clip_gradients(weights, 0)
+
+
+@pytest.mark.parametrize("slots", [{}, {"stream": "muddformer"}, {"stream": "value-residual", "norm": "rmsnorm"}])
+def test_a_plan_spares_a_build_and_changes_no_number(slots):
+    built = []
+
+    def build():
+        built.append(1)
+        return Transformer(vocab=20, length=8, depth=2, width=8, heads=2, **slots)
+
+    first = paired(build, 0)
+    assert len(built) == 2
+    for seed in (0, 1):
+        quick, slow = paired(build, seed, plan=first.plan), paired(build, seed)
+        assert (quick.drawn, quick.unpaired, quick.noise) == (slow.drawn, slow.unpaired, slow.noise)
+        assert all(map(torch.equal, quick.model.parameters(), slow.model.parameters()))
+    assert len(built) == 2 + 2 * 3
+
+
+def test_a_plan_of_another_build_is_ignored():
+    def build(more):
+        return nn.Sequential(nn.Linear(4, 4), *[nn.Linear(4, 4)] * more, nn.Linear(4, 2))
+
+    plan = paired(lambda: build(0), 0).plan
+    for other in (lambda: build(1), lambda: nn.Sequential(nn.Linear(4, 4)), lambda: nn.Bilinear(3, 3, 2)):
+        quick, slow = paired(other, 3, plan=plan), paired(other, 3)
+        assert all(map(torch.equal, quick.model.parameters(), slow.model.parameters())) and quick.drawn == slow.drawn
+
+
+def test_a_plan_remembers_what_could_not_be_paired():
+    def build():
+        model = nn.Linear(2, 2)
+        model.register_buffer("odd", torch.from_numpy(np.random.default_rng().random(3)))
+        return model
+
+    first = paired(build, 0)
+    assert set(first.unpaired) == {"odd"} == set(paired(build, 1, plan=first.plan).unpaired)

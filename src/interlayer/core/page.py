@@ -100,9 +100,7 @@ def figure(drawn: Any) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "interlayer", "svg.fonttype": "none"}):
         drawn.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return (
-        f'<figure class="one plot">{buffer.getvalue().partition("<svg")[1]}{buffer.getvalue().partition("<svg")[2]}</figure>'
-    )
+    return f'<figure class="one plot">{buffer.getvalue().partition("<svg")[1]}{buffer.getvalue().partition("<svg")[2]}</figure>'
 
 
 def rows(found: Finding, name: str) -> list[list[Any]]:

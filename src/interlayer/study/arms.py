@@ -11,6 +11,7 @@ from torch import nn
 
 from interlayer import catalog
 from interlayer.core.data import DataShape
+from interlayer.core.pairing import Plan
 from interlayer.core.slots import parse_spec
 from interlayer.models import BASES
 from interlayer.study import bases
@@ -31,6 +32,7 @@ class Arm:
         training: Training settings of its own (``lr``, ``weight_decay``, ``warmup``, ``schedule``).
         rule: Learning rule and its options, in place of back-propagation with AdamW.
         transform: What is done to the trained model before it is judged.
+        plan: How its draws are named, once it was built.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Arm:
     training: Mapping[str, Any] = field(default_factory=dict)
     rule: tuple[str, Mapping[str, Any]] | None = None
     transform: tuple[str, Mapping[str, Any]] | None = None
+    plan: Plan | None = field(default=None, compare=False, repr=False)
 
     def build(self, shape: DataShape) -> nn.Module:
         """The arm's model for data of that shape."""

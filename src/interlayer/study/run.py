@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -253,7 +254,8 @@ def _read_and_check(
     name: str, use: str, base: str, given: Objects, task: Task, spec: StudySpec
 ) -> tuple[Arm, Paired[Any]]:
     arm = parse(name, use, base, given)
-    return arm, check(arm, task, spec)
+    built = check(arm, task, spec)
+    return replace(arm, plan=built.plan), built
 
 
 def _checked(make: Callable[[], tuple[Arm, Paired[Any]]]) -> tuple[Arm, Paired[Any]] | dict[str, str]:

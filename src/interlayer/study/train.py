@@ -80,7 +80,7 @@ def build(arm: Arm, task: Task, seed: int) -> Paired[nn.Module]:
         if any(is_lazy(p) for p in model.parameters()):
             run(model, next(task.batches(0, 2, "train"))[0])
 
-    return paired(lambda: arm.build(task.shape), seed, materialise=materialise)
+    return paired(lambda: arm.build(task.shape), seed, materialise=materialise, plan=arm.plan)
 
 
 def check(arm: Arm, task: Task, spec: StudySpec) -> Paired[nn.Module]:

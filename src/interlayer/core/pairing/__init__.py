@@ -9,7 +9,7 @@ them: an arm with one parameter more shifts every later draw.
 """
 
 from interlayer.core.pairing.clip import clip_gradients
-from interlayer.core.pairing.draws import Paired, paired, shared
+from interlayer.core.pairing.draws import Paired, Plan, paired, shared
 from interlayer.core.pairing.streams import Streams
 
-__all__ = ["Paired", "Streams", "clip_gradients", "paired", "shared"]
+__all__ = ["Paired", "Plan", "Streams", "clip_gradients", "paired", "shared"]

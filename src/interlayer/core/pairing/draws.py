@@ -34,6 +34,14 @@ BLOCK = 4099
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Which draw of a build is named how, as a first build showed it; it holds for every seed."""
+
+    names: list[list[str]]
+    unpaired: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Paired(Generic[M]):
     """A model, and where its random numbers come from.
 
@@ -42,15 +50,19 @@ class Paired(Generic[M]):
         drawn: Shapes of the parameters and buffers with paired numbers, by name.
         unpaired: Shapes of those with random numbers that could not be paired, by name.
         noise: The seeds of all draws that reach a parameter or buffer of ``drawn``. Equal seeds mean equal noise.
+        plan: Spares the first of the two builds when the same model is built with another seed.
     """
 
     model: M
     drawn: Mapping[str, Shape]
     unpaired: Mapping[str, Shape]
     noise: Mapping[str, frozenset[int]]
+    plan: Plan
 
 
-def paired(build: Callable[[], M], seed: int, *, materialise: Callable[[M], object] | None = None) -> Paired[M]:
+def paired(
+    build: Callable[[], M], seed: int, *, materialise: Callable[[M], object] | None = None, plan: Plan | None = None
+) -> Paired[M]:
     """Build a model whose random numbers depend on the seed and on the parameter's name, not on what else is built.
 
     Models of one seed get the same noise in every parameter and buffer of equal name and shape. What a model does to its
@@ -72,6 +84,7 @@ def paired(build: Callable[[], M], seed: int, *, materialise: Callable[[M], obje
         seed: The seed that models are paired by.
         materialise: Called with the model after each build, without gradients. Lazy modules get their shapes here:
             ``materialise=lambda model: model(example)``.
+        plan: The ``plan`` of an earlier call with the same ``build``. If the build no longer follows it, it is ignored.
 
     Raises:
         ValueError: A parameter of a lazy module has no shape yet.
@@ -97,25 +110,33 @@ def paired(build: Callable[[], M], seed: int, *, materialise: Callable[[M], obje
         return model
 
     with kept():
-        first = _Trace(seed, rough=True)
-        model = run(first)
-        ends = first.ends(model)
-        before = {name: tensor for name, tensor in _tensors(model).items() if not ends[name]}
-        plan = first.plan(_names(ends))
-        del model
-        second = _Trace(seed, plan)
+        before: dict[str, Tensor] = {}
+        calls = plan.names if plan else []
+        if plan is None:
+            first = _Trace(seed, rough=True)
+            model = run(first)
+            ends = first.ends(model)
+            before = {name: tensor for name, tensor in _tensors(model).items() if not ends[name]}
+            calls = first.plan(_names(ends))
+            del model
+        second = _Trace(seed, calls)
         model = run(second)
     ends, tensors = second.ends(model), _tensors(model)
     names = _names(ends)
     odd = {n for n, draw in enumerate(second.draws) if draw.seed is None or draw.name != names.get(n, "")}
     drawn, unpaired, noise = {}, {}, {}
     for name, tensor in tensors.items():
-        if ends[name] & odd or (not ends[name] and not _equal(tensor, before.get(name))):
+        other = name in plan.unpaired if plan else not ends[name] and not _equal(tensor, before.get(name))
+        if ends[name] & odd or other:
             unpaired[name] = tuple(tensor.shape)
         elif ends[name]:
             drawn[name] = tuple(tensor.shape)
             noise[name] = frozenset(s for n in ends[name] if (s := second.draws[n].seed) is not None)
-    return Paired(model, drawn, unpaired, noise)
+    if plan is not None and (
+        second.counts() != [len(names) for names in plan.names] or unpaired.keys() != plan.unpaired
+    ):
+        return paired(build, seed, materialise=materialise)  # another build than the one that was planned
+    return Paired(model, drawn, unpaired, noise, Plan(calls, frozenset(unpaired)))
 
 
 def shared(arm: Paired[Any], base: Paired[Any]) -> float:
@@ -267,6 +288,11 @@ class _Trace(TorchDispatchMode):
             else frozenset()
             for name, tensor in _tensors(model).items()
         }
+
+    def counts(self) -> list[int]:
+        """How many draws each call made."""
+        found = Counter(draw.call for draw in self.draws)
+        return [found[call] for call in range(self.call + 1)]
 
     def plan(self, names: Mapping[int, str]) -> list[list[str]]:
         """The names of the draws, by call."""
