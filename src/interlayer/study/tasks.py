@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sysconfig
 from collections.abc import Callable, Iterable
@@ -12,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from interlayer.catalog import nearest
+from interlayer.core import nano
 from interlayer.core.extras import need
 from interlayer.study.loaders import LoaderTask
 from interlayer.study.objects import Objects, is_path, load_object, shown
@@ -146,8 +146,7 @@ def mnist1d() -> Task:
     user's cache folder. A linear model reaches about 32%, an MLP about 68% and a ConvNet about 94%, so that there is room
     between good and better, which 8x8 digits lack.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "interlayer"
-    path = folder / "mnist1d-0.0.2.safetensors"
+    path = nano.cache() / "mnist1d-0.0.2.safetensors"
     if not path.is_file():
         from mnist1d.data import get_dataset_args, make_dataset
 
@@ -155,12 +154,7 @@ def mnist1d() -> Task:
         made = make_dataset(get_dataset_args())
         random.setstate(before[0])
         np.random.set_state(before[1])
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(
-            save({k: torch.from_numpy(np.ascontiguousarray(made[k])) for k in ("x", "y", "x_test", "y_test")})
-        )
-        part.replace(path)
+        nano.keep(path, {k: torch.from_numpy(np.ascontiguousarray(made[k])) for k in ("x", "y", "x_test", "y_test")})
     data = load_file(path)
     train, held = ((data[x].float().unsqueeze(-1), data[y].long()) for x, y in (("x", "y"), ("x_test", "y_test")))
     about = f"MNIST-1D, 40 samples of a distorted digit profile: {len(train[0])} for training, {len(held[0])} for validation."
