@@ -238,7 +238,7 @@ def test_a_coder_in_the_place_of_the_mlp():
         base = spliced_loss(model, [tokens], name)
         assert spliced_loss(model, [tokens], name, coder) == pytest.approx(base, rel=1e-6)
         coder.decoder.zero_()
-            coder.after.zero_()
+        coder.after.zero_()
         with taps.patch(model, {name: 0.0}):
             without = spliced_loss(model, [tokens], name)
         assert spliced_loss(model, [tokens], name, coder) == pytest.approx(without, rel=1e-6) != pytest.approx(base)

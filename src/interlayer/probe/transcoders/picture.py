@@ -44,7 +44,7 @@ def draw(
     if not paths:
         return figure
     right = axes[0][1]
-    places = {target: (at[1], 2 * at[0] + 1.0)}
+    places: dict[str, tuple[float, float]] = {target: (at[1], 2 * at[0] + 1.0)}
     strongest = max(abs(path[-1].contribution) for path in paths)
     crowd: dict[tuple[float, float], int] = {}
     for path in paths:

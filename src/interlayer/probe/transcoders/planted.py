@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -39,22 +41,24 @@ def greater_than() -> Transformer:
     embed[years, years], embed[:YEARS, YEARS] = 1.0, 1.0
     embed[YEARS + names, NAME + names], embed[YEARS:TO, 22] = 1.0, 1.0
     embed[TO, 11] = 1.0
-    first, second = model.trunk.blocks[0], model.trunk.blocks[1]
-    qkv, out = first.mixer.qkv.weight, first.mixer.out.weight  # type: ignore[union-attr]
+    first: Any
+    second: Any
+    first, second = model.trunk.blocks
+    qkv, out = first.mixer.qkv.weight, first.mixer.out.weight
     half = WIDTH // 2
     for head, (kind, source, target) in enumerate(((YEARS, 0, MOVED), (22, NAME, FROM))):
         q, k, v = (part * WIDTH + head * half for part in range(3))
         qkv[q, 11], qkv[k, kind] = 60.0, 1.0  # "to" looks for a year, or for a name
         qkv[v + years, source + years] = 1.0
         out[target + years, head * half + years] = 1.0
-    first.mlp.up.weight[years, NAME + years] = 1.0  # type: ignore[union-attr]
-    first.mlp.down.weight[FROM + years, years] = 1.0  # type: ignore[union-attr]
-    up, down = second.mlp.up, second.mlp.down  # type: ignore[union-attr]
-    up.weight[:YEARS, MOVED : MOVED + YEARS] = torch.ones(YEARS, YEARS).triu()  # type: ignore[union-attr,index]
-    up.weight[:, 11], up.bias[:YEARS], up.weight[YEARS, 11] = 1.0, -1.0, 1.0  # type: ignore[union-attr,index]
-    up.weight[YEARS + 1, YEARS], up.weight[YEARS + 1, 22], down.weight[60, YEARS + 1] = 1.0, 1.0, 1.0  # type: ignore[union-attr,index]
-    down.weight[OUT + years, years] = -2.0  # type: ignore[union-attr,index]
-    down.weight[OUT : OUT + YEARS, YEARS] = 1.0  # type: ignore[union-attr,index]
+    first.mlp.up.weight[years, NAME + years] = 1.0
+    first.mlp.down.weight[FROM + years, years] = 1.0
+    up, down = second.mlp.up, second.mlp.down
+    up.weight[:YEARS, MOVED : MOVED + YEARS] = torch.ones(YEARS, YEARS).triu()
+    up.weight[:, 11], up.bias[:YEARS], up.weight[YEARS, 11] = 1.0, -1.0, 1.0
+    up.weight[YEARS + 1, YEARS], up.weight[YEARS + 1, 22], down.weight[60, YEARS + 1] = 1.0, 1.0, 1.0
+    down.weight[OUT + years, years] = -2.0
+    down.weight[OUT : OUT + YEARS, YEARS] = 1.0
     model.head.weight[years, OUT + years] = 1.0
     return model.eval()
 
