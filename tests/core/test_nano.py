@@ -107,3 +107,8 @@ def test_keep_replaces_a_file(tmp_path):
         keep(tmp_path / "x" / "a.safetensors", {"a": torch.full((2,), value)})
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["a.safetensors"]
     assert cache() == tmp_path / "interlayer"
+
+
+def test_it_trains_where_gradients_are_off():
+    with torch.no_grad():
+        nano(lambda: nn.Linear(1, 1), lambda m: m(torch.ones(1)).backward(), task="t", kind="grad")

@@ -119,3 +119,25 @@ def language(model: nn.Module, seed: int, scale: Scale, *, lr: float = 2e-3) -> 
     warmup, cut = scale.steps // 10, scale.length
     train(model, "stdlib-bytes", seed=seed, steps=scale.steps, lr=lr, batch=16, warmup=warmup, cut=cut)
     return judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=cut)["loss"]
+
+
+def small_language(seed: int, *, depth: int = 2, width: int = 64, length: int = 64, steps: int = 400) -> nn.Module:
+    """A small language model of the bytes of the standard library, trained once and kept in the user's cache (``core.nano``).
+
+    Args:
+        seed: Of its weights and batches.
+        depth: Blocks.
+        width: Features; a head for each 16.
+        length: Longest text.
+        steps: Training steps, of 16 texts each.
+    """
+    from interlayer.core.nano import nano
+    from interlayer.models import Transformer
+
+    return nano(
+        lambda: Transformer(256, length, depth, width, width // 16),
+        lambda model: train(
+            model, "stdlib-bytes", seed=seed, steps=steps, lr=3e-3, batch=16, warmup=steps // 10, cut=length
+        ),
+        task="stdlib-bytes", kind="transformer", seed=seed, steps=steps, length=length,
+    )  # fmt: skip

@@ -82,7 +82,8 @@ def nano(
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         path = cache() / "nano" / f"{digest.hexdigest()[:32]}.safetensors"
         if not path.is_file():
-            train(model)
+            with torch.enable_grad():
+                train(model)
             keep(path, model.state_dict())
     model.load_state_dict(load_file(path))
     return model.eval()

@@ -250,7 +250,7 @@ def _found(finding: Finding) -> bool:
 
 
 EXAMPLE = Example(
-    make=lambda: Transcoders(expansion=1, sparsity=(0.2,), steps=120, batch=64, lr=2e-2, top=3, length=2),
+    make=lambda: Transcoders(expansion=1, sparsity=(0.2,), steps=80, batch=64, lr=2e-2, top=3, length=2),
     inputs=lambda: (greater_than(), years()),
     planted=_found,
 )
