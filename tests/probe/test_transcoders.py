@@ -132,6 +132,17 @@ def test_it_learns_what_an_mlp_does():
     assert left[0] < 0.1 and left[1] > 0.15
 
 
+def test_the_scale_of_the_activations_does_not_matter():
+    torch.manual_seed(0)
+    x = torch.randn(200, 4) + 1
+    y = torch.randn(200, 6) - 2
+    found = []
+    for a, b in ((1.0, 1.0), (64.0, 2.0**-10)):
+        torch.manual_seed(1)
+        found.append(fit(a * x, b * y, 16, 0.05, steps=20, lr=1e-2)(a * x) / b)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "own", "glu"])
 def test_parts_add_up_to_the_feature(name):
     """Exactly, with the feature parts as z (dec . enc), and with an attention bias that no position changes."""

@@ -74,9 +74,9 @@ def planted(arm: str, scale: Scale) -> dict[str, float]:
 
 @lru_cache(maxsize=1)
 def language(seed: int, width: int, depth: int, steps: int) -> dict[str, Any]:
-    """A trained language model, what its last MLP maps to what, and held-out texts; the same for all arms of a seed."""
+    """A trained language model, what its first MLP maps to what, and held-out texts; the same for all arms of a seed."""
     model = small_language(seed, depth=depth, width=width, length=LENGTH, steps=steps)
-    name = mlps(model, None)[-1]
+    name = mlps(model, None)[0]
     held = [x[:, :LENGTH] for x, _ in islice(task("stdlib-bytes").batches(0, 64, "validation"), 4)]
     with torch.no_grad():
         seen = [x[:, :LENGTH] for x, _ in batches("stdlib-bytes", seed + 50, 64, 6)]
@@ -90,7 +90,7 @@ def language(seed: int, width: int, depth: int, steps: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def frontier(arm: str, seed: int, scale: Scale) -> dict[str, float]:
-    """Loss that a coder of the last MLP adds, as a share of what the MLP's mean adds, at equally many active features.
+    """Loss that a coder of the first MLP adds, as a share of what the MLP's mean adds, at equally many active features.
 
     A coder for each sparsity; between them the logarithm of active features is interpolated. The loss is the cross-entropy of the
     next byte on held-out texts.
@@ -133,7 +133,7 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
 
 CLAIM = Claim(
     says="A planted greater-than circuit can be read off the weights of trained transcoders, and at equally many active features "
-    "transcoders cost a byte-level language model about as little loss as sparse autoencoders.",
+    "transcoders cost a byte-level language model no more loss than sparse autoencoders.",
     measure=measure,
     build=build,
     arms=(TRANSCODER, SAE),
@@ -151,22 +151,24 @@ CLAIM = Claim(
             mutant=ROLLED,
         ),
         effect(
-            "At equally many active features a transcoder costs no more loss than an autoencoder, within a tenth of what the "
-            "MLP is worth.",
-            lowest("share of loss", TRANSCODER, than=(SAE,), margin=-0.1),
+            "At 25 active features a transcoder costs no more loss than an autoencoder, within a hundredth of what the MLP is worth.",
+            lowest("share of loss", TRANSCODER, than=(SAE,), margin=-0.01),
             control=SHUFFLED,
         ),
     ),
     checks=(
-        check("The language model reaches 2.3 nats.", fits("model's loss", TRANSCODER, high=2.3)),
-        check("Its last MLP is worth at least 0.02 nats.", fits("mean's loss", TRANSCODER, low=0.02)),
+        check("The language model reaches 2.6 nats.", fits("model's loss", TRANSCODER, high=2.6)),
+        check("Its first MLP is worth at least 0.2 nats.", fits("mean's loss", TRANSCODER, low=0.2)),
     ),
-    pilots="PILOTS",
+    pilots="Seeds 1000 to 1002. The planted map and head come out on all prompts; the controls reach .75 and .85 at most. The last MLP of "
+    "the language model is worth .01 to .05 nats, too little to tell losses apart, so the first is taken (.7 to .8 nats). With 4 features "
+    "for each of the width (as many as the MLP has hidden ones) a transcoder lost twice as much as an autoencoder (.16 against .08); "
+    "with the authors' 32 it lost about as much (.022, .032 and .038 against .029, .041 and .041 at 25 active features).",
     scales={
         "smoke": {"width": 16, "depth": 1, "steps": 4, "coder_steps": 4, "planted_steps": 10, "prompts": 2, "expansion": 2,
                   "sparsities": (0.1,), "active": 10.0},
-        "small": {"width": 64, "depth": 2, "steps": 250, "coder_steps": 400, "planted_steps": 400, "prompts": 20, "expansion": 4,
-                  "sparsities": (0.05, 0.12, 0.3), "active": 8.0},
+        "small": {"width": 32, "depth": 2, "steps": 250, "coder_steps": 400, "planted_steps": 300, "prompts": 20, "expansion": 32,
+                  "sparsities": (0.1, 0.3), "active": 25.0},
         "full": {"width": 512, "depth": 8, "steps": 10000, "coder_steps": 15000, "planted_steps": 4000, "prompts": 100,
                  "expansion": 32, "sparsities": (0.03, 0.05, 0.1, 0.2), "active": 40.0},
     },

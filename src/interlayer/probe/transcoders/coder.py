@@ -143,6 +143,9 @@ def fit(
 ) -> Coder:
     """Train a coder from x to y on batches drawn from torch's global generator; biases begin at the means.
 
+    Inputs and targets are scaled to a mean norm of ``sqrt(width)``, as a norm gives, and the scales are folded into the weights
+    afterwards, so that the result does not depend on the scale of the activations.
+
     Args:
         x: Inputs.
         y: Targets; the same as ``x`` for an autoencoder.
@@ -153,6 +156,8 @@ def fit(
         lr: Learning rate.
         tied: Whether the biases of input and output are one.
     """
+    sizes = [v.norm(dim=-1).mean().clamp(min=TINY) / v.shape[-1] ** 0.5 for v in (x, y)]
+    x, y = x / sizes[0], y / sizes[1]
     with torch.enable_grad():
         coder = Coder(x.shape[-1], y.shape[-1], features, tied=tied).to(x.device)
         with torch.no_grad():
@@ -162,4 +167,10 @@ def fit(
         for _ in range(steps):
             rows = torch.randint(len(x), (min(batch, len(x)),)).to(x.device)
             trainer.step(x[rows], y[rows])
+    with torch.no_grad():
+        coder.encoder.mul_(sizes[1] / sizes[0])
+        coder.bias.mul_(sizes[1])
+        coder.before.mul_(sizes[0])
+        if not tied:
+            coder.after.mul_(sizes[1])
     return coder.requires_grad_(False)
