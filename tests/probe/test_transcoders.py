@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from interlayer.cli import app
 from interlayer.core import taps
 from interlayer.core.extras import need
 from interlayer.models import Transformer
@@ -283,3 +285,20 @@ def test_what_cannot_be_looked_into_is_refused(options, model, data, says):
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="transcoders: sparsity"):
         Transcoders(**options)
+
+
+def test_the_command_writes_tables_and_a_page(tmp_path, monkeypatch):
+    (tmp_path / "planted_model.py").write_text(
+        "from interlayer.probe.transcoders import greater_than as model, years as data\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["--model", "planted_model:model", "--data", "planted_model:data", "--out", str(tmp_path / "out")]
+    options = ["-o", "steps=20", "-o", "expansion=1", "-o", "sparsity=(0.2,)", "-o", "top=2"]
+    result = CliRunner().invoke(app, ["probe", "transcoders", *given, *options])
+    assert result.exit_code == 0 and "attn0[0]" in result.stdout
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 1 and "reads through attn0[0]" in page
+    tables = {"circuit", "connections", "features", "frontier", "tokens"}
+    assert {p.stem for p in (tmp_path / "out").glob("*.csv")} == tables
+    wrong = CliRunner().invoke(app, ["probe", "transcoders", *given, "-o", "position=7"])
+    assert wrong.exit_code and "position 7; expected one of 3" in wrong.stderr
