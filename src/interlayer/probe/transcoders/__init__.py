@@ -110,6 +110,10 @@ class Transcoders(Probe):
             layer = self._index("layer", self.layer, len(names))
             decoder = Decoder(model, names, prompt(batches[0])) if self.circuit and batches else None
             pairs = activations(model, names, batches)
+            if self.feature is not None:
+                self._index("feature", self.feature, self.expansion * pairs[names[layer]][1].shape[-1])
+            if decoder is not None:
+                self._index("position", self.position, len(decoder.seen[names[layer]].input))
             held, coders = self._frontier(model, batches, names[layer], *pairs[names[layer]])
             finding = Finding({"frontier": held}, units={k: v for k, v in UNITS.items() if k in held})
             middle = coders[len(coders) // 2]

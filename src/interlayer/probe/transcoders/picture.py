@@ -38,23 +38,30 @@ def draw(
     left.set(
         xlabel="active features",
         ylabel="next-token loss [nat]" if lost == "loss" else "unexplained variance",
-        xscale="symlog",
     )
     left.legend(frameon=False)
     if not paths:
         return figure
     right = axes[0][1]
-    places: dict[str, tuple[float, float]] = {target: (at[1], 2 * at[0] + 1.0)}
+    rows_of: dict[tuple[int, float], list[str]] = {(at[1], 2 * at[0] + 1.0): [target]}
+    for path in paths:
+        part = path[-1]
+        depth = {"feature": 2 * part.block + 1.0, "head": 2.0 * part.block}.get(part.kind, -1.0)
+        row = rows_of.setdefault((part.position, depth), [])
+        row += [str(part)] if str(part) not in row else []
+    places: dict[str, tuple[float, float]] = {}
+    ticks, start = {}, 0.0
+    for position in sorted({p for p, _ in rows_of}):
+        width = max(len(row) for (p, _), row in rows_of.items() if p == position)
+        ticks[position] = start + (width - 1) / 2
+        for (p, depth), row in rows_of.items():
+            if p == position:
+                places |= {name: (ticks[p] + n - (len(row) - 1) / 2, depth) for n, name in enumerate(row)}
+        start += width
     strongest = max(abs(path[-1].contribution) for path in paths)
-    crowd: dict[tuple[float, float], int] = {}
     for path in paths:
         part, before = path[-1], str(path[-2]) if len(path) > 1 else target
-        name = str(part)
-        if name not in places:
-            depth = {"feature": 2 * part.block + 1.0, "head": 2.0 * part.block}.get(part.kind, -1.0)
-            n = crowd[part.position, depth] = crowd.get((part.position, depth), -1) + 1
-            places[name] = (part.position + 0.18 * n, depth - 0.28 * n)
-        (x0, y0), (x1, y1) = places[name], places[before]
+        (x0, y0), (x1, y1) = places[str(part)], places[before]
         right.plot([x0, x1], [y0, y1], color="tab:blue", alpha=0.6, lw=0.7 + 3.5 * abs(part.contribution) / strongest)
     for name, (x, y) in places.items():
         right.annotate(
@@ -68,6 +75,6 @@ def draw(
     levels = range(2 * at[0] + 2)
     right.set_yticks([-1, *levels], ["embedding", *(f"{('attention', 'MLP')[n % 2]} {n // 2}" for n in levels)])
     right.set(xlabel="position", title=f"paths into {target}")
-    right.margins(0.2)
-    right.xaxis.get_major_locator().set_params(integer=True)
+    right.set_xticks(list(ticks.values()), list(map(str, ticks)))
+    right.margins(0.15)
     return figure
