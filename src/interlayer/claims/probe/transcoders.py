@@ -165,7 +165,7 @@ CLAIM = Claim(
     "for each of the width (as many as the MLP has hidden ones) a transcoder lost twice as much as an autoencoder (.16 against .08); "
     "with the authors' 32 it lost about as much (.022, .032 and .038 against .029, .041 and .041 at 25 active features).",
     scales={
-        "smoke": {"width": 16, "depth": 1, "steps": 4, "coder_steps": 4, "planted_steps": 10, "prompts": 2, "expansion": 2,
+        "smoke": {"width": 16, "depth": 2, "steps": 4, "coder_steps": 4, "planted_steps": 10, "prompts": 2, "expansion": 2,
                   "sparsities": (0.1,), "active": 10.0},
         "small": {"width": 32, "depth": 2, "steps": 250, "coder_steps": 400, "planted_steps": 300, "prompts": 20, "expansion": 32,
                   "sparsities": (0.1, 0.3), "active": 25.0},
