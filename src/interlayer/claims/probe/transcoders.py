@@ -10,10 +10,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
 from interlayer.claims.training import batches, small_language, task
+from interlayer.claims.twins import shuffled
 from interlayer.core import taps
 from interlayer.models import Transformer
 from interlayer.probe.transcoders import Circuit, Coder, Decoder, fit, greater_than, spliced_loss, years
@@ -27,11 +28,6 @@ LENGTH, YEAR, TO = 64, 1, 2
 def build(arm: str, scale: Scale) -> nn.Module:
     """The language model in which MLPs are replaced."""
     return Transformer(256, LENGTH, scale.depth, scale.width, scale.width // 16)
-
-
-def shuffle(y: Tensor) -> Tensor:
-    """The targets in another order, so that nothing is left to be learned but their mean."""
-    return y[torch.randperm(len(y))]
 
 
 @torch.no_grad()
@@ -48,7 +44,7 @@ def planted(arm: str, scale: Scale) -> dict[str, float]:
     coders = {}
     for name, (x, y) in activations(model, names, [data]).items():
         coders[name] = fit(
-            x, shuffle(y) if arm == SHUFFLED else y, 64, 0.1 / 64, steps=scale.planted_steps, batch=128, lr=2e-2
+            x, shuffled(y) if arm == SHUFFLED else y, 64, 0.1 / 64, steps=scale.planted_steps, batch=128, lr=2e-2
         )
     right = []
     for row in data[torch.randperm(len(data))[: scale.prompts]]:
@@ -100,7 +96,7 @@ def frontier(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     x, y = given["y"] if own else given["x"], given["y"]
     points = []
     for sparsity in scale.sparsities:
-        target = shuffle(y) if arm == SHUFFLED else y
+        target = shuffled(y) if arm == SHUFFLED else y
         coder: Coder = fit(
             x, target, scale.expansion * scale.width, sparsity / scale.width,
             steps=scale.coder_steps, batch=256, lr=4e-3, tied=own,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from interlayer.claims import Claim, Scale, effect, highest
+from interlayer.claims.twins import frozen
 from interlayer.layers.activation.rational_activation import Rational, fit, joint, rational_naive
 from interlayer.models import MLP
 from interlayer.study.rl import DQN, sizes
@@ -17,17 +18,12 @@ from interlayer.study.rl import DQN, sizes
 ENVIRONMENTS = ("CartPole-v1", "Acrobot-v1")
 
 
-def frozen() -> nn.Module:
-    """The control: a rational that stays as it began."""
-    return Rational().requires_grad_(False)
-
-
 ACTIVATIONS: dict[str, Callable[[], Any]] = {
     "relu": lambda: nn.ReLU,
     "silu": lambda: nn.SiLU,
     "rational": lambda: Rational,
     "recurrent-rational": joint,
-    "frozen": lambda: frozen,
+    "frozen": lambda: frozen(Rational),
 }
 
 

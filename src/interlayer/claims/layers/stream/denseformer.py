@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-
 from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import built, language
+from interlayer.claims.twins import frozen
 from interlayer.core.slots import parse_spec
-from interlayer.core.stream import PreNorm, State
+from interlayer.core.stream import PreNorm
 from interlayer.layers.stream.denseformer import DenseFormer
 from interlayer.models import Transformer
 
-
-class Frozen(DenseFormer):
-    """The control: the averages stay as they started, so nothing of earlier blocks is ever read."""
-
-    def start(self, x: torch.Tensor) -> State:
-        self.alpha.requires_grad_(False)
-        return super().start(x)
+FROZEN = frozen(DenseFormer, "alpha")  # the control: nothing of earlier blocks is ever read
 
 
 def build(arm: str, scale: Scale) -> Transformer:
     """A language model of bytes."""
     deeper = arm == "deeper"
-    stream = {"plain": PreNorm, "deeper": PreNorm, "frozen": Frozen}.get(arm, arm)
+    stream = {"plain": PreNorm, "deeper": PreNorm, "frozen": FROZEN}.get(arm, arm)
     return Transformer(depth=scale.depth + 2 * deeper, width=scale.width, heads=4, stream=stream)
 
 

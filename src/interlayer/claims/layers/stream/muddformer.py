@@ -8,28 +8,17 @@ import torch
 
 from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import built, language
+from interlayer.claims.twins import frozen
 from interlayer.core import cost
-from interlayer.core.stream import State
 from interlayer.layers.stream.muddformer import MUDDFormer, widening
 from interlayer.models import Transformer
-
-
-class Frozen(MUDDFormer):
-    """The control: all connection weights stay as they started, so that nothing of earlier blocks is ever read."""
-
-    def start(self, x: torch.Tensor) -> State:
-        """Begin with weights that do not learn."""
-        self.alpha.requires_grad_(False)
-        self.dynamic.requires_grad_(False)
-        return super().start(x)
-
 
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "denseformer": {"stream": "denseformer"},
     "muddformer": {"stream": "muddformer"},
     "muddformer, widening": {"stream": "muddformer", "mlp": widening},
-    "frozen": {"stream": Frozen},
+    "frozen": {"stream": frozen(MUDDFormer, "alpha", "dynamic")},  # nothing of earlier blocks is ever read
 }
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.claims.training import batches, judge, task
+from interlayer.claims.twins import shuffled
 from interlayer.learn.local.scalable_ff import ScalableFF
 from interlayer.models.classic import MobileNetV3Small, ResNet18
 
@@ -32,7 +33,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         started = time.perf_counter()
         for step, (x, y) in enumerate(batches("digits", seed, 64, scale.steps)):
             if arm == "wrong labels":
-                y = y[torch.randperm(len(y))]
+                y = shuffled(y)
             meter = _Saved()
             with meter:
                 if rule:
