@@ -280,10 +280,8 @@ def test_worker_processes_give_the_same_numbers_and_get_what_is_defined_here(tmp
         def forward(self, x):
             return self.last(self.norm(self.first(x)).relu())
 
-    settings = {"model": Local, "arms": ["plain", "norm=rmsnorm"], "seeds": 2}
-    one, two = study(tmp_path / "a", **settings), study(tmp_path / "b", **settings, workers=2)
-    assert curves(one) == curves(two) and curves(one, "norm=rmsnorm") == curves(two, "norm=rmsnorm")
-    assert one.finished and len(set(map(str, curves(one) + curves(one, "norm=rmsnorm")))) == 4
+    one, two = study(tmp_path / "a", model=Local), study(tmp_path / "b", model=Local, workers=2)
+    assert curves(one) == curves(two) and one.finished
     with pytest.raises(StudyError, match="cannot be sent to worker processes"):
         study(tmp_path / "c", model=Local, task=lambda: LoaderTask("mine", [(X, Y)], Lock()), workers=2)
 

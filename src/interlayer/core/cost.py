@@ -121,10 +121,14 @@ def peak_bytes(run: Callable[[], Any], alive: Iterable[Tensor] = (), device: tor
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr otherwise
-    before = storage_bytes(alive)
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
-        run()
+    before, collecting = storage_bytes(alive), gc.isenabled()
+    gc.disable()  # garbage of before must not be freed, and counted, in between
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+            run()
+    finally:
+        if collecting:
+            gc.enable()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         watch.export_chrome_trace(str(path))
