@@ -285,3 +285,12 @@ def test_a_plan_remembers_what_could_not_be_paired():
 
     first = paired(build, 0)
     assert set(first.unpaired) == {"odd"} == set(paired(build, 1, plan=first.plan).unpaired)
+
+
+def test_sparse_tensors_are_passed_over():
+    def build():
+        model = nn.Linear(2, 2)
+        model.register_buffer("graph", torch.eye(3).to_sparse().zero_())
+        return model
+
+    assert paired(build, 0).drawn == {"weight": (2, 2), "bias": (2,)}

@@ -115,13 +115,15 @@ def paired(
         if plan is None:
             first = _Trace(seed, rough=True)
             model = run(first)
-            ends = first.ends(model)
-            before = {name: tensor for name, tensor in _tensors(model).items() if not ends[name]}
+            tensors = _tensors(model)
+            ends = first.ends(tensors)
+            before = {name: tensor for name, tensor in tensors.items() if not ends[name]}
             calls = first.plan(_names(ends))
-            del model
+            del model, tensors
         second = _Trace(seed, calls)
         model = run(second)
-    ends, tensors = second.ends(model), _tensors(model)
+    tensors = _tensors(model)
+    ends = second.ends(tensors)
     names = _names(ends)
     odd = {n for n, draw in enumerate(second.draws) if draw.seed is None or draw.name != names.get(n, "")}
     drawn, unpaired, noise = {}, {}, {}
@@ -172,6 +174,7 @@ class _Flow(NamedTuple):
     reads: bool
     writes: tuple[int | str, ...]
     replaces: tuple[int | str, ...]
+    reads_others: bool
 
 
 @cache
@@ -187,7 +190,8 @@ def _flow(operation: torch._ops.OpOverload) -> _Flow | None:
     if not draws and not writes and (not reads or all(r.alias_info is not None for r in schema.returns)):
         return None
     replaces = tuple(place for place in writes if isinstance(place, str) or (place == 0 and kind in REPLACING))
-    return _Flow(SAME.get(kind, kind), draws, reads, writes, replaces)
+    others = any("Tensor" in str(a.type) for a in schema.arguments[1:])
+    return _Flow(SAME.get(kind, kind), draws, reads, writes, replaces, others)
 
 
 class _Trace(TorchDispatchMode):
@@ -228,7 +232,8 @@ class _Trace(TorchDispatchMode):
         name = self._name()
         seed = self._seed(name, flow.kind, args, kwargs)
         out = func(*args, **kwargs) if not self.rough or seed is None else _rough(func, args, kwargs)
-        if next(_strided((out,))).device.type not in ("cpu", "cuda", "meta"):
+        drawn = out if isinstance(out, Tensor) else next(_strided((out,)))
+        if drawn.device.type not in ("cpu", "cuda", "meta"):
             seed = None
         self._follow(flow, frozenset((len(self.draws),)), args, kwargs, out)
         self.draws.append(_Draw(self.call, name, seed))
@@ -267,26 +272,35 @@ class _Trace(TorchDispatchMode):
         self, flow: _Flow, own: frozenset[int], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         """What is written gets the draws of all that was read, and ``own``."""
+        if (
+            flow.writes == flow.replaces == (0,) and not flow.reads_others
+        ):  # in place, the first argument alone: the usual draw
+            if args[0].layout is torch.strided:
+                self._reach(args[0], own, replaced=True)
+            return
         replaced = [id(t) for t in _strided(_at(flow.replaces, args, kwargs))]
         if flow.reads:
             read = (t for t in _strided((*args, *kwargs.values())) if id(t) not in replaced)
             own = own.union(*(self.reached.get(StorageWeakRef(t.untyped_storage()), ()) for t in read))
         for tensor in _strided(_at(flow.writes, args, kwargs) if flow.writes else (out,)):
-            storage = tensor.untyped_storage()
-            whole = id(tensor) in replaced and tensor.numel() * tensor.element_size() == storage.nbytes()
-            ref = StorageWeakRef(storage)
-            if whole:
-                self.reached[ref] = own
-            elif own:
-                self.reached[ref] = self.reached.get(ref, frozenset()) | own
+            self._reach(tensor, own, replaced=id(tensor) in replaced)
 
-    def ends(self, model: nn.Module) -> dict[str, frozenset[int]]:
+    def _reach(self, tensor: Tensor, own: frozenset[int], replaced: bool) -> None:
+        """Note that the draws ``own`` reach a tensor, alone if they replace all that was in its storage."""
+        storage = tensor.untyped_storage()
+        ref = StorageWeakRef(storage)
+        if replaced and tensor.numel() * tensor.element_size() == storage.nbytes():
+            self.reached[ref] = own
+        elif own:
+            self.reached[ref] = self.reached.get(ref, frozenset()) | own
+
+    def ends(self, tensors: Mapping[str, Tensor]) -> dict[str, frozenset[int]]:
         """The draws that reach each parameter and buffer."""
         return {
             name: self.reached.get(StorageWeakRef(tensor.untyped_storage()), frozenset())
             if tensor.layout is torch.strided
             else frozenset()
-            for name, tensor in _tensors(model).items()
+            for name, tensor in tensors.items()
         }
 
     def counts(self) -> list[int]:
@@ -345,7 +359,16 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: One has no shape yet.
     """
-    found: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():  # one walk: `named_parameters` and `named_buffers` take one each
+        for into, held in ((found, module._parameters), (buffers, module._buffers)):
+            for key, tensor in held.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    into[f"{path}.{key}" if path else key] = tensor
+    found |= buffers
     if lazy := [name for name, tensor in found.items() if is_lazy(tensor)]:
         raise ValueError(
             f"paired: {lazy[0]!r} belongs to a lazy module and has no shape yet; expected a shape after the build. "
