@@ -13,7 +13,7 @@ TOKENS = torch.randint(0, 50, (2, 19), generator=torch.Generator().manual_seed(0
 TINY = {"vocab": 50, "length": 32, "depth": 4, "width": 24, "heads": 3}
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", [*STREAMS, "value-residual(mode='shared')"])
 @pytest.mark.parametrize("kv_heads", [3, 1])
 def test_decoding_with_a_cache_equals_the_full_pass(stream, kv_heads):
     model = Transformer(**TINY, stream=stream, kv_heads=kv_heads).double().eval()
