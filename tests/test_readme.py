@@ -61,9 +61,11 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "mine" / "data.py").write_text(DATA, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "mine"}
     yield tmp_path
     for name in [n for n in sys.modules if n.partition(".")[0] == "mine"]:
         del sys.modules[name]
+    sys.modules.update(kept)
 
 
 def test_the_table_of_commands_is_read():
