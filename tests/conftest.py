@@ -1,11 +1,12 @@
 """The suite's budget in CPU-seconds, child processes included: ``TEST`` for one test, ``SYSTEM`` for all tests of a system.
 
-A test belongs to the system whose slug it is parametrised with, or whose name its file bears. Where more processes than cores
-compete for the caches CPU time grows too, so it is divided by the load per core. What is made once and kept does not count: see
-``made_once``.
+A test belongs to the system whose slug it is parametrised with, or whose name its file bears. CPU-seconds are those of a machine
+that counts to 400 000 in ``REFERENCE`` seconds; a slower one gets more. Where more processes than cores compete for the caches CPU
+time grows too, so it is divided by the load per core. What is made once and kept does not count: see ``made_once``.
 """
 
 import os
+import time
 from collections import defaultdict
 
 import pytest
@@ -13,7 +14,19 @@ import pytest
 from interlayer import catalog
 
 TEST, SYSTEM = 4.0, 9.0
-BEGUN, EXEMPT, SPENT = pytest.StashKey(), pytest.StashKey(), pytest.StashKey()
+REFERENCE = 0.0175
+BEGUN, EXEMPT, SPENT, PACE = (pytest.StashKey() for _ in range(4))
+
+
+def pace():
+    """How much slower this machine is than the reference, at least 1."""
+    times = []
+    for _ in range(3):
+        start, total = time.process_time(), 0
+        for i in range(400_000):
+            total += i * i
+        times.append(time.process_time() - start)
+    return max(1.0, min(times) / REFERENCE)
 
 
 def clock(config):
@@ -47,7 +60,7 @@ def made_once(request):
 
 
 def pytest_configure(config):
-    config.stash[EXEMPT], config.stash[SPENT] = 0.0, defaultdict(float)
+    config.stash[EXEMPT], config.stash[SPENT], config.stash[PACE] = 0.0, defaultdict(float), pace()
     config.pluginmanager.register(Budget(config), "budget")
 
 
@@ -62,7 +75,7 @@ def pytest_runtest_makereport(item):
     report = yield
     if report.when == "call":
         crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-        spent = (clock(item.config) - item.stash[BEGUN]) / crowd
+        spent = (clock(item.config) - item.stash[BEGUN]) / crowd / item.config.stash[PACE]
         report.user_properties += [("cpu", spent), ("system", system_of(item))]
         if report.passed and spent > TEST:
             report.outcome, report.sections = "failed", []

@@ -160,7 +160,7 @@ def test_every_arm_tries_the_same_rates_and_is_judged_at_its_best(tmp_path):
 
 def test_an_arm_runs_until_it_is_decided_and_the_baseline_as_long_as_anyone(tmp_path):
     arms = ["plain", "toy_models:net(width=1)", "toy_models:inert"]
-    options = {"base": "toy_models:own", "arms": arms, "seeds": "4..6", "steps": 40, "lr": 0.01}
+    options = {"base": "toy_models:own", "arms": arms, "seeds": "4..6", "steps": 30, "evaluations": 2, "lr": 0.01}
     result, said = run(tmp_path, **options)
     assert [len(result.of(arm)) for arm in arms] == [6, 4, 6]
     worse, same = (result.difference(arm) for arm in arms[1:])
