@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from interlayer.study.arms import parse
-from interlayer.study.spec import StudySpec
 from interlayer.study.stats import critical, looks
 from interlayer.study.tasks import load
-from interlayer.study.train import train
+from interlayer.study.train import Job, train
 
 ARMS = ("rezero", "denseformer", "muddformer", "value-residual", "norm=rmsnorm", "mlp=glu")
 BASE = "transformer(depth=3, width=32, heads=2)"
@@ -23,12 +22,13 @@ SEEDS = 20
 def variances() -> None:
     """Train every arm over the seeds and compare the two variances."""
     torch.set_num_threads(1)
-    spec = StudySpec(task="stdlib-bytes", steps=60, batch_size=8, evaluations=1, lr=3e-3)
-    task = load(spec.task)
+    task, job = load("stdlib-bytes"), Job(batch_size=8, steps=60)
     found = {}
     for use in ("plain", *ARMS):
         arm = parse(use, use, BASE)
-        found[use] = np.array([train(arm, task, spec, seed, lr=3e-3).metrics["loss"] for seed in range(SEEDS)])
+        found[use] = np.array(
+            [train(arm, task, job, seed, lr=3e-3, measure=False).metrics["loss"] for seed in range(SEEDS)]
+        )
         print(f"{use}: {found[use].mean():.3f}, SD over seeds {found[use].std(ddof=1):.4f}", flush=True)
     print(f"variance of the difference to plain over {SEEDS} seeds, paired / independent")
     for use in ARMS:

@@ -20,9 +20,14 @@ from optuna.trial import TrialState, create_trial
 from interlayer.study import StudyError, StudySpec, compare, report
 from interlayer.study import engine as module
 from interlayer.study.engine import Engine, open_storage
+from interlayer.study.train import Job
 
 KEY = ("plain", 0, None)
 ATTRS = {"phase": "run", "arm": "plain", "seed": 0, "lr": None}
+
+
+def records(spec):
+    return Engine(spec.url, spec.identity, spec.folder, {a.name: a.use for a in spec.arms}, higher=True)
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def spec(tmp_path):
 
 def test_a_run_is_taken_once(spec, monkeypatch):
     """Two processes that see the same queued trial: the database gives it to one of them."""
-    one, two = Engine(spec, True), Engine(spec, True)
+    one, two = records(spec), records(spec)
     one.queue("run", [KEY])
     queued = two.trials(TrialState.WAITING)
     assert one.claim({"plain"}).number == 0
@@ -44,7 +49,7 @@ def test_a_run_is_taken_once(spec, monkeypatch):
 
 
 def test_a_run_that_two_processes_queued_is_run_once(spec):
-    engine = Engine(spec, True)
+    engine = records(spec)
     for _ in range(2):
         engine.study.enqueue_trial({}, user_attrs=ATTRS)
     assert engine.claim({"plain"}).number == 0
@@ -59,7 +64,7 @@ def test_a_run_that_two_processes_queued_is_run_once(spec):
 
 @pytest.mark.parametrize("born", ["mine", "another's"])
 def test_a_process_number_that_is_used_again_is_not_the_process(spec, born):
-    engine = Engine(spec, True)
+    engine = records(spec)
     engine.queue("run", [KEY])
     trial = engine.claim({"plain"})
     name, pid, mine = trial.user_attrs.get("process") or engine.trials()[0].user_attrs["process"]
@@ -72,7 +77,7 @@ def test_a_process_number_that_is_used_again_is_not_the_process(spec, born):
 
 
 def test_a_finished_run_counts_whatever_comes_after_it(spec):
-    engine = Engine(spec, True)
+    engine = records(spec)
     for state, value in (
         (TrialState.FAIL, None),
         (TrialState.COMPLETE, 0.9),
@@ -87,10 +92,10 @@ def test_a_finished_run_counts_whatever_comes_after_it(spec):
 
 def test_a_run_that_was_taken_for_dead_and_finished_elsewhere_is_left_alone(spec, monkeypatch):
     """A process that was only slow ends its trial after another one closed it."""
-    from interlayer.study import run, tasks
+    from interlayer.study import workers
     from interlayer.study.arms import Arm
 
-    engine = Engine(spec, True)
+    engine = records(spec)
     engine.queue("run", [KEY])
 
     def slow(*_, record, **__):
@@ -98,9 +103,9 @@ def test_a_run_that_was_taken_for_dead_and_finished_elsewhere_is_left_alone(spec
         assert engine.close(trial, "killed", "taken for dead")
         record.metrics["accuracy"] = 1.0
 
-    monkeypatch.setattr(run, "train", slow)
+    monkeypatch.setattr(workers, "train", slow)
     said = []
-    run.serve(engine, {"plain": Arm("plain", "mlp")}, tasks.load("digits"), said.append)
+    workers.serve(engine, workers.Work({}, "digits", {"plain": Arm("plain", "mlp")}, Job(steps=1)), said.append)
     assert [t.state for t in engine.trials()] == [TrialState.FAIL] and [e["what"] for e in said] == ["start"]
     assert not engine.close(engine.trials()[0], "failed", "again")
 
@@ -112,7 +117,7 @@ def enter(url, out, count=4):
     def work(number):
         barrier.wait(60)
         spec = StudySpec(task="digits", arms=["plain"], seeds=1, lr=0.1, storage=url, out=out)
-        engine = Engine(spec, True)
+        engine = records(spec)
         engine.queue("run", [(f"arm{number}", 0, None)])
         taken = engine.claim({f"arm{number}"}) is not None
         engine.storage.engine.dispose()

@@ -12,8 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import interlayer
 from interlayer.core.data import DataShape
+from interlayer.core.task import Budget
 from interlayer.study import LoaderTask, StudyError, bases, compare, train
 from interlayer.study.objects import Objects
+from interlayer.study.subject import Learner
+from interlayer.study.train import Job
 
 X, Y = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
 SHAPE = DataShape("vector", "classes", classes=3, features=6)
@@ -240,7 +243,6 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, arm):
     """Dropout, moments, batch statistics and a rule's state are all there."""
     from interlayer.models.classic import ResNet18
     from interlayer.study.arms import parse
-    from interlayer.study.spec import StudySpec
 
     images = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     task = LoaderTask("mine", [(images[:16], Y[:16]), (images[16:], Y[16:32])], [(images, Y[:32])])
@@ -248,10 +250,10 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, arm):
     base = given.text(
         lambda: nn.Sequential(ResNet18(1, 3, width=4), nn.Dropout(0.1)) if arm == "plain" else ResNet18(1, 3, width=4)
     )
-    spec = StudySpec(task="digits", steps=6, evaluations=2, lr=1e-2)
+    job = Job(steps=6, evaluations=2)
     read = parse(arm, arm, base, given)
     monkeypatch.setattr(train, "CHECKPOINT", 0.0)
-    whole = train.train(read, task, spec, 0, lr=1e-2)
+    whole = train.train(read, task, job, 0, lr=1e-2)
     path, steps = tmp_path / "run.pt", []
 
     def emit(event, at=4):
@@ -260,9 +262,9 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, arm):
             raise Stop
 
     with pytest.raises(Stop):
-        train.train(read, task, spec, 0, lr=1e-2, emit=emit, checkpoint=path)
+        train.train(read, task, job, 0, lr=1e-2, emit=emit, checkpoint=path)
     assert path.is_file()
-    again = train.train(read, task, spec, 0, lr=1e-2, emit=lambda e: emit(e, 0), checkpoint=path)
+    again = train.train(read, task, job, 0, lr=1e-2, emit=lambda e: emit(e, 0), checkpoint=path)
     assert steps[:6] == [1, 2, 3, 3, 4, 5] and not path.exists()
     assert again.train == whole.train and again.metrics == whole.metrics
     timeless = [[{k: v for k, v in p.items() if k != "seconds"} for p in r.curve] for r in (again, whole)]
@@ -324,18 +326,15 @@ def test_evaluation_leaves_the_random_numbers_alone():
             return super().forward(x) + torch.randn(())
 
     from interlayer.study.arms import Arm
-    from interlayer.study.spec import StudySpec
 
-    task = LoaderTask("mine", [(X, Y)], [(X, Y)])
-    loop = train._Loop(Arm("plain", Sampling), Sampling(), task, StudySpec(task="digits"), torch.device("cpu"), 0.1)
+    learner = Learner(Arm("plain", Sampling), Sampling(), LoaderTask("mine", [(X, Y)], [(X, Y)]), 16, lr=0.1)
     before = torch.get_rng_state()
-    loop.evaluate()
+    learner.judge()
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_weight_decay_acts_on_matrices_alone():
-    from interlayer.study.arms import Arm
-    from interlayer.study.spec import StudySpec
+    from interlayer.study.arms import Arm, Training
 
     class Unused(nn.Module):
         """Gradients of zero, so that only the decay moves a weight."""
@@ -349,11 +348,9 @@ def test_weight_decay_acts_on_matrices_alone():
 
     torch.manual_seed(0)
     model = Unused()
-    spec = StudySpec(task="digits", steps=4, weight_decay=0.5, warmup=0.0, schedule="constant", lr=0.1)
-    loop = train._Loop(
-        Arm("plain", Unused), model, LoaderTask("mine", [(X, Y)], [(X, Y)]), spec, torch.device("cpu"), 0.1
-    )
+    arm = Arm("plain", Unused, training=Training(weight_decay=0.5, warmup=0.0, schedule="constant"))
+    learner = Learner(arm, model, LoaderTask("mine", [(X, Y)], [(X, Y)]), 16, lr=0.1)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    loop.step(X, Y, 0.5)
+    learner.step((X, Y), Budget(16, steps=4, done=2))
     assert torch.allclose(model.line.weight, before["line.weight"] * (1 - 0.1 * 0.5))
     assert torch.equal(model.line.bias, before["line.bias"]) and torch.equal(model.gain, before["gain"])

@@ -114,7 +114,7 @@ def test_a_study_stopped_by_hand_goes_on_in_the_same_process(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("interlayer.study.run.train", stop)
+        patch.setattr("interlayer.study.workers.train", stop)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     result, _ = run(tmp_path)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from interlayer.study.arms import Arm, parse
+from interlayer.study.arms import Arm, Training, parse
 from interlayer.study.spec import StudyError, StudySpec, split_top
 
 GOOD = """
@@ -104,12 +104,21 @@ def test_arms_are_read_by_the_kind_of_their_terms():
     assert parse("a", "plain", "mlp") == Arm("a", "mlp")
     arm = parse("a", "denseformer(dilation=4)+norm=rmsnorm+depth=12+lr=0.002", "transformer")
     assert arm.options == {"stream": "denseformer(dilation=4)", "norm": "rmsnorm", "depth": 12}
-    assert arm.training == {"lr": 0.002}
+    assert arm.training == Training(lr=0.002)
     assert parse("a", "mlp-mixer", "vit").base == "mlp-mixer"
     assert parse("a", "scalable-ff", "mlp").rule == ("scalable-ff", {})
-    assert parse("a", "rezero+lamp(sparsity=0.5)", "mlp").transform == ("lamp", {"sparsity": 0.5})
+    assert parse("a", "rezero+lamp(sparsity=0.5)", "mlp").transforms == (("lamp", {"sparsity": 0.5}),)
     assert parse("a", "vit(depth=2)+norm=rmsnorm", "mlp") == Arm("a", "vit(depth=2)", {"norm": "rmsnorm"})
     assert parse("a", "package.module:make", "mlp").base == "package.module:make"
+
+
+def test_arms_on_a_trained_base_are_chains_of_transforms():
+    assert parse("a", "plain", "trained:mlp(depth=2)") == Arm("a", "mlp(depth=2)", trained=True)
+    arm = parse("a", "lamp(sparsity=0.5)+painters(plan='skip 1')", "trained:mlp")
+    assert arm.transforms == (("lamp", {"sparsity": 0.5}), ("painters", {"plan": "skip 1"})) and arm.trained
+    for use in ("rezero", "lr=0.1", "depth=3+lamp", "scalable-ff", "transformer"):
+        with pytest.raises(StudyError, match="trained once for all arms"):
+            parse("a", use, "trained:mlp")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +127,8 @@ def test_arms_are_read_by_the_kind_of_their_terms():
         ("rezeros", "Did you mean 'rezero'"),
         ("rezero+denseformer", "'stream' is set twice"),
         ("transcoders", "probe"),
-        ("lamp+git-rebasin", "both transforms"),
+        ("netsquid", "is a simulator"),
+        ("deep-plain+scalable-ff", "both learning rules"),
     ],
 )
 def test_arms_that_cannot_be_are_refused(use, words):

@@ -97,7 +97,7 @@ def test_nan_in_a_users_data_is_told():
     x, y = torch.randn(10, 3), torch.arange(10) % 2
     x[2, 1], x[3, 0] = float("nan"), float("inf")
     with pytest.raises(
-        StudyError, match="'mine': 2 of the 30 numbers in the validation inputs are NaN or infinite; leave"
+        ValueError, match="'mine': 2 of the 30 numbers in the validation inputs are NaN or infinite; leave"
     ):
         TensorTask("mine", (x.nan_to_num(0, 0), y), (x, y))
 

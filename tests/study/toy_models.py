@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from interlayer.core import aside
+
 
 def net(shape, *, width=16):
     return nn.Sequential(nn.Flatten(), nn.Linear(shape.flat, width), nn.Tanh(), nn.Linear(width, shape.classes))
@@ -67,17 +69,15 @@ def unbuildable(shape):
 
 
 class Shrinking(nn.Module):
-    """Asks for small weights through ``extra_loss``."""
+    """Asks for small weights by an auxiliary loss."""
 
     def __init__(self, inner, weight):
         super().__init__()
         self.inner, self.weight = inner, weight
 
     def forward(self, x):
+        aside.loss(self.weight * sum(p.square().sum() for p in self.inner.parameters()))
         return self.inner(x)
-
-    def extra_loss(self):
-        return self.weight * sum(p.square().sum() for p in self.inner.parameters())
 
 
 def shrinking(shape, *, weight):

@@ -379,7 +379,7 @@ class Undetermined(Halve):
 
 class Picky(Halve):
     def plan(self, model, data=None, *, others=()):
-        self.take(others, 0)
+        self.take(others)
         return super().plan(model, data)
 
 

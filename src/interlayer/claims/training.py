@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.claims.harness import Scale
-from interlayer.core.auxiliary import extra_loss
-from interlayer.core.pairing import Streams, clip_gradients, paired
-from interlayer.core.schedule import progress
+from interlayer.core.fit import fit
+from interlayer.core.pairing import paired
 from interlayer.study import Task, tasks
 
 M = TypeVar("M", bound=nn.Module)
@@ -49,8 +48,7 @@ def train(
     watch: Callable[[int, float], bool] | None = None,
     cut: int | None = None,
 ) -> list[float]:
-    """AdamW without weight decay, gradients clipped at 1, linear warm-up if asked for, constant after. What layers ask for
-    through ``extra_loss`` is added to the task's loss.
+    """Train on a task with AdamW, without weight decay; see ``core.fit.fit``.
 
     Args:
         model: Trained in place.
@@ -66,29 +64,14 @@ def train(
     Returns:
         The loss at every step; training ends where it is not finite.
     """
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    losses: list[float] = []
-    noise = Streams(model, seed)
-    model.train()
-    for step, (x, y) in enumerate(batches(name, seed, batch, steps)):
-        if cut:
-            x, y = x[:, :cut], y[:, :cut]
-        for group in optimiser.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / (warmup + 1))
-        progress(model, step / steps)
-        with noise.step(step):
-            loss = task(name).loss(model(x), y)
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                break
-            optimiser.zero_grad(set_to_none=True)
-            more = extra_loss(model)
-            (loss if more is None else loss + more).backward()
-        clip_gradients(model.parameters(), 1.0)
-        optimiser.step()
-        if watch and watch(step, losses[-1]):
-            break
-    return losses
+
+    def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = (t[:, :cut] for t in pair) if cut else pair
+        return task(name).loss(model(x), y)
+
+    return fit(
+        model, batches(name, seed, batch, steps), loss, steps=steps, lr=lr, seed=seed, warmup=warmup, watch=watch
+    )
 
 
 @torch.no_grad()

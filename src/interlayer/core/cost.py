@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,31 @@ def peak_bytes(run: Callable[[], Any], alive: Iterable[Tensor] = (), device: tor
         now += change
         peak = max(peak, now)
     return before + peak
+
+
+def latency(model: nn.Module, *inputs: Any, calls: int = 7) -> float:
+    """Median seconds of a forward pass in evaluation mode, without gradients; the first calls, which warm up, don't count.
+
+    Args:
+        model: The model; its mode is as before afterwards.
+        inputs: Positional arguments.
+        calls: How many passes.
+
+    Examples:
+        >>> 0 < latency(nn.Linear(3, 2), torch.zeros(4, 3)) < 1
+        True
+    """
+    was, times = model.training, list[float]()
+    model.eval()
+    with torch.inference_mode():
+        for _ in range(calls):
+            begin = time.perf_counter()
+            model(*inputs)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+    model.train(was)
+    return median_time(times)
 
 
 def median_time(seconds: Iterable[float], warmup: int = 2) -> float:

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+Batch = tuple[Any, Any]
+"""Inputs (a tensor, a tuple of positional arguments, a mapping of keyword arguments, or one object such as a graph) and
+targets (None if the model gives its own loss)."""
 
 KINDS = ("tokens", "image", "vector", "series")
 OUTPUTS = ("tokens", "classes", "values")
@@ -58,14 +64,46 @@ class DataShape:
 
 
 def run(model: nn.Module, inputs: Any) -> Any:
-    """Call a model with a batch's inputs: a mapping gives keyword arguments, as Hugging Face's models want them.
+    """Call a model with a batch's inputs: a mapping gives keyword arguments, as Hugging Face's models want them, and a tuple
+    positional ones.
 
     Examples:
-        >>> import torch
         >>> run(nn.Bilinear(2, 2, 1), {"input1": torch.zeros(3, 2), "input2": torch.zeros(3, 2)}).shape
         torch.Size([3, 1])
+        >>> run(nn.Bilinear(2, 2, 1), (torch.zeros(3, 2), torch.zeros(3, 2))).shape
+        torch.Size([3, 1])
     """
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if type(inputs) is tuple else model(inputs)
+
+
+def _leaf(data: Any) -> bool:
+    return hasattr(data, "to") and not isinstance(data, Mapping)
+
+
+def moved(data: Any, device: torch.device | str) -> Any:
+    """Tensors, and objects with a method ``to`` such as graphs, in nested tuples, lists and mappings on a device."""
+    return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, data, is_leaf=_leaf)
+
+
+def count(batch: Batch) -> int:
+    """Samples in a batch: graphs, or the length of the first tensor among targets and inputs.
+
+    Raises:
+        ValueError: The batch holds no tensor.
+
+    Examples:
+        >>> count(({"input_ids": torch.zeros(3, 7)}, None)), count((torch.zeros(2, 5), torch.zeros(2)))
+        (3, 2)
+    """
+    graphs = getattr(batch[0], "num_graphs", None)
+    if isinstance(graphs, int):
+        return graphs
+    for leaf in tree_leaves((batch[1], batch[0])):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return len(leaf)
+    raise ValueError(f"count: a batch of {[type(part).__name__ for part in batch]} without a tensor. Give tensors.")
 
 
 def answer(outputs: Any) -> Tensor:
@@ -75,7 +113,6 @@ def answer(outputs: Any) -> Tensor:
         TypeError: There is no such tensor.
 
     Examples:
-        >>> import torch
         >>> answer((torch.ones(1), None)), answer({"logits": torch.ones(1), "loss": None})
         (tensor([1.]), tensor([1.]))
     """

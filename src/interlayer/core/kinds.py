@@ -59,6 +59,8 @@ class Transform(ABC):
     """
 
     slug: ClassVar[str]
+    merges: ClassVar[int] = 0
+    """How many other models ``plan`` takes."""
 
     @abstractmethod
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
@@ -74,18 +76,18 @@ class Transform(ABC):
     def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         """Rebuild on ``model`` (a base with fresh weights) the structure that ``apply`` recorded; return the model."""
 
-    def take(self, others: Sequence[nn.Module], count: int) -> Sequence[nn.Module]:
-        """The other models, which must be ``count``.
+    def take(self, others: Sequence[nn.Module]) -> Sequence[nn.Module]:
+        """The other models, which must be as many as the transform merges.
 
         Raises:
             ValueError: There are more or fewer.
         """
-        if len(others) != count:
+        if len(others) != self.merges:
             raise ValueError(
-                f"{self.slug}: {len(others)} other models; wanted {count or 'none'}. "
+                f"{self.slug}: {len(others)} other models; expected {self.merges or 'none'}. "
                 + (
                     "Pass them as others=(model, ...), or with --other on the command line."
-                    if count
+                    if self.merges
                     else "Leave out others."
                 )
             )
@@ -101,6 +103,13 @@ class Rule(ABC):
     @abstractmethod
     def step(self, batch: Any) -> dict[str, float]:
         """Learn from one batch and return metrics, ``loss`` among them."""
+
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizers that ``step`` uses, so that a loop can set their learning rates and clip their gradients."""
+        return ()
+
+    def begin(self, experience: Any) -> None:  # noqa: B027 - most rules have nothing to do
+        """Be told that another part of a stream of tasks begins. Most rules learn on as before."""
 
     def predict(self, inputs: Tensor) -> Tensor:
         """The model's output as this rule wants it read (some rules do not read the last layer)."""

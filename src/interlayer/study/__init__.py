@@ -5,11 +5,11 @@ from interlayer.study import StudySpec, compare
 result = compare(StudySpec(task="digits", arms=["plain", "rezero", "norm=rmsnorm"], seeds=3, steps=200))
 """
 
+from interlayer.core.task import Task, TensorTask, TextTask
 from interlayer.study.loaders import LoaderTask
 from interlayer.study.result import Result, Run
 from interlayer.study.run import compare, report
 from interlayer.study.spec import ArmSpec, StudyError, StudySpec
-from interlayer.study.task import Task, TensorTask, TextTask
 
 __all__ = [
     "ArmSpec",

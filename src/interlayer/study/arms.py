@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,39 @@ from interlayer.study import bases
 from interlayer.study.objects import Objects
 from interlayer.study.spec import StudyError, split_top
 
-TRAINING = ("lr", "weight_decay", "warmup", "schedule")
+TRAINED = "trained:"  # what a base begins with that is trained once for each seed, and shared by all arms
+Use = tuple[str, Mapping[str, Any]]  # a system and its options
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an arm is trained.
+
+    Args:
+        lr: Peak learning rate; searched for if there is none.
+        weight_decay: AdamW's weight decay of matrices.
+        warmup: Share of the budget in which the learning rate rises to its peak.
+        schedule: Its course afterwards, ``cosine`` or ``constant``.
+        clip: Largest norm of the gradient.
+    """
+
+    lr: float | None = None
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    schedule: str = "cosine"
+    clip: float = 1.0
+
+    def rate(self, share: float, step: float) -> float:
+        """The learning rate at a share of the budget, as a part of its peak: a linear rise, then half a cosine down to a tenth
+        (or constant)."""
+        if share < self.warmup:
+            return max(share, step) / self.warmup
+        if self.schedule == "constant":
+            return 1.0
+        return 0.55 + 0.45 * math.cos(math.pi * (share - self.warmup) / (1 - self.warmup))
+
+
+TRAINING = ("lr", "weight_decay", "warmup", "schedule")  # what an arm can set for itself
 
 
 @dataclass(frozen=True)
@@ -29,18 +62,20 @@ class Arm:
         name: Name in the report.
         base: What ``build`` starts from; see ``bases.make``.
         options: Sizes and slots that the arm changes.
-        training: Training settings of its own (``lr``, ``weight_decay``, ``warmup``, ``schedule``).
+        training: How it is trained.
         rule: Learning rule and its options, in place of back-propagation with AdamW.
-        transform: What is done to the trained model before it is judged.
+        transforms: What is done to the trained model before it is judged, one after the other.
+        trained: Whether the model is trained once for each seed, and shared with all other arms of which that is true.
         plan: How its draws are named, once it was built.
     """
 
     name: str
     base: Any
     options: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    rule: tuple[str, Mapping[str, Any]] | None = None
-    transform: tuple[str, Mapping[str, Any]] | None = None
+    training: Training = Training()
+    rule: Use | None = None
+    transforms: tuple[Use, ...] = ()
+    trained: bool = False
     plan: Plan | None = field(default=None, compare=False, repr=False)
 
     def build(self, shape: DataShape) -> nn.Module:
@@ -48,7 +83,7 @@ class Arm:
         return bases.make(self.base, shape, self.options)
 
 
-def parse(name: str, use: str, base: str, given: Objects | None = None) -> Arm:
+def parse(name: str, use: str, base: str, given: Objects | None = None, training: Training = Training()) -> Arm:
     """Read an arm's text.
 
     Args:
@@ -56,25 +91,28 @@ def parse(name: str, use: str, base: str, given: Objects | None = None) -> Arm:
         use: Terms joined by ``+``: ``plain``, a slug with options, another base, ``key=value``, or ``package.module:function``.
         base: The study's base.
         given: Objects that stand behind texts; a mapping holds options.
+        training: The study's way to train.
 
     Raises:
         StudyError: A term that means nothing, or two that cannot be together.
     """
     options: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-    rule = transform = None
+    own_training: dict[str, Any] = {}
+    rule: Use | None = None
+    transforms: list[Use] = []
     given = given or Objects()
-    model = given.get_or_text(base)
+    trained = base.startswith(TRAINED)
+    start = model = given.get_or_text(base.removeprefix(TRAINED))
     for term in split_top(use, "+"):
         key, equals, value = term.partition("=")
         thing = given.get_or_text(term)
         if isinstance(thing, Mapping):
             for option, what in thing.items():
-                _put(training if option in TRAINING else options, option, what, name)
+                _put(own_training if option in TRAINING else options, option, what, name)
         elif thing is not term:
             model = thing
         elif equals and "(" not in key:
-            target = training if key.strip() in TRAINING else options
+            target = own_training if key.strip() in TRAINING else options
             _put(target, key.strip(), _literal(value.strip()), name)
         elif bases.is_base(term):
             model = term
@@ -94,16 +132,17 @@ def parse(name: str, use: str, base: str, given: Objects | None = None) -> Arm:
                     raise StudyError(f"arm {name!r}: {rule[0]!r} and {slug!r} are both learning rules; an arm has one.")
                 rule = (slug, own)
             elif system.kind == "transform":
-                if transform:
-                    raise StudyError(
-                        f"arm {name!r}: {transform[0]!r} and {slug!r} are both transforms; an arm has one."
-                    )
-                transform = (slug, own)
+                transforms.append((slug, own))
             else:
                 raise StudyError(
-                    f"arm {name!r}: {slug!r} is a probe; it looks into a model and has nothing to compare."
+                    f"arm {name!r}: {slug!r} is a {system.kind}; compare takes layers, models, rules and transforms."
                 )
-    return Arm(name, model, options, training, rule, transform)
+    if trained and (options or own_training or rule or model is not start):
+        raise StudyError(
+            f"arm {name!r}: the base {base!r} is trained once for all arms, so an arm is plain or transforms joined by +; "
+            f"got {use!r}. Leave {TRAINED!r} out to train each arm."
+        )
+    return Arm(name, model, options, replace(training, **own_training), rule, tuple(transforms), trained)
 
 
 def _put(target: dict[str, Any], key: str, value: Any, arm: str) -> None:

@@ -9,31 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import platform
 import shutil
 import socket
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from interlayer.study.result import Result, Run
-from interlayer.study.spec import SEARCH_SEED, StudyError, StudySpec, plain, shown
-from interlayer.study.task import Task
+from interlayer.study.machine import alive, this_process, where
+from interlayer.study.result import Run
+from interlayer.study.spec import StudyError, plain
 from interlayer.study.train import Record
-from interlayer.version import __version__
 
 HEARTBEAT, GRACE = 5, 30  # seconds
 TRIES = 10  # to open a database that other processes open at the same moment
@@ -113,17 +109,20 @@ class Engine:
     """A study's trials in their database.
 
     Args:
-        spec: What is compared.
+        url: Database.
+        name: Name of the study there.
+        folder: Where checkpoints and kept weights go.
+        uses: What each arm is made of, by name.
         higher: Whether more of the task's metric is better.
         resume: Keep the records there are.
-        name: The study's name in the storage, if not the one that follows from ``spec``.
     """
 
-    def __init__(self, spec: StudySpec, higher: bool, *, resume: bool = True, name: str = "") -> None:
-        self.spec, self.name = spec, name or spec.identity
-        self.checkpoints = spec.folder / "checkpoints" / self.name
-        self.uses = {arm.name: arm.use for arm in spec.arms}
-        self.storage = open_storage(spec.url)
+    def __init__(
+        self, url: str, name: str, folder: Path, uses: Mapping[str, str], *, higher: bool = False, resume: bool = True
+    ) -> None:
+        self.name, self.folder, self.uses = name, folder, uses
+        self.checkpoints = folder / "checkpoints" / name
+        self.storage = open_storage(url)
         with quiet():
             if not resume:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
@@ -135,14 +134,6 @@ class Engine:
             )
         self.closed: set[int] = set()  # trials whose worker died under this very process
 
-    def note(self, task: Task, base: str) -> None:
-        """Write down what is run, for the report and the dashboard."""
-        about = {k: getattr(task, k) for k in ("name", "metric", "higher", "unit", "item", "about")}
-        spec = self.spec.model_dump(mode="json", exclude={"storage"})  # its URL may hold a password
-        values = {"spec": spec, "about": about, "base": shown(base), "started": time.time()}
-        for key, value in values.items():
-            self.study.set_user_attr(key, value)
-
     def checkpoint(self, trial: FrozenTrial) -> Path:
         """Where a run keeps its state, so that one that is cut off goes on from there."""
         a = trial.user_attrs
@@ -152,7 +143,7 @@ class Engine:
     def weights(self, trial: FrozenTrial) -> Path | None:
         """Where the model of a judged run is saved."""
         a = trial.user_attrs
-        return self.spec.folder / "weights" / plain(a["arm"]) / f"seed-{a['seed']}" if a["phase"] == "run" else None
+        return self.folder / "weights" / plain(a["arm"]) / f"seed-{a['seed']}" if a["phase"] == "run" else None
 
     def write(self, key: str, value: Any) -> None:
         """Write down one more fact on the study."""
@@ -176,10 +167,13 @@ class Engine:
             wanted: The runs.
         """
         there = {_key(t) for t in self.trials() if t.state != TrialState.FAIL or t.user_attrs.get("kind") == "diverged"}
+        rates = sorted(lr for _, _, lr in wanted if lr is not None)
         for arm, seed, lr in wanted:
             if (phase, arm, seed, None if phase == "run" else lr) not in there:
                 params = {} if lr is None else {"lr": lr}
                 attrs = {"phase": phase, "arm": arm, "use": self.uses.get(arm, arm), "seed": seed, "lr": lr}
+                if phase == "search":
+                    attrs["rates"] = [rates[0], rates[-1]]
                 self.study.enqueue_trial(params, user_attrs=attrs)
 
     def refuse(self, arm: str, seed: int, found: dict[str, str]) -> None:
@@ -208,7 +202,7 @@ class Engine:
             except UpdateFinishedTrialError:
                 continue
             self.storage.record_heartbeat(trial._trial_id)
-            self.storage.set_trial_user_attr(trial._trial_id, "process", _process())
+            self.storage.set_trial_user_attr(trial._trial_id, "process", this_process())
             earlier = [
                 t
                 for t in self.trials()
@@ -218,8 +212,9 @@ class Engine:
                 self.close(trial, "duplicate", f"the same as trial {earlier[0].number}")
                 continue
             if trial.user_attrs["phase"] == "search":  # as a parameter, so that Optuna's own tools see it
-                rates = self.spec.rates
-                optuna.trial.Trial(self.study, trial._trial_id).suggest_float("lr", min(rates), max(rates), log=True)
+                optuna.trial.Trial(self.study, trial._trial_id).suggest_float(
+                    "lr", *trial.user_attrs["rates"], log=True
+                )
             return trial
         return None
 
@@ -236,23 +231,23 @@ class Engine:
         """Close what killed processes left behind and queue it again, or give it up after ``KILLS`` times."""
         for trial in self.trials(TrialState.RUNNING):
             process = trial.user_attrs.get("process")
-            if process and process[0] == socket.gethostname() and not _alive(process):
+            if process and process[0] == socket.gethostname() and not alive(process):
                 self.close(trial, "killed", "its process was killed")
         with quiet():
             fail_stale_trials(self.study)
         trials = self.trials()
-        alive = {_key(t) for t in trials if t.state != TrialState.FAIL}
+        open_ = {_key(t) for t in trials if t.state != TrialState.FAIL}
         killed: dict[Any, list[FrozenTrial]] = {}
         for t in trials:
             if t.state == TrialState.FAIL and t.user_attrs.get("kind", "killed") == "killed":
                 killed.setdefault(_key(t), []).append(t)
         for key, dead in killed.items():
-            if key in alive or self._last()[key].user_attrs.get("kind", "killed") != "killed":
+            if key in open_ or self._last()[key].user_attrs.get("kind", "killed") != "killed":
                 continue
-            attrs = {k: dead[-1].user_attrs.get(k) for k in ("phase", "arm", "use", "seed", "lr")}
+            attrs = {k: dead[-1].user_attrs.get(k) for k in ("phase", "arm", "use", "seed", "lr", "rates")}
             here = sum(t.number in self.closed for t in dead)
             if here >= KILLS:
-                text = f"its process was killed {here} times; perhaps memory ran out (workers = {self.spec.workers})"
+                text = f"its process was killed {here} times; perhaps memory ran out. Fewer workers need less."
                 self.study.add_trial(
                     optuna.trial.create_trial(
                         state=TrialState.FAIL, user_attrs={**attrs, "kind": "failed", "error": text, "traceback": ""}
@@ -274,8 +269,7 @@ class Engine:
 
     def kept(self) -> int:
         """How many runs of the study's arms have their result already."""
-        names = {arm.name for arm in self.spec.arms}
-        return sum(k[1] in names and _state(t) in ("done", "diverged") for k, t in self._last().items())
+        return sum(k[1] in self.uses and _state(t) in ("done", "diverged") for k, t in self._last().items())
 
     def open(self, names: set[str]) -> list[FrozenTrial]:
         """Trials of these arms that are queued or running."""
@@ -292,21 +286,11 @@ class Engine:
         sign = -1 if self.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
         return min(done, key=lambda t: sign * float(t.value or 0)).user_attrs["lr"] if done else None
 
-    def result(self) -> Result:
-        """The outcome so far: every run that there is, and those of the first look that are missing."""
-        attrs, last = self.study.user_attrs, self._last()
-        runs = []
-        for arm in self.spec.arms:
-            for seed in range(self.spec.looks[-1]):
-                trial = last.get(("run", arm.name, seed, None))
-                if trial is not None and (_state(trial) != "missing" or seed < self.spec.looks[0]):
-                    runs.append(_run(trial))
-                elif seed < self.spec.looks[0]:
-                    runs.append(Run(arm.name, seed, "missing"))
-        names = {arm.name for arm in self.spec.arms}
-        search = [_run(t) for k, t in last.items() if k[0] == "search" and k[1] in names and k[2] == SEARCH_SEED]
-        about = {**attrs["about"], "trivial": attrs.get("trivial", {})}
-        return Result(self.spec, runs, search, about, attrs["base"], self.spec.folder, attrs.get("shared", {}))
+    def runs(self, phase: str) -> list[Run]:
+        """The outcome of each run of a phase so far, for the study's arms."""
+        found = [_run(t) for key, t in self._last().items() if key[0] == phase and key[1] in self.uses]
+        order = list(self.uses)
+        return sorted(found, key=lambda r: (order.index(r.arm), r.seed, r.lr or 0.0))
 
 
 def _key(trial: FrozenTrial) -> tuple[Any, ...]:
@@ -336,45 +320,3 @@ def _run(trial: FrozenTrial) -> Run:
         a.get("traceback", ""),
         a.get("where", {}),
     )
-
-
-def _process() -> list[Any]:
-    return [socket.gethostname(), os.getpid(), _born(os.getpid())]
-
-
-def _born(pid: int) -> str:
-    """When a process started, on systems that say: process numbers are used again."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
-
-
-def _alive(process: list[Any]) -> bool:
-    try:
-        os.kill(process[1], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return _born(process[1]) == process[2]
-
-
-def where() -> dict[str, Any]:
-    """The machine and the versions, for the report."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    except OSError:
-        pass
-    return {
-        "interlayer": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "optuna": optuna.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": f"{cpu}, {os.cpu_count()} cores",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "threads": torch.get_num_threads(),
-    }

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interlayer.core.data import DataShape
+from interlayer.core.data import Batch, DataShape
 from interlayer.core.pairing.seeds import kept, seed_all, seed_of
+from interlayer.core.task import Task, shape_of
 from interlayer.study.spec import StudyError
-from interlayer.study.task import Batch, Task, shape_of
 
 LOOKED_AT = 64  # batches of each split that the number of classes and the like are read from
 

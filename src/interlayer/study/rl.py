@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.core.auxiliary import extra_loss
+from interlayer.core import aside
 from interlayer.core.extras import need
 from interlayer.core.schedule import progress
 
@@ -189,9 +189,9 @@ class DQN:
             values = target(following)
             best = (q(following) if self.double else values).argmax(1, keepdim=True)
             goal = rewards + self.discount * (1 - ended) * values.gather(1, best)[:, 0]
-        loss = F.smooth_l1_loss(q(seen).gather(1, actions[:, None])[:, 0], goal)
-        more = extra_loss(q)
-        return loss if more is None else loss + more
+        with aside.collect() as told:
+            loss = F.smooth_l1_loss(q(seen).gather(1, actions[:, None])[:, 0], goal)
+        return loss if told.loss is None else loss + told.loss
 
 
 @dataclass

@@ -1,43 +1,38 @@
-"""Run a study: all its trials, in this process or in several, until all are done; then the report."""
+"""A study from beginning to end: read, check, run, report."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import pickle
-import socket
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import cloudpickle
 import torch
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
+from interlayer import catalog
 from interlayer.core.equal import difference
 from interlayer.core.pairing import Paired, shared
+from interlayer.core.task import Task
 from interlayer.study import tasks
-from interlayer.study.arms import Arm, parse
-from interlayer.study.engine import HEARTBEAT, Engine, open_storage, plain_errors, where
+from interlayer.study.arms import TRAINED, Arm, Training, parse
+from interlayer.study.engine import Engine, open_storage, plain_errors
 from interlayer.study.loaders import LoaderTask
 from interlayer.study.objects import Objects, shown
 from interlayer.study.outputs import check_exports, write
 from interlayer.study.progress import Progress
-from interlayer.study.result import Result
+from interlayer.study.result import Result, Run
 from interlayer.study.spec import SEARCH_SEED, ArmSpec, StudyError, StudySpec
-from interlayer.study.task import Task
-from interlayer.study.train import Diverged, Record, check, device_of, takes_lr, train
+from interlayer.study.subject import takes_lr
+from interlayer.study.train import OTHERS, Job, check
+from interlayer.study.workers import Work, Workers, sentence
 
-Emit = Callable[[dict[str, Any]], None]
+BASE = "(trained base)"  # the arm that trains what all arms of a study with a trained base share
+Refusal = dict[str, str]
+T = TypeVar("T")
 
 
 def compare(
@@ -56,7 +51,7 @@ def compare(
         spec: The whole study as data; or leave it out and give the parts:
         model: The model that the arms change: a text as in ``StudySpec.base``, a class or function that makes one (called with
             the data's shape if it has a first argument without default or one called ``shape``), or a module (its weights are
-            where every seed begins).
+            where every seed begins; with ``steps=0`` it is judged as it is, which suits arms that are transforms).
         task: A text as in ``StudySpec.task``, a ``Task``, a pair of DataLoaders or other iterables of batches, a pair of
             (inputs, targets) as tensors or arrays, or a function that gives one of these.
         arms: A list of texts, classes, functions, modules and (name, one of these) pairs, or a mapping from names; a mapping in
@@ -83,55 +78,7 @@ def compare(
     elif wrong := [k for k, v in parts.items() if v is not None]:
         raise StudyError(f"compare: {', '.join(wrong)} beside a StudySpec; give one or the other.")
     with plain_errors(spec.url):
-        return _compare(spec, given, console or Console(), resume)
-
-
-def _compare(spec: StudySpec, given: Objects, console: Console, resume: bool) -> Result:
-    task = tasks.load(spec.task, given)
-    if isinstance(task, LoaderTask) and "batch_size" in spec.model_fields_set:
-        raise StudyError(
-            f"batch_size: the batches of task {task.name!r} come from its own loaders; set their size there."
-        )
-    device_of(spec)
-    check_exports(spec.export)
-    base = spec.base or task.base
-    spec.folder.mkdir(parents=True, exist_ok=True)
-    engine = Engine(spec, task.higher, resume=resume)
-    engine.note(task, base)
-    (spec.folder / "study.toml").write_text(spec.model_copy(update={"storage": None}).to_toml(), encoding="utf-8")
-    built = {a.name: _checked(partial(_read_and_check, a.name, a.use, base, given, task, spec)) for a in spec.arms}
-    checked, share = _against_baseline(built, spec)
-    engine.write("shared", share)
-    arms = {name: found for name, found in checked.items() if isinstance(found, Arm)}
-    sent = task if spec.task in given else None
-    with Progress(console, spec, task.unit if task.metric == "loss" else task.metric) as progress:
-
-        def refuse(name: str, found: dict[str, str]) -> None:
-            for seed in range(spec.looks[0]):
-                engine.refuse(name, seed, found)
-            progress.emit({"what": "failed", "arm": name, "seed": None, "error": found["error"]})
-
-        for name, found in checked.items():
-            if isinstance(found, dict):
-                refuse(name, found)
-        if kept := engine.kept():
-            progress.line(f"{kept} runs are in the records already and are not run again.")
-        fixed = {name: arm.training.get("lr") or spec.lr for name, arm in arms.items()}
-        searched = [name for name, lr in fixed.items() if lr is None and takes_lr(arms[name])]
-        engine.queue("search", [(name, SEARCH_SEED, lr) for lr in spec.rates for name in searched])
-        _work(engine, arms, task, sent, progress)
-        rates = {name: engine.best(name) if name in searched else fixed[name] for name in arms}
-        for name in [n for n in searched if rates[n] is None]:
-            refuse(name, {"error": "every learning rate diverged or failed", "traceback": "", "kind": "diverged"})
-            del arms[name]
-        for look in spec.looks:
-            going = list(arms) if look == spec.looks[0] else _undecided(engine.result(), arms)
-            engine.queue("run", [(name, seed, rates[name]) for seed in range(look) for name in going])
-            _work(engine, arms, task, sent, progress)
-            _score_diverged(engine, task, progress)
-    result = engine.result()
-    write(result, console)
-    return result
+        return _compare(_read(spec, given), console or Console(), resume)
 
 
 def _of_parts(parts: dict[str, Any], given: Objects) -> StudySpec:
@@ -159,31 +106,178 @@ def _arm(what: Any, given: Objects) -> Any:
     return {"name": name, "use": use}
 
 
-def _against_baseline(
-    checked: dict[str, tuple[Arm, Paired[Any]] | dict[str, str]], spec: StudySpec
-) -> tuple[dict[str, Arm | dict[str, str]], dict[str, float]]:
-    """Refuse arms that equal the baseline; and by arm, the share of its initial noise that is the baseline's."""
-    arms: dict[str, Arm | dict[str, str]] = {
-        n: found if isinstance(found, dict) else found[0] for n, found in checked.items()
+@dataclass
+class Study:
+    """A study, read.
+
+    Attributes:
+        spec: As it was written, for the report.
+        base: What the arms change, as text.
+        task: What is learned.
+        sent: The task as workers get it: its text, or itself where there is no text.
+        arms: By name; or why there is none.
+        job: What all runs share.
+    """
+
+    spec: StudySpec
+    base: str
+    task: Task
+    sent: Task | str
+    arms: dict[str, Arm | Refusal]
+    job: Job
+
+
+def _read(spec: StudySpec, given: Objects) -> Study:
+    """Task, arms and budget of a study."""
+    try:
+        task = tasks.load(spec.task, given)
+    except ValueError as error:
+        raise StudyError(str(error)) from error
+    if isinstance(task, LoaderTask) and "batch_size" in spec.model_fields_set:
+        raise StudyError(
+            f"batch_size: the batches of task {task.name!r} come from its own loaders; set their size there."
+        )
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise StudyError("device: the study wants cuda, but torch sees no CUDA device here.")
+    check_exports(spec.export)
+    base = spec.base or task.base
+    training = Training(spec.lr, spec.weight_decay, spec.warmup, spec.schedule, spec.clip)
+    arms: dict[str, Arm | Refusal] = {
+        a.name: _or_refused(partial(parse, a.name, a.use, base, given, training)) for a in spec.arms
     }
-    built = {n: found[1] for n, found in checked.items() if not isinstance(found, dict)}
-    if spec.baseline not in built:
-        return arms, {}
-    plain, base = arms[spec.baseline], built[spec.baseline]
-    for name in [n for n in built if n != spec.baseline and not spec.allow_equal]:
-        arm = arms[name]
-        assert isinstance(arm, Arm) and isinstance(plain, Arm)
-        trained = (arm.training, arm.rule, arm.transform) == (plain.training, plain.rule, plain.transform)
-        if trained and not difference(built[name].model, base.model):
-            text = (
-                f"arm {name!r} equals the baseline {spec.baseline!r}: the same modules, options, parameters and training. "
-                "Change what it is made of, or allow equal arms (--allow-equal) to see how far chance alone goes."
-            )
-            arms[name] = {"error": text, "traceback": "", "kind": "refused"}
-    return arms, {name: shared(found, base) for name, found in built.items()}
+    if base.startswith(TRAINED):
+        arms[BASE] = _or_refused(partial(parse, BASE, "plain", base, given, training))
+    read = [arm for arm in arms.values() if isinstance(arm, Arm)]
+    job = Job(
+        spec.batch_size, None if spec.seconds else int(spec.budget["steps"]), spec.seconds, spec.evaluations,
+        "cuda" if spec.device != "cpu" and torch.cuda.is_available() else "cpu", spec.folder / "bases" / spec.identity,
+        any(arm.trained or arm.transforms for arm in read),
+    )  # fmt: skip
+    return Study(spec, base, task, task if spec.task in given else spec.task, arms, job)
 
 
-def _undecided(result: Result, arms: Mapping[str, Arm]) -> list[str]:
+def _or_refused(make: Callable[[], T]) -> T | Refusal:
+    try:
+        return make()
+    except Exception as error:
+        return {"error": sentence(error), "traceback": traceback.format_exc(), "kind": "refused"}
+
+
+def _check(study: Study) -> dict[str, float]:
+    """Try every arm, and refuse those that cannot work or that equal the baseline.
+
+    Returns:
+        By arm, the share of its initial noise that is the baseline's.
+    """
+    built: dict[str, Paired[Any]] = {}
+    for name, arm in study.arms.items():
+        if isinstance(arm, Arm):
+            tried = _or_refused(partial(check, arm, study.task, study.job))
+            if isinstance(tried, dict):
+                study.arms[name] = tried
+            else:
+                study.arms[name], built[name] = replace(arm, plan=tried.plan), tried
+    plain, base = study.arms[study.spec.baseline], built.get(study.spec.baseline)
+    built.pop(BASE, None)
+    if base is None or not isinstance(plain, Arm):
+        return {}
+    for name, found in built.items():
+        arm = study.arms[name]
+        assert isinstance(arm, Arm)
+        made = [(a.training, a.rule, a.transforms) for a in (arm, plain)]
+        if arm is plain or study.spec.allow_equal or made[0] != made[1] or difference(found.model, base.model):
+            continue
+        text = (
+            f"arm {name!r} equals the baseline {plain.name!r}: the same modules, options, parameters and training. "
+            "Change what it is made of, or allow equal arms (--allow-equal) to see how far chance alone goes."
+        )
+        study.arms[name] = {"error": text, "traceback": "", "kind": "refused"}
+    return {name: shared(found, base) for name, found in built.items()}
+
+
+def _compare(study: Study, console: Console, resume: bool) -> Result:
+    spec, task = study.spec, study.task
+    spec.folder.mkdir(parents=True, exist_ok=True)
+    records: dict[str, Any] = {
+        "url": spec.url, "name": spec.identity, "folder": spec.folder,
+        "uses": {**{a.name: a.use for a in spec.arms}, **({BASE: study.base} if BASE in study.arms else {})},
+        "higher": task.higher,
+    }  # fmt: skip
+    engine = Engine(**records, resume=resume)
+    engine.write("spec", spec.model_dump(mode="json", exclude={"storage"}))  # its URL may hold a password
+    engine.write("about", {k: getattr(task, k) for k in ("name", "metric", "higher", "unit", "item", "about")})
+    engine.write("base", shown(study.base))
+    engine.write("started", time.time())
+    (spec.folder / "study.toml").write_text(spec.model_copy(update={"storage": None}).to_toml(), encoding="utf-8")
+    engine.write("shared", _check(study))
+    arms = {name: arm for name, arm in study.arms.items() if isinstance(arm, Arm)}
+    work = Work(records, study.sent, arms, study.job, spec.threads, spec.keep, task)
+    with (
+        Progress(console, spec, task.unit if task.metric == "loss" else task.metric) as progress,
+        Workers(engine, work, progress, spec.workers) as workers,
+    ):
+        for name, found in study.arms.items():
+            if isinstance(found, dict):
+                _refuse(name, found, engine, spec, progress)
+        if kept := engine.kept():
+            progress.line(f"{kept} runs are in the records already and are not run again.")
+        rates = _rates(arms, engine, workers, spec, study.job)
+        for name in [n for n in arms if n not in rates]:
+            why = {"error": "every learning rate diverged or failed", "traceback": "", "kind": "diverged"}
+            _refuse(name, why, engine, spec, progress)
+        _judge(rates, arms, engine, workers, study, progress)
+    result = _result(engine, spec)
+    write(result, console)
+    return result
+
+
+def _refuse(name: str, why: Refusal, engine: Engine, spec: StudySpec, progress: Progress) -> None:
+    if name != BASE:
+        for seed in range(spec.looks[0]):
+            engine.refuse(name, seed, why)
+    progress.emit({"what": "failed", "arm": name, "seed": None, "error": why["error"]})
+
+
+def _rates(
+    arms: Mapping[str, Arm], engine: Engine, workers: Workers, spec: StudySpec, job: Job
+) -> dict[str, float | None]:
+    """The learning rate of each arm: its own, or the best of those that the study tries; an arm without any is left out."""
+    fixed = {name: arm.training.lr for name, arm in arms.items()}
+    if job.steps == 0:
+        return fixed
+    trained = BASE in arms
+    searched = [n for n, lr in fixed.items() if lr is None and takes_lr(arms[n]) and (n == BASE or not trained)]
+    engine.queue("search", [(name, SEARCH_SEED, lr) for lr in spec.rates for name in searched])
+    workers.finish(set(arms))
+    best = {name: engine.best(name) if name in searched else fixed[name] for name in arms}
+    if trained:
+        best = dict.fromkeys(arms, best[BASE])
+    return {n: lr for n, lr in best.items() if lr is not None or not takes_lr(arms[n])}
+
+
+def _judge(
+    rates: Mapping[str, float | None],
+    arms: Mapping[str, Arm],
+    engine: Engine,
+    workers: Workers,
+    study: Study,
+    progress: Progress,
+) -> None:
+    """Run seeds until every arm is decided or has them all."""
+    names = [n for n in rates if n != BASE]
+    merged = max((catalog.get(s).resolve().merges for n in names for s, _ in arms[n].transforms), default=0)
+    for look in study.spec.looks:
+        going = names if look == study.spec.looks[0] else _undecided(_result(engine, study.spec), names)
+        if BASE in rates and going:
+            seeds = [seed + OTHERS * i for seed in range(look) for i in range(merged + 1)]
+            engine.queue("base", [(BASE, seed, rates[BASE]) for seed in seeds])
+            workers.finish({BASE})
+        engine.queue("run", [(name, seed, rates[name]) for seed in range(look) for name in going])
+        workers.finish(set(names))
+        _score_diverged(engine, study.task, progress)
+
+
+def _undecided(result: Result, arms: list[str]) -> list[str]:
     """The arms that need more seeds, and the baseline with them. An arm whose every run raised gets no more."""
     found = []
     for name in arms:
@@ -195,14 +289,26 @@ def _undecided(result: Result, arms: Mapping[str, Arm]) -> list[str]:
 
 def _score_diverged(engine: Engine, task: Task, progress: Progress) -> None:
     """Note what a trivial predictor scores, if a run diverged: that is its score too."""
-    if "trivial" in engine.study.user_attrs or all(r.state != "diverged" for r in engine.result().runs):
+    if "trivial" in engine.study.user_attrs or all(r.state != "diverged" for r in engine.runs("run")):
         return
     try:
         engine.write("trivial", task.trivial())
     except Exception as error:
         progress.line(
-            f"task {task.name!r} gives no score of a trivial predictor ({_sentence(error)}): diverged runs are left out."
+            f"task {task.name!r} gives no score of a trivial predictor ({sentence(error)}): diverged runs are left out."
         )
+
+
+def _result(engine: Engine, spec: StudySpec) -> Result:
+    """The outcome so far: every run that there is, and those of the first look that are missing."""
+    attrs, least = engine.study.user_attrs, spec.looks[0]
+    found = {(r.arm, r.seed): r for r in engine.runs("run")}
+    wanted = [(arm.name, seed) for arm in spec.arms for seed in range(spec.looks[-1])]
+    runs = [found.get(key, Run(*key, "missing")) for key in wanted]
+    runs = [r for r in runs if r.state != "missing" or r.seed < least]
+    about = {**attrs["about"], "trivial": attrs.get("trivial", {})}
+    search = [r for r in engine.runs("search") if r.seed == SEARCH_SEED]
+    return Result(spec, runs, search, about, attrs["base"], spec.folder, attrs.get("shared", {}))
 
 
 def report(
@@ -231,186 +337,16 @@ def _report(source: str | Path, console: Console, out: str | Path | None, export
         if not path.is_file():
             raise StudyError(f"report: there are no records in {source}; wanted a study's folder or a database URL.")
         url = f"sqlite:///{path.absolute()}"
-    storage = open_storage(url)
-    studies = [s for s in storage.get_all_studies() if "spec" in s.user_attrs]
+    studies = [s for s in open_storage(url).get_all_studies() if "spec" in s.user_attrs]
     if not studies:
         raise StudyError(f"report: {source} holds no study of Interlayer.")
     last = max(studies, key=lambda s: s.user_attrs.get("started", 0))
-    spec = StudySpec.model_validate({**last.user_attrs["spec"], "storage": url})
-    spec = spec.model_copy(
-        update={"out": Path(out) if out else Path(source) if Path(str(source)).is_dir() else spec.folder}
-    )
-    engine = Engine(spec, False, name=last.study_name)
-    result = engine.result()
-    result.spec = StudySpec.parse({**last.user_attrs["spec"], **({"export": export} if export else {})}, "report")
-    check_exports(result.spec.export)
-    spec.folder.mkdir(parents=True, exist_ok=True)
-    result.out = spec.folder
+    values = {**last.user_attrs["spec"], **({"export": export} if export else {})}
+    spec = StudySpec.parse(values, "report")
+    check_exports(spec.export)
+    folder = Path(out) if out else Path(source) if Path(str(source)).is_dir() else spec.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = Engine(url, last.study_name, folder, {a.name: a.use for a in spec.arms})
+    result = replace(_result(engine, spec), out=folder)
     write(result, console)
     return result
-
-
-def _read_and_check(
-    name: str, use: str, base: str, given: Objects, task: Task, spec: StudySpec
-) -> tuple[Arm, Paired[Any]]:
-    arm = parse(name, use, base, given)
-    built = check(arm, task, spec)
-    return replace(arm, plan=built.plan), built
-
-
-def _checked(make: Callable[[], tuple[Arm, Paired[Any]]]) -> tuple[Arm, Paired[Any]] | dict[str, str]:
-    try:
-        return make()
-    except Exception as error:
-        return {"error": _sentence(error), "traceback": traceback.format_exc(), "kind": "refused"}
-
-
-def _sentence(error: BaseException) -> str:
-    return str(error) if isinstance(error, StudyError | Diverged) else f"{type(error).__name__}: {error}"
-
-
-def serve(engine: Engine, arms: dict[str, Arm], task: Task, emit: Emit) -> None:
-    """Take queued trials and run them until none can be taken."""
-    while (trial := engine.claim(set(arms))) is not None:
-        with suppress(UpdateFinishedTrialError):  # it was taken for dead, closed, and is run again
-            _run_one(engine, trial, arms[trial.user_attrs["arm"]], task, emit)
-
-
-def _run_one(engine: Engine, trial: FrozenTrial, arm: Arm, task: Task, emit: Emit) -> None:
-    attrs = trial.user_attrs
-    seed, lr = attrs["seed"], attrs["lr"]
-    label = {"arm": arm.name, "seed": seed, "lr": lr if attrs["phase"] == "search" else None}
-
-    def pass_on(event: dict[str, Any]) -> None:
-        if event["what"] == "eval":
-            engine.storage.set_trial_intermediate_value(trial._trial_id, int(event["step"]), event["value"])
-        emit({**event, **label})
-
-    emit({"what": "start", **label})
-    record = Record()
-    put = partial(engine.storage.set_trial_user_attr, trial._trial_id)
-    put("where", where())
-    begin = time.perf_counter()
-    with _beating(engine, trial):
-        try:
-            train(
-                arm, task, engine.spec, seed, lr=lr, emit=pass_on, record=record, checkpoint=engine.checkpoint(trial),
-                keep=engine.weights(trial) if engine.spec.keep else None,
-            )  # fmt: skip
-        except Exception as error:
-            put("record", _finite(record.data()))
-            kind = "diverged" if isinstance(error, Diverged) else "failed"
-            engine.close(trial, kind, _sentence(error), traceback.format_exc())
-            emit({"what": kind, "error": _sentence(error), **label})
-            return
-        except BaseException:  # stopped by hand, perhaps in a notebook that lives on
-            engine.close(trial, "killed", "stopped")
-            raise
-        put("record", record.data())
-        put("wall", time.perf_counter() - begin)
-        engine.storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [record.metrics[task.metric]])
-    emit({"what": "done", "metrics": record.metrics, **label})
-
-
-def _finite(data: Any) -> Any:
-    """NaN and infinity as None: JSON has neither."""
-    if isinstance(data, dict):
-        return {k: _finite(v) for k, v in data.items()}
-    if isinstance(data, list):
-        return [_finite(v) for v in data]
-    return None if isinstance(data, float) and data - data != 0 else data
-
-
-@contextmanager
-def _beating(engine: Engine, trial: FrozenTrial) -> Iterator[None]:
-    """Record a heartbeat for the trial in a thread."""
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(HEARTBEAT):
-            engine.storage.record_heartbeat(trial._trial_id)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _work(engine: Engine, arms: dict[str, Arm], task: Task, sent: Task | None, progress: Progress) -> None:
-    """Run all open trials of these arms, here or in worker processes; wait for those that other machines run."""
-    waiting = False
-    while True:
-        engine.revive()
-        found = engine.open(set(arms))
-        if not found:
-            return
-        queued = sum(t.state == TrialState.WAITING for t in found)
-        if not queued:
-            if not waiting:
-                progress.line(f"waiting for {len(found)} run(s) of another process")
-            waiting = True
-            time.sleep(1)
-        elif engine.spec.workers == 1:
-            torch.set_num_threads(engine.spec.threads)
-            serve(engine, arms, task, progress.emit)
-        else:
-            _processes(engine, arms, sent, progress, min(engine.spec.workers, queued))
-
-
-def _processes(engine: Engine, arms: dict[str, Arm], sent: Task | None, progress: Progress, count: int) -> None:
-    try:  # by value where it was defined in a notebook or a script
-        content = cloudpickle.dumps((engine.spec, engine.name, arms, sent))
-    except Exception as error:
-        raise StudyError(
-            f"the model or the task cannot be sent to worker processes ({_sentence(error)}); set workers=1, or define them in a "
-            "module and name it, as package.module:function."
-        ) from error
-    queued = len(engine.trials(TrialState.WAITING))
-    context = multiprocessing.get_context("spawn")
-    workers = {}
-    for _ in range(count):
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_worker, args=(there, content), daemon=True)
-        process.start()
-        there.close()
-        workers[here] = process
-    pids = {p.pid: p for p in workers.values()}
-    try:
-        while workers:
-            for pipe in wait(list(workers), timeout=1):
-                assert isinstance(pipe, Connection)
-                try:
-                    progress.emit(pipe.recv())
-                except (EOFError, OSError):
-                    workers.pop(pipe).join()
-    finally:
-        for process in workers.values():
-            process.terminate()
-            process.join()
-    if all(p.exitcode for p in pids.values()) and len(engine.trials(TrialState.WAITING)) == queued:
-        raise StudyError(
-            f"the worker processes ended with exit codes {[p.exitcode for p in pids.values()]} before any run."
-        )
-    for trial in engine.trials(TrialState.RUNNING):
-        held = trial.user_attrs.get("process")
-        if held and held[0] == socket.gethostname() and held[1] in pids:
-            code = pids[held[1]].exitcode
-            progress.line(
-                f"a worker ended with exit code {code} in {trial.user_attrs['arm']}, seed {trial.user_attrs['seed']}"
-            )
-            engine.closed.add(trial.number)
-
-
-def _worker(pipe: Connection, content: bytes) -> None:
-    """A worker process; it ends with its parent, however that ends."""
-    spec, name, arms, sent = pickle.loads(content)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(spec.threads)
-    task = sent or tasks.load(spec.task)
-    serve(Engine(spec, task.higher, name=name), arms, task, pipe.send)
-    pipe.close()

@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -63,7 +64,8 @@ class StudySpec(BaseModel):
     base: str | None = Field(
         default=None,
         description='the model that the arms change: a backbone such as "transformer(depth=6)", package.module:function, '
-        "a saved folder, or hf:NAME; defaults to the task's usual one",
+        "a saved folder, or hf:NAME; trained:BASE is trained once for each seed and shared by all arms; defaults to the task's "
+        "usual one",
     )
     arms: tuple[ArmSpec, ...] = Field(
         default=(ArmSpec(name="plain", use="plain"),),
@@ -74,7 +76,9 @@ class StudySpec(BaseModel):
         default="4..12",
         description="how many seeds each arm is trained with: 3, or 4..12 to stop each arm as soon as it is decided",
     )
-    steps: PositiveInt | None = Field(default=None, description="training steps of each run")
+    steps: NonNegativeInt | None = Field(
+        default=None, description="training steps of each run; 0 judges the base as it is"
+    )
     seconds: PositiveFloat | None = Field(
         default=None, description="training time of each run in seconds, in place of steps"
     )
@@ -138,7 +142,7 @@ class StudySpec(BaseModel):
 
     @model_validator(mode="after")
     def _whole(self) -> StudySpec:
-        if self.steps and self.seconds:
+        if self.steps is not None and self.seconds:
             raise ValueError("steps and seconds are two budgets; give one")
         names = [arm.name for arm in self.arms]
         if doubled := [n for n in names if names.count(n) > 1]:
@@ -148,7 +152,7 @@ class StudySpec(BaseModel):
     @property
     def budget(self) -> dict[str, float]:
         """The budget as one entry, ``{"steps": n}`` or ``{"seconds": s}``."""
-        return {"seconds": self.seconds} if self.seconds else {"steps": self.steps or 200}
+        return {"seconds": self.seconds} if self.seconds else {"steps": 200 if self.steps is None else self.steps}
 
     @property
     def baseline(self) -> str:
@@ -158,7 +162,7 @@ class StudySpec(BaseModel):
     @property
     def from_text(self) -> bool:
         """Whether the text of the study is all of it, with no object of Python behind it."""
-        return not any(text.startswith(GIVEN) for text in (self.task, self.base or "", *(a.use for a in self.arms)))
+        return not any(GIVEN in text for text in (self.task, self.base or "", *(a.use for a in self.arms)))
 
     @property
     def folder(self) -> Path:

@@ -17,10 +17,10 @@ from torch import Tensor
 from interlayer.catalog import nearest
 from interlayer.core import nano
 from interlayer.core.extras import need
+from interlayer.core.task import Task, TensorTask, TextTask
 from interlayer.study.loaders import LoaderTask
 from interlayer.study.objects import Objects, is_path, load_object, shown
 from interlayer.study.spec import StudyError
-from interlayer.study.task import Task, TensorTask, TextTask
 
 
 @cache

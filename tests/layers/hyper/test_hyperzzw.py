@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from interlayer.core.auxiliary import extra_loss
+from interlayer.core import aside
 from interlayer.core.data import DataShape
 from interlayer.core.fields import grid
 from interlayer.layers.hyper.hyperzzw import (
@@ -95,9 +95,12 @@ def test_local_feedback_by_hand_and_it_teaches_slow_networks_alone():
     shallow, deep = net.kernels()
     assert shallow.shape == (1, 1, 4, 4) and deep.shape == (1, 2, 4, 4)
     wanted = 0.5 * sum((deep[0, c] - shallow[0, 0]).square().sum() for c in (0, 1)) / 32
-    torch.testing.assert_close(net.extra_loss(), wanted)
-    assert extra_loss(net).item() == pytest.approx(wanted.item())
-    net.extra_loss().backward()
+    with aside.collect() as told:
+        net(torch.randn(2, 1, 4, 4))
+        net.eval()(torch.randn(2, 1, 4, 4))
+    (loss,) = told.losses
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
     touched = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched and all(".slow." in name and "local" not in name for name in touched)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from interlayer.core.auxiliary import extra_loss
+from interlayer.core import aside
 from interlayer.layers.mixing.sparse_shift import (
     SMALL,
     FEBlock,
@@ -74,7 +74,9 @@ def test_loss_is_the_sum_of_all_displacements_and_of_half_their_squares():
     with torch.no_grad():
         net[0].displacement.copy_(torch.tensor([[1.0, -2.0], [0.0, 0.5]]))
         net[2].displacement.copy_(torch.tensor([[0.0, 0.0], [-3.0, 0.0]]))
-    loss = extra_loss(net)
+    with aside.collect() as told:
+        net(torch.zeros(1, 2, 3, 3))
+    loss = told.loss
     assert loss.item() == pytest.approx(0.5 * 3.5 + 0.1 * 3 + 9)
     loss.backward()
     assert net[0].displacement.grad.tolist() == [[0.5, -0.5], [0.0, 0.5]]
@@ -88,7 +90,7 @@ def test_decay_is_the_weight_decay_of_a_gradient_step():
         torch.optim.SGD(layer.parameters(), 0.5, weight_decay=w) for layer, w in zip(layers, (0.0, 4e-2), strict=True)
     ]
     for layer, step in zip(layers, steps, strict=True):
-        layer.extra_loss().backward()
+        layer.regulariser().backward()
         step.step()
     torch.testing.assert_close(*(layer.displacement for layer in layers))
     assert layers[0].displacement[0].tolist() == pytest.approx([-0.98, -0.98])

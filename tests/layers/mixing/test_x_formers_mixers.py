@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from interlayer import catalog
+from interlayer.core import aside
 from interlayer.core.cost import flops
 from interlayer.core.mixer import Cache, Context
 from interlayer.core.position import Rotary
@@ -700,8 +701,11 @@ def test_priors_by_hand():
     torch.testing.assert_close(TalkingHeads(8, 2, causal=True).mix(q, k, v), plain)
     torch.testing.assert_close(AdaptiveSpan(8, 2, span=100.0, causal=True).mix(q, k, v), plain)
     short = AdaptiveSpan(8, 2, span=-5.0, ramp=1.0, causal=True)
-    torch.testing.assert_close(short.mix(q, k, v), v)  # nothing but itself
-    assert short.extra_loss().item() == 0.0
+    with aside.collect() as told:
+        torch.testing.assert_close(short.mix(q, k, v), v)  # nothing but itself
+        AdaptiveSpan(8, 2, span=100.0, penalty=0.1).mix(q, k, v)
+        AdaptiveSpan(8, 2, span=100.0, penalty=0.1).eval().mix(q, k, v)
+    assert [value.item() for value in told.losses] == [0.0, pytest.approx(10.0)]
 
 
 def test_residual_scores_reach_the_next_layer():

@@ -314,5 +314,5 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="needs \\(inputs, targets\\)"):
         GitRebasin(method="straight-through").plan(a, x, others=(a,))
     for others in ((), (a, a)):
-        with pytest.raises(ValueError, match=r"git-rebasin: \d other models; wanted 1"):
+        with pytest.raises(ValueError, match=r"git-rebasin: \d other models; expected 1"):
             GitRebasin().plan(a, x, others=others)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interlayer.core import aside
 from interlayer.core.config import configured
 from interlayer.core.data import DataShape
 from interlayer.core.example import Example
@@ -256,7 +257,7 @@ class Terminator(nn.Module):
     convolution (local ones of sides 3, 5, 7 and 9) or element by element (over channels and over positions). Ten branches are
     concatenated and compressed. Standardisation has nothing to learn: over positions, over the batch, or in alternating groups.
 
-    Local feedback: ``extra_loss`` is the mean squared difference between the global kernels of every two blocks, the shallow
+    Local feedback: training adds to the loss the mean squared difference between the global kernels of every two blocks, the shallow
     one repeated to the channels of the deep one, which trains the slow networks without the fast one.
 
     As in the authors' published code, with these differences: kernels of local branches depend on each example alone, not on the
@@ -289,7 +290,7 @@ class Terminator(nn.Module):
 
     Examples:
         >>> net = Terminator(1, (8, 8), classes=10, widths=(12, 12), hidden=8)
-        >>> net(torch.randn(2, 1, 8, 8)).shape, net.extra_loss().item() > 0
+        >>> net(torch.randn(2, 1, 8, 8)).shape, net.local_feedback().item() > 0
         (torch.Size([2, 10]), True)
     """
 
@@ -340,7 +341,7 @@ class Terminator(nn.Module):
         """The global hyper-kernel of each block."""
         return [block.slow() for block in self.blocks]  # type: ignore[operator]
 
-    def extra_loss(self) -> Tensor:
+    def local_feedback(self) -> Tensor:
         """The local feedback to the slow networks."""
         kernels, total = self.kernels(), self.head.weight.new_zeros(())
         for deep, kernel in enumerate(kernels):
@@ -353,6 +354,8 @@ class Terminator(nn.Module):
         """Logits of the classes."""
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"Terminator: input {tuple(x.shape)}; wanted [batch, {', '.join(map(str, self.shape))}].")
+        if self.training and self.feedback:
+            aside.loss(self.local_feedback())
         for block in self.blocks:
             x = block(x)
         return self.head(x.flatten(2).mean(2))

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from interlayer.core import aside
 from interlayer.core.config import configured
 from interlayer.core.data import DataShape
 from interlayer.core.example import Example
@@ -49,7 +50,7 @@ class SparseShift(nn.Module):
 
     Equation: ``y[c, i, j] = x[c, i + round(a_c), j + round(b_c)]``, zero outside the image. Quantisation-aware: the forward
     pass uses integer pixels, the gradient of ``a, b`` is that of bilinear interpolation at their real values. The loss gets
-    ``penalty sum_c |a_c| + |b_c|``, the paper's, and ``decay / 2 sum_c a_c^2 + b_c^2`` (``extra_loss``). The authors' code
+    ``penalty sum_c |a_c| + |b_c|``, the paper's, and ``decay / 2 sum_c a_c^2 + b_c^2``. The authors' code
     (github.com/hikvision-research/SparseShiftLayer) has the second alone, as weight decay of 4e-5, and learns the
     displacements in the first half of the training only (``settle``). The paper's weight of the first could not be
     verified; 5e-4 is this project's.
@@ -104,13 +105,15 @@ class SparseShift(nn.Module):
         """Share of the unshifted channels."""
         return (self.displacement.detach().round() == 0).all(1).float().mean().item()
 
-    def extra_loss(self) -> Tensor:
-        """Penalty and decay, for the loss."""
+    def regulariser(self) -> Tensor:
+        """Penalty and decay, which training adds to the loss."""
         return self.penalty * self.displacement.abs().sum() + self.decay / 2 * self.displacement.square().sum()
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Move the channels."""
         _channels(self, x, len(self.displacement))
+        if self.training:
+            aside.loss(self.regulariser())
         y = shift(x, self.displacement.detach().round().long())
         if not (torch.is_grad_enabled() and self.displacement.requires_grad):
             return y

@@ -212,6 +212,10 @@ class DeepPlain(Rule):
         self.model.train(training)
         return out
 
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimiser."""
+        return (self.optimiser,)
+
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state."""
         return {"optimiser": self.optimiser.state_dict()}

@@ -206,6 +206,10 @@ class LayerTying(Rule):
         own = sum(i == s for i, s in enumerate(self.state))
         return {"loss": float(loss.detach()), "trainable": cost.parameters(self.model, trainable=True), "layers": own}
 
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimiser of the model; the agent's keeps its own learning rate."""
+        return (self.optimiser,)
+
     def state_dict(self) -> dict[str, Any]:
         """Ties, agent, optimisers and the weights of the blocks.
 

@@ -212,6 +212,10 @@ class ScalableFF(Rule):
         self.model.train(training)
         return self._vote(votes)
 
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimiser, once the first batch has shown the widths."""
+        return (self.optimiser,) if self.optimiser else ()
+
     def state_dict(self) -> dict[str, Any]:
         """Auxiliary weights and the optimiser's state."""
         return {

@@ -80,7 +80,7 @@ class Painters(Transform):
 
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Choose the order. It needs no data."""
-        self.take(others, 0)
+        self.take(others)
         at, found = find(model, self.at)
         total, variant = len(found), self.variant
         start = total // 4 if self.start is None else self.start

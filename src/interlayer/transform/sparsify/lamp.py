@@ -173,7 +173,7 @@ class Lamp(Transform):
 
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Choose what to prune. Magnitudes need no data."""
-        self.take(others, 0)
+        self.take(others)
         masked = self.train is not None or self.rewind is not None or not self.bake
         names, skipped = _prunable(model, self.at)
         if masked and (stuck := [n for n in names if isinstance(model.get_submodule(_split(n)[0]), nn.RNNBase)]):

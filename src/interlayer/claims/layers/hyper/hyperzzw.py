@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, effect, highest, lowest
 from interlayer.claims.training import batches, task
-from interlayer.core.auxiliary import extra_loss
 from interlayer.core.cost import parameters
+from interlayer.core.fit import fit
 from interlayer.core.parts import Same
 from interlayer.core.taps import read
 from interlayer.layers.hyper.hyperzzw import GroupedStandard, Instance, Local, SlowNet, Terminator
@@ -82,14 +82,11 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     for dims in (2, 1):
         torch.manual_seed(seed)
         model = net(arm, dims)
-        optimiser = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.0)
-        for x, y in batches("digits", seed, 32, scale.steps):
-            loss = F.cross_entropy(model(x if dims == 2 else x.flatten(2)), y)
-            more = extra_loss(model)
-            optimiser.zero_grad()
-            (loss if more is None else loss + more).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
+
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor], dims: int = dims) -> Tensor:
+            return F.cross_entropy(model(batch[0] if dims == 2 else batch[0].flatten(2)), batch[1])
+
+        fit(model, batches("digits", seed, 32, scale.steps), loss, steps=scale.steps, lr=2e-3, seed=seed)
         model.eval()
         x, y = next(iter(task("digits").batches(0, 10**4, "validation")))
         with torch.no_grad(), read(model, "blocks.*") as seen:

@@ -14,7 +14,7 @@ from interlayer import catalog
 from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
 from interlayer.claims.training import batches, built, task
 from interlayer.core import cost
-from interlayer.core.auxiliary import extra_loss
+from interlayer.core.fit import descend
 from interlayer.core.slots import fill, parse_spec, resolve
 from interlayer.core.trunk import build_trunk, initialise
 from interlayer.layers.mixing.x_formers.linear import Linear
@@ -123,12 +123,8 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     optimiser = torch.optim.AdamW(model.parameters(), lr=scale.lr, weight_decay=0.0)
     warm = torch.optim.lr_scheduler.LinearLR(optimiser, 0.05, total_iters=scale.steps // 10)
     for step, (text, _) in enumerate(batches("stdlib-bytes", seed, 16, scale.steps)):
-        loss = model.loss(text[:, :SHORT] if step % 2 else text[: 16 * SHORT // LONG], generator)
-        more = extra_loss(model)
-        optimiser.zero_grad()
-        (loss if more is None else loss + more).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        text = text[:, :SHORT] if step % 2 else text[: 16 * SHORT // LONG]
+        descend(model, optimiser, lambda text=text: model.loss(text, generator), share=step / scale.steps)
         warm.step()
     model.eval()
     for length in (SHORT, LONG):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from interlayer.core import aside
 from interlayer.core.order import Sequential, Step
 from interlayer.core.stream import Norm, PreNorm, State, Width
 
@@ -19,7 +20,7 @@ class Universal(Sequential):
     Before step t, ``P^t_{i,2j} = sin(i / 10000^{2j/D}) + sin(t / 10000^{2j/D})`` (and the cosine at 2j + 1) is added to the
     state of position i. Then it halts with ``p = sigmoid(w x + b)``: when the sum of its p passes ``threshold`` the rest up to
     1 is its last weight a; before that a is p. The output is ``y <- a x + (1 - a) y`` over the steps, and a halted
-    position keeps its state. ``extra_loss`` is ``penalty`` times the mean of steps plus rest.
+    position keeps its state. Training adds ``penalty`` times the mean of steps plus rest to the loss.
 
     One step runs the whole stack; ``depth=1`` is the paper's model. Take ``position="none"`` with it.
 
@@ -46,15 +47,6 @@ class Universal(Sequential):
         self.halt = nn.Linear(width, 1)
         nn.init.constant_(self.halt.bias, -1.0)
         self.steps, self.threshold, self.penalty = steps, threshold, penalty
-        self.ponder: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy does not take the graph of the last pass along."""
-        return {**self.__dict__, "ponder": None}
-
-    def extra_loss(self) -> Tensor:
-        """The penalty on the steps of the last pass."""
-        return self.halt.bias.new_zeros(()) if self.ponder is None else self.penalty * self.ponder
 
     def signal(self, x: Tensor, step: int) -> Tensor:
         """The coordinates [S, D] of the positions and of a step."""
@@ -80,7 +72,8 @@ class Universal(Sequential):
             state.x = torch.where(running, state.x, before)
             if not torch.compiler.is_compiling() and bool((spent >= 1).all()):
                 break
-        self.ponder = (taken + rest).mean() if self.training else None
+        if self.training:
+            aside.loss(self.penalty * (taken + rest).mean())
         state.x = out
         return state
 

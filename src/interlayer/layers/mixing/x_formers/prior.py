@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interlayer.core import aside
 from interlayer.core.mixer import Attention, Context, attend
 from interlayer.core.parts import FeedForward, Linear, plain_linear
 from interlayer.core.position import Position
@@ -211,8 +212,8 @@ class AdaptiveSpan(Attention):
     """Each head learns how far back it looks (adaptive span; Sukhbaatar et al., arXiv:1905.07799).
 
     Weights fade out over ``ramp`` positions beyond a head's span z_h.
-    ``w_ij = m(i - j) e_ij / sum m(i - j) e_ij`` with ``m(d) = clamp((ramp + z_h - d) / ramp, 0, 1)``. A penalty on the spans
-    (``extra_loss``) keeps them short. All S^2 scores are computed here; what lies beyond the longest span could be left out.
+    ``w_ij = m(i - j) e_ij / sum m(i - j) e_ij`` with ``m(d) = clamp((ramp + z_h - d) / ramp, 0, 1)``. A penalty on the spans keeps
+    them short. All S^2 scores are computed here; what lies beyond the longest span could be left out.
 
     Args:
         width: Features D.
@@ -232,11 +233,9 @@ class AdaptiveSpan(Attention):
         self.ramp, self.penalty = ramp, penalty
         self.span = nn.Parameter(torch.full((heads,), span))
 
-    def extra_loss(self) -> Tensor:
-        """The penalty on the spans."""
-        return self.penalty * self.span.clamp(min=0).mean()
-
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.training:
+            aside.loss(self.penalty * self.span.clamp(min=0).mean())
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         new, total = q.shape[-2], k.shape[-2]
         index = torch.arange(total, device=q.device, dtype=torch.float32)  # bfloat16 counts to 256

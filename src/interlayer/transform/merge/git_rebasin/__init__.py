@@ -83,6 +83,7 @@ class GitRebasin(Transform):
     """
 
     slug: ClassVar[str] = "git-rebasin"
+    merges: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class GitRebasin(Transform):
 
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Find which units can be permuted."""
-        (other,) = self.take(others, 1)
+        (other,) = self.take(others)
         batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data or ())
         if not batches:
             raise ValueError("git-rebasin: no data; wanted at least one batch, to trace the model with.")

@@ -1,4 +1,4 @@
-"""What a task is: data with a fixed split, a loss and a judgement."""
+"""What a task is: data with a fixed split, a loss, a way to learn and a judgement."""
 
 from __future__ import annotations
 
@@ -6,21 +6,75 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
 
-from interlayer.core.data import DataShape, answer
-from interlayer.study.spec import StudyError
+from interlayer.core.data import Batch, DataShape, answer, count, moved
 
-Batch = tuple[Any, Tensor]  # inputs (a tensor, or keyword arguments of the model) and targets
+
+@dataclass
+class Budget:
+    """How long a subject learns, and how much of that is used.
+
+    Args:
+        batch_size: Samples in a step.
+        steps: Most steps.
+        seconds: Most seconds of training, in place of steps.
+        done: Steps taken.
+        spent: Seconds of training.
+
+    Raises:
+        ValueError: Neither steps nor seconds, or both.
+    """
+
+    batch_size: int
+    steps: int | None = None
+    seconds: float | None = None
+    done: int = 0
+    spent: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError(f"Budget: steps {self.steps} and seconds {self.seconds}; expected one of them.")
+
+    @property
+    def share(self) -> float:
+        """The share that is used, 0 to 1."""
+        share = self.done / self.steps if self.steps is not None else self.spent / (self.seconds or 1.0)
+        return min(share, 1.0)
+
+
+class Subject(Protocol):
+    """What learns and is judged: a model with the way it learns. ``compare`` makes one for each arm and seed.
+
+    Attributes:
+        model: The model.
+        device: Where it lives, and its batches with it.
+        batch_size: Samples in a batch when it is judged.
+    """
+
+    model: nn.Module
+    device: torch.device
+    batch_size: int
+
+    def begin(self, experience: Any) -> None:
+        """Be told that another part of a stream of tasks begins."""
+
+    def step(self, batch: Batch, budget: Budget) -> float:
+        """Learn from one batch, count it in the budget and give the loss before it."""
+
+    def predict(self, inputs: Any) -> Any:
+        """What the model returns for a batch's inputs."""
 
 
 class Task(ABC):
     """What is learned. A task of your own gives ``shape`` and ``batches``, and others only if its loss is unusual.
+
+    A task that is not learned batch by batch, or not judged by predictions, gives ``learn`` or ``judge`` of its own.
 
     Attributes:
         name: Name in the report.
@@ -49,15 +103,49 @@ class Task(ABC):
         """What costs are counted per: token or sample."""
         return "token" if self.shape.outputs == "tokens" else "sample"
 
-    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, or mean squared error where values are predicted; a loss that the model gives comes first."""
-        own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    def learn(self, subject: Subject, budget: Budget, seed: int) -> Iterator[float]:
+        """Teach a subject until its budget is used up; yields the loss of each step.
+
+        A run that was interrupted calls it again with a budget that is partly used: what was learned then is not learned again.
+
+        Args:
+            subject: What learns.
+            budget: How long.
+            seed: Of the order of the batches.
+        """
+        batches = self.batches(seed, budget.batch_size, "train")
+        for _ in range(budget.done):
+            next(batches)
+        while budget.share < 1:
+            yield subject.step(next(batches), budget)
+
+    def judge(self, subject: Subject, seed: int) -> dict[str, float]:
+        """Scores of a subject, ``metric`` among them; by default those of ``evaluate``.
+
+        Args:
+            subject: What is judged, in evaluation mode and without gradients.
+            seed: Of whatever is drawn; all arms of a seed are judged on the same.
+        """
+        return self.evaluate(subject.predict, subject.batch_size, subject.device)
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Mean cross-entropy, or mean squared error where values are predicted; a loss that the model gives comes first.
+
+        Raises:
+            ValueError: Outputs and targets do not fit, or there are no targets and the model gives no loss.
+        """
+        own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         if own is not None:
             return own
+        if targets is None:
+            raise ValueError(
+                f"task {self.name!r}: a batch without targets, and the model returned {type(outputs).__name__} without a "
+                "loss. Give targets, or a model that returns {'loss': ...}."
+            )
         outputs = answer(outputs)
         if self.shape.outputs == "values":
             if outputs.shape != targets.shape:
-                raise StudyError(
+                raise ValueError(
                     f"task {self.name!r}: outputs {tuple(outputs.shape)} for targets {tuple(targets.shape)}; wanted equal shapes."
                 )
             return F.mse_loss(outputs, targets)
@@ -73,17 +161,17 @@ class Task(ABC):
             batch_size: Samples in a batch, where the task chooses it.
             device: Where the batches go.
         """
-        loss, hits, count = 0.0, 0, 0
+        loss, hits, total = 0.0, 0, 0
         for inputs, targets in self.batches(0, batch_size, "validation"):
             inputs, targets = moved((inputs, targets), device)
-            outputs = predict(inputs)
-            loss += float(self.loss(outputs, targets)) * len(targets)
-            count += len(targets)
+            outputs, size = predict(inputs), count((inputs, targets))
+            loss += float(self.loss(outputs, targets)) * size
+            total += size
             if self.shape.outputs == "classes":
                 hits += int((answer(outputs).argmax(-1) == targets).sum())
-        found = {"loss": loss / count}
+        found = {"loss": loss / total}
         if self.shape.outputs == "classes":
-            found["accuracy"] = hits / count
+            found["accuracy"] = hits / total
         if self.shape.outputs == "tokens":
             found["bits"] = found["loss"] / math.log(2)
         return found
@@ -108,11 +196,6 @@ class Task(ABC):
             return guess.expand(*x.shape[:dims], *guess.shape)
 
         return self.evaluate(predict, 64)
-
-
-def moved(data: Any, device: torch.device | str) -> Any:
-    """Tensors in nested tuples, lists and mappings on a device."""
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, data)
 
 
 class TensorTask(Task):
@@ -145,12 +228,12 @@ class TensorTask(Task):
         self.name, self.data = name, {"train": train, "validation": validation}
         for split, (x, y) in self.data.items():
             if len(x) != len(y) or not len(x):
-                raise StudyError(
+                raise ValueError(
                     f"task {name!r}: {split} has {len(x)} inputs and {len(y)} targets; wanted as many, and some."
                 )
             for what, t in (("inputs", x), ("targets", y)):
                 if bad := int((~torch.isfinite(t)).sum()):
-                    raise StudyError(
+                    raise ValueError(
                         f"task {name!r}: {bad} of the {t.numel()} numbers in the {split} {what} are NaN or infinite; "
                         "leave those samples out or fill them in."
                     )
@@ -185,7 +268,7 @@ def shape_of(name: str, x: Tensor, y: Tensor) -> DataShape:
         return DataShape("tokens", "tokens", vocab=int(max(x.max(), y.max())) + 1, length=x.shape[1])
     kind = "tokens" if whole else {2: "vector", 3: "series", 4: "image"}.get(x.dim(), "")
     if not kind:
-        raise StudyError(
+        raise ValueError(
             f"task {name!r}: inputs {tuple(x.shape)}; wanted [N, F], [N, S, F], [N, C, H, W] or integers [N, S]."
         )
     sizes: dict[str, int] = {
@@ -220,7 +303,7 @@ class TextTask(Task):
         self.shape = DataShape("tokens", "tokens", vocab=256, length=length)
         for split, text in (("training", train), ("validation", validation)):
             if len(text) <= length:
-                raise StudyError(f"task {name!r}: only {len(text)} bytes of {split} text; wanted more than {length}.")
+                raise ValueError(f"task {name!r}: only {len(text)} bytes of {split} text; wanted more than {length}.")
         self.text = {
             s: torch.frombuffer(bytearray(t), dtype=torch.uint8)
             for s, t in (("train", train), ("validation", validation))
