@@ -225,8 +225,11 @@ def applied(*arguments):
         (["lamp", "-o", "train=3"], "apply lamp: train was 3; wanted callable"),
         (["lamp", "-o", "sparsity"], "option 'sparsity' is not name=value"),
         (["painters", "--no-bake"], "apply painters: no option 'bake'."),
-        (["git-rebasin", "--data", "mine_models:data"], "git-rebasin: 0 other models; wanted 1. Pass them as others="),
-        (["lamp", "--other", "mine_models:own"], "lamp: 1 other models; wanted none."),
+        (
+            ["git-rebasin", "--data", "mine_models:data"],
+            "git-rebasin: 0 other models; expected 1. Pass them as others=",
+        ),
+        (["lamp", "--other", "mine_models:own"], "lamp: 1 other models; expected none."),
         (["lamp", "--other", "nowhere"], "apply: --other 'nowhere'; wanted package.module:function"),
         (["lamp", "--base", "mine_models:own"], "--base makes the base of a saved folder, and none was given"),
     ],

@@ -161,7 +161,8 @@ def compare(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The base: transformer, vit, mlp, convnet, ..., package.module:function, a saved folder, or hf:NAME."
+            help="The base: transformer, vit, mlp, convnet, ..., package.module:function, a saved folder, or hf:NAME; "
+            "trained:BASE is trained once for each seed and shared by arms that are transforms."
         ),
     ] = None,
     arms: Annotated[
@@ -177,7 +178,7 @@ def compare(
         float | None, typer.Option(help="Learning rate of all arms, instead of the best of --rates for each.")
     ] = None,
     rates: Annotated[str | None, typer.Option(help="Comma-separated learning rates to try for each arm.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps for each run.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps for each run; 0 judges the base as it is.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Training time for each run, instead of steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples in one training step.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,

@@ -135,7 +135,7 @@ def test_augmentation_is_alike_for_all_arms(tmp_path):
     [
         (lambda: (iter([(X, Y)]), [(X, Y)]), "can be read only once"),
         (lambda: ([], [(X, Y)]), "the train loader gave no batch"),
-        (lambda: ([X], [(X, Y)]), "wanted (inputs, targets) or a mapping with labels"),
+        (lambda: ([[X, "label"]], [(X, Y)]), "a train batch is a list of 2; expected (inputs, targets)"),
         (lambda: [{"x": X}, 3, 4], "wanted a Task"),
         (lambda: (3, 4), "wanted a DataLoader"),
         (lambda: ((X, Y[:3]), (X, Y)), "64 inputs and 3 targets"),
@@ -354,3 +354,60 @@ def test_weight_decay_acts_on_matrices_alone():
     learner.step((X, Y), Budget(16, steps=4, done=2))
     assert torch.allclose(model.line.weight, before["line.weight"] * (1 - 0.1 * 0.5))
     assert torch.equal(model.line.bias, before["line.bias"]) and torch.equal(model.gain, before["gain"])
+
+
+class Two(nn.Module):
+    """Takes two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 3), nn.Linear(2, 3)
+
+    def forward(self, first, second):
+        return self.one(first) + self.two(second)
+
+
+class Own(nn.Module):
+    """Rebuilds its input and says itself how well."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(6, 2), nn.Linear(2, 6)
+
+    def forward(self, x):
+        out = self.up(self.down(x))
+        return {"logits": out, "loss": (out - x).square().mean()}
+
+
+def test_batches_of_several_inputs_and_without_targets(tmp_path):
+    second = torch.randn(len(X), 2)
+    result = study(tmp_path / "a", model=Two, task=([(X, second, Y)], [(X, second, Y)]), arms=["plain", "lr=0.02"])
+    assert result.finished, [r.error for r in result.runs]
+    assert result.about["metric"] == "accuracy"
+    for name, batch in (("b", {"x": X}), ("c", X), ("d", (X,))):
+        result = study(tmp_path / name, model=Own, task=([batch], [batch]), arms=["plain"])
+        assert result.finished and result.runs[0].record.curve[0]["loss"] > result.values("plain", "loss")[0]
+    bad = study(tmp_path / "e", model=Net, task=([X], [X]), arms=["plain"])
+    assert "a batch without targets, and the model returned Tensor without a loss" in bad.runs[0].error
+
+
+def test_graphs_are_batches(tmp_path):
+    data = pytest.importorskip("torch_geometric.data")
+    loader = pytest.importorskip("torch_geometric.loader")
+    nn_ = pytest.importorskip("torch_geometric.nn")
+
+    class Graphs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.last = nn_.GCNConv(2, 8), nn.Linear(8, 2)
+
+        def forward(self, batch):
+            hidden = self.one(batch.x, batch.edge_index).relu()
+            return self.last(nn_.global_mean_pool(hidden, batch.batch))
+
+    edges = torch.tensor([[0, 1, 2], [1, 2, 0]])
+    graphs = [data.Data(x=torch.randn(3, 2) + i % 2, edge_index=edges, y=torch.tensor([i % 2])) for i in range(16)]
+    task = (loader.DataLoader(graphs, 8, shuffle=True), loader.DataLoader(graphs, 8))
+    result = study(tmp_path, model=Graphs, task=task, arms=["plain", "activation=gelu"], steps=20)
+    plain = result.of("plain")[0]
+    assert plain.state == "done" and plain.record.cost["flops"] > 0 and result.about["metric"] == "accuracy"

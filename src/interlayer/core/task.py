@@ -44,8 +44,8 @@ class Budget:
     @property
     def share(self) -> float:
         """The share that is used, 0 to 1."""
-        share = self.done / self.steps if self.steps is not None else self.spent / (self.seconds or 1.0)
-        return min(share, 1.0)
+        used, most = (self.done, self.steps) if self.seconds is None else (self.spent, self.seconds)
+        return min(used / most, 1.0) if most else 1.0
 
 
 class Subject(Protocol):
@@ -261,10 +261,10 @@ class TensorTask(Task):
                     yield x[index], y[index]
 
 
-def shape_of(name: str, x: Tensor, y: Tensor) -> DataShape:
-    """The shape of a user's tensors."""
+def shape_of(name: str, x: Tensor, y: Tensor | None) -> DataShape:
+    """The shape of a user's tensors; without targets the model's loss is all that is known of its outputs."""
     whole = not x.is_floating_point()
-    if whole and x.dim() == 2 and y.dim() == 2 and not y.is_floating_point():
+    if whole and x.dim() == 2 and y is not None and y.dim() == 2 and not y.is_floating_point():
         return DataShape("tokens", "tokens", vocab=int(max(x.max(), y.max())) + 1, length=x.shape[1])
     kind = "tokens" if whole else {2: "vector", 3: "series", 4: "image"}.get(x.dim(), "")
     if not kind:
@@ -277,6 +277,8 @@ def shape_of(name: str, x: Tensor, y: Tensor) -> DataShape:
         "series": lambda: {"length": x.shape[1], "features": x.shape[2]},
         "image": lambda: {"channels": x.shape[1], "height": x.shape[2], "width": x.shape[3]},
     }[kind]()
+    if y is None:
+        return DataShape(kind, "values", **sizes)
     if y.is_floating_point():
         return DataShape(kind, "values", classes=y.shape[1] if y.dim() > 1 else 1, **sizes)
     return DataShape(kind, "classes", classes=int(y.max()) + 1, **sizes)

@@ -169,7 +169,7 @@ class Engine:
         there = {_key(t) for t in self.trials() if t.state != TrialState.FAIL or t.user_attrs.get("kind") == "diverged"}
         rates = sorted(lr for _, _, lr in wanted if lr is not None)
         for arm, seed, lr in wanted:
-            if (phase, arm, seed, None if phase == "run" else lr) not in there:
+            if (phase, arm, seed, lr if phase == "search" else None) not in there:
                 params = {} if lr is None else {"lr": lr}
                 attrs = {"phase": phase, "arm": arm, "use": self.uses.get(arm, arm), "seed": seed, "lr": lr}
                 if phase == "search":

@@ -23,8 +23,10 @@ LOOKED_AT = 64  # batches of each split that the number of classes and the like 
 class LoaderTask(Task):
     """A task whose batches come from two loaders.
 
-    A batch is (inputs, targets), or a mapping with ``labels`` (Hugging Face), whose items are the model's keyword arguments:
-    then a model that returns a loss is trained with that. Each epoch reads the training loader once; its order and whatever
+    A batch is (inputs, targets); (first input, second input, ..., targets) for a model of several inputs; a mapping
+    (Hugging Face), whose items are the model's keyword arguments; or a graph with ``y`` (PyTorch Geometric). A model that
+    returns a loss is trained with that; where there are no targets (a mapping without ``labels``, a tensor alone) it must.
+    Each epoch reads the training loader once; its order and whatever
     it draws from torch's, NumPy's and Python's global generators, such as augmentation, follow the seed, alike for all arms.
 
     Args:
@@ -101,20 +103,21 @@ class LoaderTask(Task):
             raise StudyError(f"task {self.name!r}: the {split} loader gave no batch.")
 
     def _parts(self, batch: Any, split: str) -> Batch:
-        if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
-            return dict(batch), batch["labels"]
-        if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
-            return batch[0], batch[1]
-        keys = (
-            f" with {list(batch)}"
-            if isinstance(batch, Mapping)
-            else f" of {len(batch)}"
-            if hasattr(batch, "__len__")
-            else ""
-        )
+        if isinstance(batch, Mapping):
+            return dict(batch), batch.get("labels")
+        if isinstance(batch, Tensor):
+            return batch, None
+        if hasattr(batch, "num_graphs") and isinstance(batch.y, Tensor):
+            return batch, batch.y
+        if isinstance(batch, tuple | list) and batch and isinstance(batch[-1], Tensor):
+            *inputs, targets = batch
+            if len(inputs) > 1:
+                return tuple(inputs), targets
+            return (inputs[0], targets) if inputs else (targets, None)
+        size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
         raise StudyError(
-            f"task {self.name!r}: a {split} batch is a {type(batch).__name__}{keys}; wanted (inputs, targets) or a mapping with "
-            "labels."
+            f"task {self.name!r}: a {split} batch is a {type(batch).__name__}{size}; expected (inputs, targets), (several inputs, "
+            "targets), a mapping of the model's keyword arguments, or a graph with y."
         )
 
 
@@ -147,6 +150,10 @@ def _shape(name: str, batches: list[Batch]) -> DataShape:
 
 def _main(inputs: Any) -> Tensor | None:
     """The tensor that says what kind of data it is."""
+    if hasattr(inputs, "num_graphs"):
+        inputs = inputs.x
+    if type(inputs) is tuple:
+        inputs = inputs[0]
     if isinstance(inputs, Mapping):
         inputs = next(
             (inputs[k] for k in ("input_ids", "pixel_values", "input_values") if k in inputs),

@@ -66,7 +66,9 @@ def _what(result: Result) -> str:
     items = {
         "Task": f"{about['name']}: {about['about']}",
         "Base": result.base,
-        "Training": f"{budget}; AdamW, learning rate {f'{spec.lr:g}' if spec.lr else 'searched for each arm'}, {warm}, weight decay {spec.weight_decay:g}, gradients clipped at {spec.clip:g}",
+        "Training": "none; the base is judged as it is"
+        if spec.steps == 0
+        else f"{budget}; AdamW, learning rate {f'{spec.lr:g}' if spec.lr else 'searched for each arm'}, {warm}, weight decay {spec.weight_decay:g}, gradients clipped at {spec.clip:g}",
         "Seeds": f"0 to {spec.looks[-1] - 1}"
         + (f", looked at after {', '.join(map(str, spec.looks))}" if spec.until_decided else ""),
         "Paired": _shares(result),
@@ -85,7 +87,8 @@ def _what(result: Result) -> str:
     measured = (
         "Costs are counted, not estimated. FLOPs: one forward pass by PyTorch's counter, a multiply-add is two. Step time: median of the "
         "run's training steps without evaluation, while the other workers were busy too. Peak memory: most bytes of tensors alive at once in "
-        "one training step, weights and optimiser state with them, by the allocator's own events."
+        "one training step, weights and optimiser state with them, by the allocator's own events. On disk: the files that "
+        "interlayer.save writes. Forward of 1 and of 64: median time of a forward pass over that many samples."
     )
     return (
         f'<h2>What was run, and where</h2><dl>{rows}</dl><p class="soft" style="margin-top:16px">{measured}</p>'

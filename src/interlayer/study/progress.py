@@ -24,12 +24,20 @@ class Progress:
     def __init__(self, console: Console, spec: StudySpec, unit: str) -> None:
         self.console, self.unit, self.live = console, unit, console.is_terminal
         self.total = float(spec.looks[-1] + (0 if spec.lr else len(spec.rates)))
-        self.shares: dict[str, dict[str, float]] = {arm.name: {} for arm in spec.arms}
+        self.shares: dict[str, dict[str, float]] = {}
         columns = ("[bold]{task.description}", BarColumn(24), "{task.fields[text]}")
         self.bars = Bars(
             *(TextColumn(c) if isinstance(c, str) else c for c in columns), console=console, disable=not self.live
         )
-        self.rows = {arm.name: self.bars.add_task(arm.name, total=self.total, text="waiting") for arm in spec.arms}
+        self.rows: dict[str, Any] = {}
+        for arm in spec.arms:
+            self._row(arm.name)
+
+    def _row(self, arm: str) -> Any:
+        if arm not in self.rows:
+            self.rows[arm] = self.bars.add_task(arm, total=self.total, text="waiting")
+            self.shares[arm] = {}
+        return self.rows[arm]
 
     def __enter__(self) -> Progress:
         self.bars.start()
@@ -48,7 +56,7 @@ class Progress:
         """Show an event of a run."""
         arm, what = event["arm"], event["what"]
         label = f"seed {event['seed']}" + (f", lr {event['lr']:.2g}" if event.get("lr") else "")
-        row = self.rows[arm]
+        row = self._row(arm)
         shares = self.shares[arm]
         if what == "step":
             shares[label] = event["share"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -175,9 +175,28 @@ def cells(row: ArmRow, result: Result) -> dict[str, str]:
     cost = row.cost
     found["parameters"] = human(cost["parameters"]) if "parameters" in cost else "–"
     found[f"FLOPs per {about['item']}"] = human(cost["flops"]) if "flops" in cost else "–"
-    found["step time"] = f"{cost['step_time'] * 1e3:.3g} ms" if "step_time" in cost else "–"
-    found["peak memory"] = human(cost["peak_memory"], "B") if "peak_memory" in cost else "–"
+    measured = {key for run in result.runs for key in run.record.cost}
+    for key, (heading, shown) in COSTS.items():
+        if key in measured:
+            found[heading] = shown(cost[key]) if key in cost else "–"
     return found
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def _bytes(size: float) -> str:
+    return human(size, "B")
+
+
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "step_time": ("step time", _time),
+    "peak_memory": ("peak memory", _bytes),
+    "disk": ("on disk", _bytes),
+    "latency_1": ("forward of 1", _time),
+    "latency_64": ("forward of 64", _time),
+}
 
 
 def headline(result: Result, found: Sequence[ArmRow]) -> tuple[str, str]:
@@ -266,7 +285,7 @@ def columns(result: Result) -> dict[str, list[Any]]:
     }
     for metric in dict.fromkeys(k for r in runs for k in r.record.metrics):
         found[metric] = [r.record.metrics.get(metric) for r in runs]
-    for key in ("parameters", "flops", "step_time", "peak_memory", "kept"):
+    for key in ("parameters", "flops", "kept", *COSTS):
         found[key] = [r.record.cost.get(key) for r in runs]
     found["error"] = [r.error.partition("\n")[0] or None for r in runs]
     return found

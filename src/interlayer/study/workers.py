@@ -173,9 +173,9 @@ class Workers:
         while True:
             self.engine.revive()
             found = self.engine.open(arms)
-            if not found:
-                return
             queued = sum(t.state == TrialState.WAITING for t in found)
+            if not found and len(self.idle) == len(self.processes):
+                return
             if self.count == 1 and queued:
                 torch.set_num_threads(self.work.threads)
                 serve(self.engine, self.work, self.progress.emit)
@@ -219,19 +219,22 @@ class Workers:
         self.processes[here] = process
 
     def _listen(self) -> None:
-        """Show what workers say, until one is idle or gone or a second has passed."""
-        for pipe in wait(list(self.processes), timeout=1):
-            assert isinstance(pipe, Connection)
-            try:
-                event = pipe.recv()
-            except (EOFError, OSError):
-                self._bury(pipe)
-                continue
-            self.worked.add(self.processes[pipe].pid or 0)
-            if event == IDLE:
-                self.idle.add(pipe)
-            else:
-                self.progress.emit(event)
+        """Show what workers say, until one has nothing to do, one is gone, or a second has passed."""
+        end = time.monotonic() + 1
+        while (left := end - time.monotonic()) > 0:
+            for pipe in wait(list(self.processes), timeout=left):
+                assert isinstance(pipe, Connection)
+                try:
+                    event = pipe.recv()
+                except (EOFError, OSError):
+                    return self._bury(pipe)
+                self.worked.add(self.processes[pipe].pid or 0)
+                if event == IDLE:
+                    self.idle.add(pipe)
+                    end = 0.0
+                else:
+                    self.progress.emit(event)
+        return None
 
     def _bury(self, pipe: Connection) -> None:
         """Note what a worker that died was running."""
