@@ -163,6 +163,11 @@ def rooms() -> Mapping[str, str]:
     return _tables()["room"]
 
 
+def tasks() -> Mapping[str, str]:
+    """The tasks that need no network: name to ``module:function``."""
+    return _tables()["task"]
+
+
 def builtins(slot: str) -> Mapping[str, str]:
     """The plain parts that fill a slot without being a system of their own: name to ``module:Class``."""
     return _tables()["slot"].get(slot, {})

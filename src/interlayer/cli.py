@@ -155,7 +155,7 @@ def compare(
     task: Annotated[
         str | None,
         typer.Option(
-            help="digits, mnist1d, stdlib-bytes, photos, series, package.module:function, file:PATH, hf:NAME."
+            help="A task of the catalogue (digits, stdlib-bytes, ...), package.module:function, file:PATH, hf:NAME."
         ),
     ] = None,
     model: Annotated[

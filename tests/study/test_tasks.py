@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from interlayer import catalog
 from interlayer.study import TensorTask, tasks
 from interlayer.study.spec import StudyError
 
 
-@pytest.mark.parametrize("name", list(tasks.BUILTIN))
+@pytest.mark.parametrize("name", list(catalog.tasks()))
 def test_builtin_tasks_give_seeded_batches_of_their_shape(name):
     task = tasks.load(name)
     one, two, other = (next(task.batches(seed, 6)) for seed in (3, 3, 4))

@@ -157,6 +157,14 @@ class RemembersAndForgets(Remembers):
         self.last = torch.zeros_like(self.last)
 
 
+class StepsWithoutState(Sound):
+    def start(self, batch):
+        return torch.zeros(batch, 4, dtype=self.weight.dtype)
+
+    def step(self, x, state):
+        return super().forward(x) + state, state + x
+
+
 class TakesAnything(Sound):
     def forward(self, x):
         return torch.tanh(x[..., :4] @ self.weight)
@@ -174,7 +182,7 @@ def layer(cls, **more):
 
 BROKEN = {
     "shapes": Unused,
-    "gradcheck": WrongGradient,
+    "gradient": WrongGradient,
     "odd": EvenOnly,
     "lengths": NoLengthOne,
     "empty": NoEmptyBatch,
@@ -189,6 +197,7 @@ BROKEN = {
     "seed": FreshNoise,
     "batch": LeaksAcrossBatch,
     "state": Remembers,
+    "steps": StepsWithoutState,
     "ddp": KnowsItsProcess,
     "wrong": TakesAnything,
 }
@@ -202,7 +211,7 @@ def test_a_sound_layer_keeps_all():
 @pytest.mark.parametrize(("name", "cls"), BROKEN.items(), ids=BROKEN)
 def test_a_broken_layer_is_caught(name, cls):
     with pytest.raises(ContractError, match=name):
-        hold(name, "layer", layer(cls))
+        hold(name, "layer", layer(cls, streams=name == "steps"))
 
 
 @pytest.mark.parametrize("name", ["shapes", "lengths", "empty", "autocast"])
@@ -222,7 +231,7 @@ def test_a_wrong_gradient_is_named_in_little_time():
 
     before = time.process_time()
     with pytest.raises(ContractError, match="gradient of weight along a random line"):
-        hold("gradcheck", "layer", layer(Wide))
+        hold("gradient", "layer", layer(Wide))
     assert time.process_time() - before < 1
 
 
@@ -251,7 +260,7 @@ def test_more_breaks_of_layers():
         hold("wrong", "layer", Example(make=lambda: nn.Linear(4, 4), inputs=lambda: (torch.randn(2, 4),)))
     assert hold("state", "layer", layer(RemembersAndForgets)) == "kept"
     tokens = Example(make=lambda: nn.Embedding(9, 4), inputs=lambda: (torch.randint(9, (2, 3)),))
-    assert hold("gradcheck", "layer", tokens) == "kept"
+    assert hold("gradient", "layer", tokens) == "kept"
 
 
 def test_exceptions_are_strict():
@@ -269,14 +278,14 @@ def test_check_names_every_break():
     class Bad(LeaksAcrossBatch, TakesAnything):
         pass
 
-    with pytest.raises(ContractError, match=r"breaks 2 of 18(?s:.*)batch(?s:.*)wrong"):
+    with pytest.raises(ContractError, match=r"breaks 2 of 19(?s:.*)batch(?s:.*)wrong"):
         check(Bad, layer(Bad))
 
 
 def test_streams_are_held_in_a_backbone():
     make = lambda: Backbone(PreNorm)  # noqa: E731
     example = Example(make=make, inputs=lambda: (torch.randn(2, 5, 8),))
-    for name in ("shapes", "gradcheck", "batch", "ddp", "wrong"):
+    for name in ("shapes", "gradient", "batch", "ddp", "wrong"):
         assert hold(name, "layer", example) == "kept"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -46,6 +46,14 @@ class Example:
         wrong: Inputs of a wrong shape, which must raise ``ValueError`` or ``TypeError``. Defaults to one feature more.
         axis: For a layer: the axis of its inputs that counts positions (tokens, pixels), where any length is allowed.
         causal: For a layer: whether a later position never changes an earlier output.
+        gradient: For a layer: what its gradients are. ``exact``; ``surrogate`` or ``implicit``, those of ``twin``; ``unbiased``, on
+            average those of ``twin``.
+        twin: From the module, a function of the same inputs whose gradients by autograd are the stated ones: the formula of a
+            surrogate, the iteration of an implicit layer, the layer without sampling.
+        control: For a layer: ``static``, or ``data`` if the inputs decide which operations run, as with routing and early exit.
+        batch: For a layer: ``independent``, or ``coupled`` if the items of a batch change each other's outputs.
+        streams: For a layer: whether it works step by step too: ``start(batch)`` gives a state, and ``step(x, state)`` takes one
+            position and gives the output and the next state.
         modes: For a layer: other ways to build it, by name, that run other code on the same inputs.
         hf: The inputs of a transform with an unmodified Hugging Face model instead of the plain one.
         nothing: Inputs of a transform in which there is nothing to do. Defaults to a model without parameters.
@@ -66,6 +74,11 @@ class Example:
     wrong: Callable[[], tuple[Any, ...]] | None = None
     axis: int | None = None
     causal: bool = False
+    gradient: Literal["exact", "surrogate", "unbiased", "implicit"] = "exact"
+    twin: Callable[[Any], Callable[..., Any]] | None = None
+    control: Literal["static", "data"] = "static"
+    batch: Literal["independent", "coupled"] = "independent"
+    streams: bool = False
     modes: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     hf: Callable[[], tuple[Any, ...]] | None = None
     nothing: Callable[[], tuple[Any, ...]] | None = None

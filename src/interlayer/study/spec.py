@@ -59,7 +59,7 @@ class StudySpec(BaseModel):
 
     task: str = Field(
         default="stdlib-bytes",
-        description="what is learned: digits, mnist1d, stdlib-bytes, photos, series, package.module:function, file:PATH or hf:NAME",
+        description=f"what is learned: {', '.join(catalog.tasks())}, package.module:function, file:PATH or hf:NAME",
     )
     base: str | None = Field(
         default=None,

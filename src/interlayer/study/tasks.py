@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from interlayer import catalog
 from interlayer.catalog import nearest
 from interlayer.core import nano
 from interlayer.core.extras import need
@@ -161,20 +163,11 @@ def mnist1d() -> Task:
     return TensorTask("mnist1d", train, held, base="mlp", about=about)
 
 
-BUILTIN: dict[str, Callable[[], Task]] = {
-    "digits": digits,
-    "mnist1d": mnist1d,
-    "stdlib-bytes": stdlib_bytes,
-    "photos": photos,
-    "series": series,
-}
-
-
 def load(name: str, given: Objects | None = None) -> Task:
     """The task that a study names.
 
     Args:
-        name: ``digits``, ``mnist1d``, ``stdlib-bytes``, ``photos``, ``series``; ``package.module:function`` that gives a ``Task`` or
+        name: A task of the catalogue, such as ``digits``; ``package.module:function`` that gives a ``Task`` or
             ``((train inputs, targets), (validation inputs, targets))``; ``file:PATH`` (its bytes; the last tenth is for
             validation); ``hf:NAME[:CONFIG][:COLUMN]`` (a text column of a Hugging Face data set, or a saved folder).
         given: Objects that stand behind names: a ``Task``, a pair of loaders or of (inputs, targets), or a function that
@@ -186,8 +179,10 @@ def load(name: str, given: Objects | None = None) -> Task:
     thing = (given or Objects()).get_or_text(name)
     if thing is not name:
         return _of(shown(name), thing)
-    if name in BUILTIN:
-        return BUILTIN[name]()
+    known = catalog.tasks()
+    if name in known:
+        module, _, function = known[name].partition(":")
+        return getattr(import_module(f"interlayer.{module}"), function)()
     if name.startswith("file:"):
         path = Path(name[5:]).expanduser()
         if not path.is_file():
@@ -200,7 +195,7 @@ def load(name: str, given: Objects | None = None) -> Task:
     if is_path(name):
         return _of(name, load_object(name))
     raise StudyError(
-        f"task: there is no task {name!r}.{nearest(name, BUILTIN)} There are {', '.join(BUILTIN)}, and your own as "
+        f"task: there is no task {name!r}.{nearest(name, known)} There are {', '.join(known)}, and your own as "
         "package.module:function, file:PATH or hf:NAME."
     )
 

@@ -91,9 +91,23 @@ def seed(example: Example) -> None:
     same(runs[0][1], runs[1][1], "the weights of the same seed")
 
 
+def schedule(example: Example) -> None:
+    """A rule with optimizers follows the loop's learning rate: at zero, no weight that they hold moves."""
+    rule, batches = _pair(example)
+    _steps(rule, batches[:1])  # some rules make their optimizer from the first batch
+    for optimizer in rule.optimizers():
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+    held = [p for optimizer in rule.optimizers() for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in held]
+    _steps(rule, batches[1:2], 1)
+    same(before, [p.detach() for p in held], "weights after a step at a learning rate of zero")
+
+
 RULE: dict[str, Callable[[Example], None]] = {
     "learns": learns,
     "resumes": resumes,
     "hooks": leaves_no_hooks,
     "seed": seed,
+    "schedule": schedule,
 }

@@ -130,7 +130,7 @@ def test_a_fitted_pca_is_saved(tmp_path):
 @pytest.mark.parametrize("kind", [k for k in INTERFACES if k not in ("hconv", "pca")])
 def test_the_others_keep_the_contracts_too(kind):
     example = Example(make=lambda: SSLInterface(8, 5, kind=kind), inputs=lambda: (torch.randn(2, 5, 3, 8),))
-    for name in ("shapes", "gradcheck", "autocast", "batch", "export", "wrong"):
+    for name in ("shapes", "gradient", "autocast", "batch", "export", "wrong"):
         assert hold(name, "layer", example)
 
 

@@ -370,7 +370,7 @@ EXAMPLE = Example(
         "batch statistics": lambda: Terminator(1, (8, 8), widths=(4,), hidden=6, groups=4, sides=(3,), running=False),
     },
     exceptions={
-        "gradcheck": "the renormalisation of the slow networks stops the gradient of one of its two terms",
+        "gradient": "the renormalisation of the slow networks stops the gradient of one of its two terms",
         "trace": "every example is convolved with kernels of its own, and a trace keeps the number of groups",
     },
 )
