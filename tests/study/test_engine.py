@@ -207,3 +207,22 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
             compare(study(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_a_run_is_taken_once_at_the_same_moment(spec):
+    """Workers that wake together and see the same queue."""
+    one = records(spec)
+    one.queue("run", [("plain", seed, None) for seed in range(12)])
+    barrier = threading.Barrier(4)
+
+    def work(_):
+        engine, taken = records(spec), []
+        barrier.wait(60)
+        while (trial := engine.claim({"plain"})) is not None:
+            taken.append(trial.number)
+        engine.storage.engine.dispose()
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [number for taken in pool.map(work, range(4)) for number in taken]
+    assert sorted(found) == list(range(12))
