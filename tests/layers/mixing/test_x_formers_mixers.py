@@ -15,9 +15,9 @@ from interlayer.core.position import Rotary
 from interlayer.core.slots import fill, parse_spec
 from interlayer.core.trunk import build_trunk
 from interlayer.layers.mixing.x_formers.compressed import Clustered, Compressed, Nystrom, pseudo_inverse
+from interlayer.layers.mixing.x_formers.content import Routing
+from interlayer.layers.mixing.x_formers.heads import AdaptiveSpan, TalkingHeads
 from interlayer.layers.mixing.x_formers.linear import CHUNK, Delta, causal_product, naive
-from interlayer.layers.mixing.x_formers.prior import AdaptiveSpan, TalkingHeads
-from interlayer.layers.mixing.x_formers.sparse import Routing
 from interlayer.models import Encoder, Transformer
 
 SMALL = {  # the defaults see the whole of a short input

@@ -10,7 +10,8 @@ from interlayer.core.mixer import Cache, Context
 from interlayer.core.order import Sequential
 from interlayer.core.stream import State
 from interlayer.layers.mixing.x_formers.compressed import Nystrom
-from interlayer.layers.mixing.x_formers.depth import EarlyExit, Feedback, Funnel, Sentences, Transparent, Universal
+from interlayer.layers.mixing.x_formers.depth import EarlyExit, Feedback, Transparent, Universal
+from interlayer.layers.mixing.x_formers.lengths import Funnel, Sentences
 from interlayer.layers.mixing.x_formers.parts import ProductKeys, ScaleNorm
 from interlayer.layers.mixing.x_formers.positions import Alibi, Conditional, RelativeBias
 from interlayer.models import Encoder, Transformer, VisionTransformer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +13,11 @@ from interlayer.core.mixer import Attention, attend
 from interlayer.core.parts import Linear, plain_linear
 from interlayer.core.position import Position
 from interlayer.core.stream import QKV
-from interlayer.layers.mixing.x_formers.sparse import SlidingWindow, refuse_causal, refuse_mask
+from interlayer.layers.mixing.x_formers.refusals import refuse_causal, refuse_mask
+from interlayer.layers.mixing.x_formers.sparse import SlidingWindow
 
 
-class Whole(Attention):
+class Whole(Attention, ABC):
     """What the mixers of this file share: they see the whole sequence, without padding."""
 
     offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "rotate"})
@@ -28,9 +30,9 @@ class Whole(Attention):
         refuse_mask(self, mask)
         return self.reduced(q, *(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)))
 
+    @abstractmethod
     def reduced(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The cheaper attention, over equally many heads."""
-        raise NotImplementedError
 
 
 class Clustered(Whole):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from interlayer.core.stream import QKV
 CHUNK = 64  # tokens whose scores are written out in the causal form
 
 
-class Late(Attention):
+class Late(Attention, ABC):
     """What mixers share that rotate by positions after they have made features: ``mix`` gets the position too."""
 
     def place(self, q: Tensor, k: Tensor, position: Position | None, offset: int) -> tuple[Tensor, Tensor]:
@@ -29,11 +30,11 @@ class Late(Attention):
         """Hand the position on."""
         return self.mix(q, k, v, context.mask, context.position)
 
+    @abstractmethod
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, position: Position | None = None
     ) -> Tensor:
         """What each head reads, [B, H, new, K]."""
-        raise NotImplementedError
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return F.elu(x.contiguous()) + 1  # elu's compiled gradient mistakes the strides of a transposed input
 
 
-class Kernel(Attention):
+class Kernel(Attention, ABC):
     """``phi(q) (phi(k)' v) / (phi(q) sum phi(k))``: what mixers with features phi share.
 
     The causal form runs in chunks: sums over earlier chunks, scores within a chunk.
@@ -49,9 +50,9 @@ class Kernel(Attention):
 
     offers: ClassVar[frozenset[str]] = frozenset({"qkv", "share", "cache", "rotate"})
 
+    @abstractmethod
     def features(self, x: Tensor, shift: tuple[int, ...] = ()) -> Tensor:
         """phi, of queries or keys; a factor that is constant along the dimensions ``shift`` cancels in the quotient."""
-        raise NotImplementedError
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, position: Position | None = None

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from interlayer.core.mixer import Attention, Context
 from interlayer.core.parts import Linear, plain_linear
 from interlayer.core.stream import QKV
-from interlayer.layers.mixing.x_formers.sparse import SlidingWindow, refuse_causal, refuse_mask
+from interlayer.layers.mixing.x_formers.refusals import refuse_causal, refuse_mask
+from interlayer.layers.mixing.x_formers.sparse import SlidingWindow
 
 
 class Star(Attention):
