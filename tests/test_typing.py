@@ -25,7 +25,7 @@ def as_a_user_writes_it(folder: Path, run: bool = False) -> None:
     assert_type(interlayer.load(folder), nn.Module)
     assert_type(interlayer.MLP(4, 2, depth=1, width=4), interlayer.MLP)
     if run:
-        assert_type(interlayer.compare(interlayer.StudySpec(task="digits")), Result)
+        assert_type(interlayer.compare(interlayer.StudySpec(task="digits", arms=["plain", "rezero"], steps=9)), Result)
     make: Callable[..., nn.Module] = interlayer.build
     assert callable(make)
 

@@ -7,9 +7,9 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -112,6 +112,10 @@ class StudySpec(BaseModel):
         default=(), description="other forms of the records beside CSV: parquet, tensorboard"
     )
     out: Path | None = Field(default=None, description="folder of the records and the report; defaults to runs/TASK")
+
+    if TYPE_CHECKING:  # what the validators below take, too
+
+        def __init__(self, *, arms: str | Sequence[str | Mapping[str, str] | ArmSpec] = ..., **settings: Any) -> None: ...
 
     @field_validator("arms", mode="before")
     @classmethod

@@ -120,7 +120,8 @@ def _parts() -> Iterator[None]:
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with math, torch.backends.cudnn.flags(enabled=False):  # cuDNN runs a whole recurrence as one operator
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(attention)

@@ -26,7 +26,8 @@ class NODETransformer(PreNorm):
     ``order`` has better solvers. What a block adds is
     the stream's, how often blocks run is the order's, and each is useful without the other.
 
-    Each sublayer has its own norm, as in the sequential block; whether the authors share one could not be verified.
+    Each sublayer has its own norm, as in the sequential block; whether the authors share one could not be verified: no code
+    of theirs was found.
 
     Args:
         depth: Number of blocks.

@@ -164,7 +164,7 @@ class SSLInterface(nn.Module):
     them (L D^2 weights); ``hconv``, the paper's proposal, convolves along the layers, floor(log_3 L) times with kernel 5
     and stride 3 (5 D^2 weights each); ``cls`` is a Transformer layer along the layers with a pooling token; ``pca``
     concatenates principal components. Heads and feed-forward width of ``cls``, and whether it encodes the layer's position,
-    could not be verified; it does not here.
+    could not be verified (the authors' repository, atosystem/SSL_Interface, has ``hconv`` and the weighted sum); it does not here.
 
     Args:
         width: Features D of an upstream state.
