@@ -30,10 +30,8 @@ figure{margin:0;background:var(--card);border:1px solid var(--line);border-radiu
 @media(max-width:820px){.pair{grid-template-columns:1fr}}
 svg{display:block;width:100%;height:auto;overflow:visible;font:13px "Source Sans 3","Segoe UI",system-ui,-apple-system,"Helvetica Neue",sans-serif;
  font-variant-numeric:tabular-nums}
-svg text{fill:var(--soft)}svg text.name{font-weight:600}
-.grid{stroke:var(--line);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}.zero{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 3}
-.curve{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.band{opacity:.14}.seed{opacity:.5}
-.hit{fill:transparent;stroke:none}.hit:hover{fill:currentColor;fill-opacity:.25}
+svg text{font-family:inherit!important}
+figure{overflow-x:auto}figure.one>svg{min-width:600px}
 .scroll{overflow-x:auto;margin-top:16px;border:1px solid var(--line);border-radius:8px;background:var(--card)}
 table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
 th,td{padding:9px 10px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}

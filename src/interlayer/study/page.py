@@ -1,4 +1,4 @@
-"""The report as one self-contained page: charts drawn as inline SVG, nothing fetched from anywhere."""
+"""The report as one self-contained page; nothing is fetched from anywhere."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from interlayer.core.chart import variables
 from interlayer.core.page import document, header
-from interlayer.study.charts import colours, costs, forest, learning, rates, var, variables
+from interlayer.study.charts import costs, forest, key, learning, numbers, rates
 from interlayer.study.result import ArmRow, Result, headline
 
 
@@ -21,7 +22,7 @@ def _table(result: Result, found: Sequence[ArmRow], lines: Sequence[dict[str, st
     head = "".join(f"<th>{escape(h)}</th>" for h in lines[0])
     body = []
     for row, line in zip(found, lines, strict=True):
-        name = f'<i class="key" style="background:{var(number[row.arm])}"></i>{escape(row.arm)}'
+        name = key(number[row.arm], row.arm)
         if row.state and row.metrics:
             name += f' <span class="bad">({escape(row.state)})</span>'
         first = ' class="bad"' if row.state and not row.metrics else ""
@@ -105,7 +106,7 @@ def page(result: Result, found: Sequence[ArmRow], lines: Sequence[dict[str, str]
         lines: The table's lines as text.
         note: What the intervals are.
     """
-    number = colours(result)
+    number = numbers(result)
     title, sure = headline(result, found)
     about = result.about
     kind = f"{about['name']} · {result.base} · {len(result.spec.arms)} arms · {result.spec.seeds} seeds"

@@ -115,7 +115,9 @@ class StudySpec(BaseModel):
 
     if TYPE_CHECKING:  # what the validators below take, too
 
-        def __init__(self, *, arms: str | Sequence[str | Mapping[str, str] | ArmSpec] = ..., **settings: Any) -> None: ...
+        def __init__(
+            self, *, arms: str | Sequence[str | Mapping[str, str] | ArmSpec] = ..., **settings: Any
+        ) -> None: ...
 
     @field_validator("arms", mode="before")
     @classmethod

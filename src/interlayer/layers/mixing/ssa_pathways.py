@@ -41,7 +41,8 @@ class SSA(Attention):
     averages predictions over fresh samples. Pathways cannot be drawn token by token, so decoding with a cache is dense.
 
     No reference implementation is public (the authors' repository shamim-hussain/ssa holds a page with figures). The paper's
-    exact samplers, noise and fine-tuning schedule could not be verified; here queries are grouped together with keys, which gives the causal form without a mask.
+    exact samplers, noise and fine-tuning schedule could not be verified; here queries are grouped together with keys, which
+    gives the causal form without a mask.
 
     Args:
         width: Features D.
