@@ -139,7 +139,9 @@ class Chart:
         import matplotlib
 
         buffer = io.StringIO()
-        with matplotlib.rc_context({"svg.hashsalt": "interlayer", "svg.fonttype": "none"}):
+        with matplotlib.rc_context(
+            {"svg.hashsalt": "interlayer", "svg.fonttype": "none", "image.composite_image": False}
+        ):
             self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         drawing = buffer.getvalue()
         drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing[drawing.index("<svg") :], flags=re.DOTALL)
