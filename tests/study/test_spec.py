@@ -127,7 +127,7 @@ def test_arms_on_a_trained_base_are_chains_of_transforms():
         ("rezeros", "Did you mean 'rezero'"),
         ("rezero+denseformer", "'stream' is set twice"),
         ("transcoders", "probe"),
-        ("netsquid", "is a simulator"),
+        ("matrix-exp", "is a construction"),
         ("deep-plain+scalable-ff", "both learning rules"),
     ],
 )

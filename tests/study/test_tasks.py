@@ -10,7 +10,7 @@ from interlayer.study import TensorTask, tasks
 from interlayer.study.spec import StudyError
 
 
-@pytest.mark.parametrize("name", list(catalog.tasks()))
+@pytest.mark.parametrize("name", [name for name in catalog.tasks() if tasks.load(name).learns])
 def test_builtin_tasks_give_seeded_batches_of_their_shape(name):
     task = tasks.load(name)
     one, two, other = (next(task.batches(seed, 6)) for seed in (3, 3, 4))

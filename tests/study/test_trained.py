@@ -90,3 +90,14 @@ def test_an_arm_of_a_trained_base_is_refused_if_it_would_train(tmp_path):
     assert refused.state == "failed" and "trained once for all arms" in refused.error
     with pytest.raises(StudyError, match="steps"):
         study(tmp_path, steps=-1)
+
+
+def test_simulators_are_arms_of_a_scenario(tmp_path):
+    result, said = study(
+        tmp_path, task="repeater-chain", base=None, arms=["plain", "distillation=1", "nosuch=1", "mlp"], seeds=2, lr=None
+    )
+    assert [r.state for r in result.of("plain")] == ["done", "done"] and phases(tmp_path)[0][0] == "run"
+    assert set(result.of("plain")[0].record.metrics) == {"key rate", "fidelity", "mean time"} and result.about["higher"]
+    assert result.values("distillation=1", "fidelity")[0] > result.values("plain", "fidelity")[0]
+    assert "nosuch" in result.of("nosuch=1")[0].error and "expected a simulator" in result.of("mlp")[0].error
+    assert "learning\nrate" not in said and "FLOPs" not in (tmp_path / "report.html").read_text().partition("What was run")[0]

@@ -119,7 +119,7 @@ def parse(name: str, use: str, base: str, given: Objects | None = None, training
         elif term != "plain":
             slug, own = parse_spec(term)
             system = _system(slug, name)
-            if system.kind == "model" or (system.network and not system.slot):
+            if system.kind in ("model", "simulator") or (system.network and not system.slot):
                 model = term
             elif system.kind == "layer":
                 if not system.slot:
@@ -135,7 +135,7 @@ def parse(name: str, use: str, base: str, given: Objects | None = None, training
                 transforms.append((slug, own))
             else:
                 raise StudyError(
-                    f"arm {name!r}: {slug!r} is a {system.kind}; compare takes layers, models, rules and transforms."
+                    f"arm {name!r}: {slug!r} is a {system.kind}; compare takes layers, models, rules, transforms and simulators."
                 )
     if trained and (options or own_training or rule or model is not start):
         raise StudyError(

@@ -17,6 +17,7 @@ from interlayer.core.extras import need
 from interlayer.core.select import replace
 from interlayer.core.slots import parse_spec
 from interlayer.core.swap import SLOTS, Swap
+from interlayer.core.task import Simulated
 from interlayer.study.objects import is_path, load_object
 from interlayer.study.spec import StudyError
 
@@ -53,6 +54,10 @@ def make(base: Any, shape: DataShape, options: Mapping[str, Any]) -> nn.Module:
     if Path(base).is_dir() and base not in (*models.BASES, *catalog.load()):
         saved = Path(base) / recipe.RECIPE
         return _swapped(recipe.load(base) if saved.exists() else pretrained(base, shape), base, options)
+    system = catalog.load().get(parse_spec(base)[0])
+    if system and system.kind == "simulator":
+        slug, own = parse_spec(base)
+        return Simulated(catalog.get(slug).resolve()(), {**own, **options})
     return models.build(base, shape, **options)
 
 

@@ -157,25 +157,23 @@ def human(value: float, unit: str = "") -> str:
 
 def cells(row: ArmRow, result: Result) -> dict[str, str]:
     """A line of the table as text by column heading."""
-    about = result.about
-    found = {
-        "arm": row.arm,
-        "validation loss": row.metrics["loss"].text() if "loss" in row.metrics else row.state or "–",
-    }
-    if about["metric"] != "loss":
-        found[f"validation {about['metric']}"] = (
-            row.metrics[about["metric"]].text() if about["metric"] in row.metrics else "–"
-        )
-    against = result.spec.baseline
-    mark = "" if about["metric"] == "loss" else f"{about['metric']} "
+    about, cost = result.about, row.cost
+    metric, against = about["metric"], result.spec.baseline
+    measured = {key for run in result.runs for key in (*run.record.cost, *run.record.metrics)}
+    word = "validation " if about.get("learns", True) else ""
+    found = {"arm": row.arm}
+    for name in dict.fromkeys(("loss", metric) if about.get("learns", True) else (metric,)):
+        found[f"{word}{name}"] = row.metrics[name].text() if name in row.metrics else "–"
+    if row.state and not row.metrics:
+        found[list(found)[1]] = row.state
+    mark = "" if metric == "loss" else f"{metric} "
     found[f"{mark}against {against}"] = "baseline" if row.difference is None else row.difference.text(sign=True)
     found["decided"] = {True: "better", False: "worse", None: "no"}[better(row, result)] if row.difference else "–"
     found["seeds"] = str(row.runs)
-    found["learning rate"] = f"{row.lr:.2g}" if row.lr else "–"
-    cost = row.cost
-    found["parameters"] = human(cost["parameters"]) if "parameters" in cost else "–"
-    found[f"FLOPs per {about['item']}"] = human(cost["flops"]) if "flops" in cost else "–"
-    measured = {key for run in result.runs for key in run.record.cost}
+    if about.get("learns", True):
+        found["learning rate"] = f"{row.lr:.2g}" if row.lr else "–"
+        found["parameters"] = human(cost["parameters"]) if "parameters" in cost else "–"
+        found[f"FLOPs per {about['item']}"] = human(cost["flops"]) if "flops" in cost else "–"
     for key, (heading, shown) in COSTS.items():
         if key in measured:
             found[heading] = shown(cost[key]) if key in cost else "–"

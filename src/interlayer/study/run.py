@@ -205,7 +205,9 @@ def _compare(study: Study, console: Console, resume: bool) -> Result:
     }  # fmt: skip
     engine = Engine(**records, resume=resume)
     engine.write("spec", spec.model_dump(mode="json", exclude={"storage"}))  # its URL may hold a password
-    engine.write("about", {k: getattr(task, k) for k in ("name", "metric", "higher", "unit", "item", "about")})
+    engine.write(
+        "about", {k: getattr(task, k) for k in ("name", "metric", "higher", "unit", "item", "about", "learns")}
+    )
     engine.write("base", shown(study.base))
     engine.write("started", time.time())
     (spec.folder / "study.toml").write_text(spec.model_copy(update={"storage": None}).to_toml(), encoding="utf-8")
@@ -221,7 +223,7 @@ def _compare(study: Study, console: Console, resume: bool) -> Result:
                 _refuse(name, found, engine, spec, progress)
         if kept := engine.kept():
             progress.line(f"{kept} runs are in the records already and are not run again.")
-        rates = _rates(arms, engine, workers, spec, study.job)
+        rates = _rates(arms, engine, workers, spec, study.job, task.learns)
         for name in [n for n in arms if n not in rates]:
             why = {"error": "every learning rate diverged or failed", "traceback": "", "kind": "diverged"}
             _refuse(name, why, engine, spec, progress)
@@ -239,11 +241,11 @@ def _refuse(name: str, why: Refusal, engine: Engine, spec: StudySpec, progress: 
 
 
 def _rates(
-    arms: Mapping[str, Arm], engine: Engine, workers: Workers, spec: StudySpec, job: Job
+    arms: Mapping[str, Arm], engine: Engine, workers: Workers, spec: StudySpec, job: Job, learns: bool
 ) -> dict[str, float | None]:
     """The learning rate of each arm: its own, or the best of those that the study tries; an arm without any is left out."""
     fixed = {name: arm.training.lr for name, arm in arms.items()}
-    if job.steps == 0:
+    if job.steps == 0 or not learns:
         return fixed
     trained = BASE in arms
     searched = [n for n, lr in fixed.items() if lr is None and takes_lr(arms[n]) and (n == BASE or not trained)]

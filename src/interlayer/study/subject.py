@@ -173,17 +173,22 @@ class Learner:
             self.optimizer.load_state_dict(state["optimizer"])
         self.fill(state["model"])
 
-    def cost(self, batch: Batch, delivered: bool) -> dict[str, float]:
+    def cost(self, batch: Batch | None, delivered: bool) -> dict[str, float]:
         """What the model costs, counted on one more step of which nothing is kept (the run is over).
 
         Args:
-            batch: A training batch.
+            batch: A training batch; None for only what needs none.
             delivered: Whether to measure what it costs in use too: bytes on disk, and the time of a forward pass.
         """
+        known = {"parameters": float(cost.parameters(self.model))}
+        if self.times:
+            known["step_time"] = cost.median_time(self.times)
+        if batch is None:
+            return known
         inputs, targets = batch = moved(batch, self.device)
         items = targets.numel() if self.task.item == "token" and isinstance(targets, Tensor) else count(batch)
         found = {
-            "parameters": float(cost.parameters(self.model)),
+            **known,
             "flops": cost.flops(_Called(self.model), inputs) / items,
         }
         if delivered:
@@ -201,7 +206,7 @@ class Learner:
         alive = itertools.chain(self.tensors().values(), states, tensors_in(batch))
         over = Budget(self.batch_size, steps=1)
         found["peak_memory"] = float(cost.peak_bytes(lambda: self._step(batch, over), alive, self.device))
-        return {**found, "step_time": cost.median_time(self.times)}
+        return found
 
     def _delivered(self, inputs: Any) -> dict[str, float]:
         self.model.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -42,9 +43,11 @@ class Record:
         curve: Every judgement, with ``step`` and ``seconds`` of training before it.
         train: ``[step, mean training loss since the last point]``, at most some 200 points.
         asides: What layers reported beside their output, by name, as ``train``.
-        cost: parameters, flops (per item), step_time (s), peak_memory and kept (bytes), disk (bytes), latency_N (s).
+        cost: parameters and step_time (s); of the first seed also flops (per item), peak_memory and kept (bytes), and where
+            wanted disk (bytes) and latency_N (s).
         steps: Steps taken.
         seconds: Time in training steps.
+        judged: Time in judgements.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -54,6 +57,7 @@ class Record:
     cost: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
+    judged: float = 0.0
 
     def data(self) -> dict[str, Any]:
         """As JSON-able fields."""
@@ -91,6 +95,8 @@ def check(arm: Arm, task: Task, job: Job) -> Paired[nn.Module]:
     """Build the arm on the CPU and take it through two samples, so that what cannot work is reported before training."""
     built = build(arm, task, 0)
     model = copy.deepcopy(built.model)
+    if not task.learns:
+        return built
     inputs, targets = batch = next(task.batches(0, 2, "train"))
     if not all(torch.isfinite(t).all() for t in tensors_in(inputs)):
         raise StudyError(
@@ -145,7 +151,7 @@ def train(
         checkpoint: File that a long run writes now and then, and goes on from if it is there: the numbers are the same to the
             last bit as without the interruption. It is deleted at the end.
         keep: Folder where the trained model is saved.
-        measure: Whether to count costs.
+        measure: Whether to count all costs, which are the same for every seed; otherwise only parameters and step time.
 
     Raises:
         Diverged: The loss is not finite.
@@ -165,8 +171,10 @@ def train(
     _judge(learner, record, emit, last=True)
     if keep:
         recipe.save(learner.model, keep)
-    if measure:
-        record.cost = learner.cost(next(task.batches(seed, job.batch_size, "train")), job.delivered)
+    if task.learns:
+        record.cost = learner.cost(
+            next(task.batches(seed, job.batch_size, "train")) if measure else None, job.delivered
+        )
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return record
@@ -244,7 +252,9 @@ def _other(arm: Arm, task: Task, job: Job, seed: int, lr: float | None) -> nn.Mo
 
 
 def _judge(learner: Learner, record: Record, emit: Emit, *, last: bool) -> None:
+    begin = time.perf_counter()
     found = learner.judge()
+    record.judged += time.perf_counter() - begin
     record.curve.append({"step": record.steps, "seconds": record.seconds, **found})
     record.metrics = found
     emit({"what": "eval", "step": record.steps, "value": found[learner.task.metric], "last": last})

@@ -97,7 +97,7 @@ def _run(engine: Engine, trial: FrozenTrial, work: Work, emit: Emit) -> None:
         try:
             train(
                 arm, task, work.job, seed, lr=lr, emit=pass_on, record=record, checkpoint=engine.checkpoint(trial),
-                keep=engine.weights(trial) if work.keep else None, measure=phase == "run",
+                keep=engine.weights(trial) if work.keep else None, measure=phase == "run" and seed == 0,
             )  # fmt: skip
         except Exception as error:
             put("record", _finite(record.data()))
