@@ -15,7 +15,7 @@ Batch = tuple[Any, Any]
 targets (None if the model gives its own loss)."""
 
 KINDS = ("tokens", "image", "vector", "series")
-OUTPUTS = ("tokens", "classes", "values")
+OUTPUTS = ("tokens", "classes", "values", "image")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class DataShape:
 
     Args:
         kind: ``tokens`` (integers [B, S]), ``image`` ([B, C, H, W]), ``vector`` ([B, F]) or ``series`` ([B, S, F]).
-        outputs: ``tokens`` (logits at each place), ``classes`` (logits) or ``values`` (real numbers).
+        outputs: ``tokens`` (logits at each place), ``classes`` (logits), ``values`` (real numbers) or ``image`` (an image of as
+            many channels).
         classes: Number of classes, or of values that are predicted.
         vocab: Number of token kinds.
         length: Length S of a sequence.
@@ -32,6 +33,7 @@ class DataShape:
         height: Height H in pixels.
         width: Width W in pixels.
         features: Features F of a vector or of a step of a series.
+        scales: Factors by which output images are larger than the inputs; a batch is of one of them.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class DataShape:
     height: int = 0
     width: int = 0
     features: int = 0
+    scales: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
