@@ -34,7 +34,7 @@ def checked(who: str, image: Any, *, inside: bool = False) -> Tensor:
         raise ValueError(f"{who}: image {tuple(image.shape)}; expected [batch, channels, height, width].")
     if not torch.isfinite(image).all():
         raise ValueError(f"{who}: the image has NaN or infinite numbers. Leave that image out.")
-    if inside and image.numel() and not (0 <= image.min() and image.max() <= 1):
+    if inside and image.numel() and (image.min() < 0 or image.max() > 1):
         raise ValueError(
             f"{who}: numbers from {image.min():.4g} to {image.max():.4g}; expected 0 (black) to 1 (white). Divide 8-bit "
             "images by 255, or pass `eight_bit(image)`."

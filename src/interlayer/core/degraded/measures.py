@@ -26,9 +26,13 @@ def _pair(who: str, estimate: Tensor, target: Tensor, border: int, y: bool) -> t
     """Both images in float64, in the channels and without the border that do not count."""
     pair = [checked(f"{who} ({name})", t, inside=True) for name, t in (("estimate", estimate), ("target", target))]
     if estimate.shape != target.shape:
-        raise ValueError(f"{who}: estimate {tuple(estimate.shape)}, target {tuple(target.shape)}; expected equal shapes.")
+        raise ValueError(
+            f"{who}: estimate {tuple(estimate.shape)}, target {tuple(target.shape)}; expected equal shapes."
+        )
     if border < 0 or 2 * border >= min(target.shape[2:]):
-        raise ValueError(f"{who}: border {border} for an image {tuple(target.shape)}; expected less than half of each side.")
+        raise ValueError(
+            f"{who}: border {border} for an image {tuple(target.shape)}; expected less than half of each side."
+        )
     one, two = ((luma(t) if y else t).double() for t in pair)
     inner = (..., slice(border, one.shape[2] - border), slice(border, one.shape[3] - border))
     return one[inner], two[inner]
@@ -107,7 +111,9 @@ def si_sdr(estimate: Float[Tensor, "*B T"], target: Float[Tensor, "*B T"]) -> Fl
         if not torch.isfinite(t).all():
             raise ValueError(f"si_sdr: the {name} has NaN or infinite numbers. Leave that signal out.")
     if estimate.shape != target.shape or not target.ndim:
-        raise ValueError(f"si_sdr: estimate {tuple(estimate.shape)}, target {tuple(target.shape)}; expected equal [..., T].")
+        raise ValueError(
+            f"si_sdr: estimate {tuple(estimate.shape)}, target {tuple(target.shape)}; expected equal [..., T]."
+        )
     e, s = estimate.double(), target.double()
     power = s.square().sum(-1, keepdim=True)
     if not power.all():

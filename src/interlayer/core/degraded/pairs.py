@@ -67,7 +67,9 @@ class Pairs:
             ValueError: An image is smaller than a patch.
         """
         if not 1 <= size <= int(self.sides.min()):
-            raise ValueError(f"Pairs: patches of {size} pixels; the smallest side of a degraded image is {int(self.sides.min())}.")
+            raise ValueError(
+                f"Pairs: patches of {size} pixels; the smallest side of a degraded image is {int(self.sides.min())}."
+            )
         chosen = torch.randint(len(self.clean), (count,), generator=generator)
         room = self.sides[chosen] - size + 1
         corner = (torch.rand(count, 2, generator=generator, dtype=torch.float64) * room).long()
@@ -84,5 +86,10 @@ class Pairs:
         swapped = turn[..., None] == 1
         y, x = torch.where(swapped, y.mT, y), torch.where(swapped, x.mT, x)
         width = sides[chosen, 1].view(-1, 1, 1)
-        at = begin.view(-1, 1, 1) + (corner[:, 0].view(-1, 1, 1) * scale + y) * width + corner[:, 1].view(-1, 1, 1) * scale + x
+        at = (
+            begin.view(-1, 1, 1)
+            + (corner[:, 0].view(-1, 1, 1) * scale + y) * width
+            + corner[:, 1].view(-1, 1, 1) * scale
+            + x
+        )
         return self._rows[which][:, at].transpose(0, 1)

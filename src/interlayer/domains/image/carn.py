@@ -178,7 +178,7 @@ def published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the authors' checkpoints, under the names here: ``CARN.mobile().load_state_dict(published(theirs))``.
 
     Args:
-        state: What ``torch.load("carn_m.pth", weights_only=True)`` gives; ``carn.pth`` has the same names.
+        state: What ``torch.load("carn_m.pth", map_location="cpu", weights_only=True)`` gives; ``carn.pth`` has the same names.
 
     Examples:
         >>> list(published({"b2.b1.body.0.bias": torch.zeros(1), "b2.c3.body.0.bias": torch.ones(1)}))
