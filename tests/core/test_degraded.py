@@ -9,12 +9,12 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from interlayer.core import degraded as d
-from interlayer.core.datasets import photographs
+from interlayer.core.datasets import photograph
 
 
 @pytest.fixture(scope="module")
 def cat():
-    return d.modcrop(d.tensor(photographs()["cat"]), 12)[..., :120, :132].contiguous()
+    return d.modcrop(d.tensor(photograph("cat")), 12)[..., :120, :132].contiguous()
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])

@@ -12,23 +12,34 @@ from interlayer.core.extras import need
 
 PHOTOGRAPHS = (
     *("astronaut", "brick", "camera", "cat", "cell", "coffee", "coins", "clock", "grass", "gravel"),
-    *("hubble_deep_field", "immunohistochemistry", "moon", "rocket"),
+    *("hubble_deep_field", "immunohistochemistry", "moon", "rocket", "china", "flower"),
 )
 
 
 @cache
-def photographs() -> Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]]:
-    """Photographs by name, [H, W] or [H, W, 3], 8 bits: fourteen of scikit-image, then china and flower of scikit-learn.
+def photograph(name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A photograph of scikit-image, or china or flower of scikit-learn, [H, W] or [H, W, 3], 8 bits.
+
+    Args:
+        name: One of ``PHOTOGRAPHS``.
 
     Raises:
         ImportError: scikit-image is not installed.
+        ValueError: Unknown name.
 
     Examples:
-        >>> photographs()["cat"].shape
+        >>> photograph("cat").shape
         (300, 451, 3)
     """
-    bundled = need("skimage.data", "images", "photographs")
-    from sklearn.datasets import load_sample_images
+    if name not in PHOTOGRAPHS:
+        raise ValueError(f"photograph: {name!r} is not one of {', '.join(PHOTOGRAPHS)}.")
+    if name in ("china", "flower"):
+        from sklearn.datasets import load_sample_image
 
-    found = {name: getattr(bundled, name)() for name in PHOTOGRAPHS}
-    return found | dict(zip(("china", "flower"), load_sample_images().images, strict=True))
+        return load_sample_image(f"{name}.jpg")
+    return getattr(need("skimage.data", "images", "photograph"), name)()
+
+
+def photographs() -> Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+    """All photographs by name."""
+    return {name: photograph(name) for name in PHOTOGRAPHS}

@@ -61,7 +61,7 @@ def tensor(photograph: np.ndarray[Any, Any]) -> Float[Tensor, "1 3 H W"]:
     colour = photograph[..., None].repeat(3, -1) if photograph.ndim == 2 else photograph[..., :3]
     if colour.ndim != 3 or colour.shape[-1] != 3:
         raise ValueError(f"tensor: photograph {photograph.shape}; expected [height, width] or [height, width, 3].")
-    return torch.from_numpy(np.ascontiguousarray(colour)).permute(2, 0, 1).unsqueeze(0).float() / 255
+    return torch.tensor(colour).permute(2, 0, 1).unsqueeze(0).float() / 255
 
 
 def eight_bit(image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from interlayer.core.config import configured
 from interlayer.core.data import DataShape
-from interlayer.core.degraded import Pairs
+from interlayer.core.datasets import photograph
+from interlayer.core.degraded import Pairs, eight_bit, enlarge, luma, shrink, tensor
 from interlayer.core.example import Example
 
 DIV2K = (0.4488, 0.4371, 0.4040)  # mean RGB of the training images
@@ -227,7 +228,7 @@ def fit(
         The loss of every step.
     """
     generator, scales = torch.Generator().manual_seed(seed), list(pairs)
-    optimiser = torch.optim.Adam(model.parameters(), lr)
+    optimiser = torch.optim.Adam(model.parameters(), lr, fused=True)
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, halve, 0.5)
     weight = next(model.parameters())
     losses = []
@@ -243,3 +244,28 @@ def fit(
         schedule.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def _train() -> tuple[float, float]:
+    """Losses on a photograph of grass after training on one of gravel: of a narrow CARN, and of bicubic interpolation."""
+    gravel, grass = (luma(tensor(photograph(name))) for name in ("gravel", "grass"))
+    model = CARN(width=16, scales=(2,), mean=(0.45,))
+    pairs = Pairs([gravel], lambda image: eight_bit(shrink(image, 2)), scale=2)
+    fit(model, {2: pairs}, steps=200, batch=8, patch=8, lr=5e-3, halve=70)
+    small, large = eight_bit(shrink(grass, 2))[..., :64, :64], grass[..., :128, :128]
+    with torch.no_grad():
+        return F.l1_loss(model.eval()(small), large).item(), F.l1_loss(enlarge(small, 2), large).item()
+
+
+EXAMPLE = Example(
+    make=lambda: CARN(width=4, scales=(2,)),
+    inputs=lambda: (torch.rand(2, 3, 6, 5),),
+    odd=lambda: (torch.rand(3, 3, 1, 7),),
+    axis=3,
+    modes={
+        "mobile": lambda: CARN.mobile(width=4, scales=(4,), groups=2),
+        "three times, fusion inside of blocks": lambda: CARN(width=4, scales=(3,), cascade="local"),
+    },
+    wrong=lambda: (torch.rand(2, 1, 6, 5),),
+    train=_train,
+)
