@@ -14,7 +14,6 @@ from interlayer.core.data import DataShape
 from interlayer.core.degraded import Pairs, shrink
 from interlayer.domains.image.carn import CARN, Cascade, Residual, fit, published
 from interlayer.study import tasks
-from interlayer.study.spec import StudyError
 
 # The authors' code (carn.py, carn_m.py with 4 groups) with the weights and the image of `figures`: the mean, three pixels and the
 # standard deviation for each scale.
@@ -140,7 +139,7 @@ def test_super_resolution_is_a_task():
     net = CARN.for_task(task.shape, width=4)
     for inputs, targets in batches[:2]:
         assert net(**inputs).shape == targets.shape and task.loss(net(**inputs), targets).isfinite()
-    with pytest.raises(StudyError, match="expected equal shapes"):
+    with pytest.raises(ValueError, match="expected equal shapes"):
         task.loss(torch.zeros(2, 3, 5, 5), targets)
     perfect = dict(zip(task.held, (large for _, large in task.held.values()), strict=True))
     assert task.evaluate(lambda inputs: perfect[inputs["scale"]], 1)["psnr"] == float("inf")

@@ -15,13 +15,13 @@ from interlayer.core import cost
 from interlayer.core.datasets import photograph
 from interlayer.core.degraded import Pairs, enlarge, luma, tensor
 from interlayer.domains.image.carn import CARN, Cascade, Residual, fit
-from interlayer.study.super_resolution import SuperResolution
+from interlayer.domains.image.carn.super_resolution import SuperResolution
 
-OURS, PLAIN, MOBILE, BICUBIC, SRCNN_, EDSR_ = "CARN", "no cascade", "CARN-M", "bicubic", "SRCNN", "EDSR-small"
-BLIND, UNPAIRED, CHAIN, LATE = "blind fusion", "unpaired targets", "chain of blocks", "fusion without the input"
-UNSHARED, GROUPED = "not recursive", "grouped 1x1"
+OURS, MOBILE, PLAIN, BICUBIC, SRCNN_, EDSR_ = "CARN", "CARN-M", "no cascade", "bicubic", "SRCNN", "EDSR-small"
+BLIND, UNPAIRED, SEPARATE = "blind fusion", "unpaired targets", "a network for each scale"
+CHAIN, LATE = "chain of blocks", "fusion without the input"
+UNGROUPED, UNSHARED, GROUPED = "CARN-M without groups", "CARN-M without recursion", "CARN-M with groups in the 1x1"
 SCALES, MEAN = (2, 3, 4), 0.45
-RATES = {OURS: 2e-3, PLAIN: 2e-3, EDSR_: 2e-3, SRCNN_: 2e-3}
 
 
 class Blind(Cascade):
@@ -106,12 +106,14 @@ class Centred(nn.Module):
 
 def build(arm: str, scale: Scale) -> nn.Module:
     """The network of an arm, for images of one channel."""
+    if arm == MOBILE:
+        return CARN.mobile(width=scale.width, mean=(MEAN,))
     if arm == SRCNN_:
         return Centred(SRCNN(*scale.srcnn))
     if arm == EDSR_:
         return Centred(EDSR(scale.width, scale.blocks))
     net = CARN(width=scale.width, mean=(MEAN,), cascade="none" if arm in (PLAIN, CHAIN) else "both")
-    return recast(net, {BLIND: Blind, LATE: Late}[arm]) if arm in (BLIND, LATE) else net
+    return recast(net, Blind) if arm == BLIND else net
 
 
 @cache
@@ -142,10 +144,8 @@ def quality(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     pairs: Mapping[int, Any] = data.pairs
     if arm == UNPAIRED:
         pairs = {s: Unpaired(p) for s, p in pairs.items()}
-    fit(
-        net, pairs, steps=scale.steps, batch=scale.batch, patch=scale.patch, halve=scale.halve, seed=seed,
-        lr=RATES.get(arm, RATES[OURS]),
-    )  # fmt: skip
+    options = {name: getattr(scale, name) for name in ("steps", "batch", "patch", "halve")}
+    fit(net, pairs, lr=scale.rates.get(arm, scale.rates[OURS]), seed=seed, **options)
     with torch.no_grad():
         found = data.evaluate(lambda inputs: net.eval()(**inputs), 0)
     side = 12
@@ -155,25 +155,27 @@ def quality(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     return found
 
 
-def published(arm: str) -> nn.Module:
-    """The network of a mechanism statement's arm at the published size, without memory."""
+def published(arm: str) -> CARN:
+    """The network of an arm that is only counted, at the published size and without memory."""
     with torch.device("meta"):
-        if arm in (MOBILE, UNSHARED, GROUPED):
-            net = CARN.mobile(recursive=arm != UNSHARED)
+        if arm in (MOBILE, UNGROUPED, UNSHARED, GROUPED):
+            net = CARN.mobile(recursive=arm != UNSHARED, groups=1 if arm == UNGROUPED else 4)
             for block in net.modules() if arm == GROUPED else ():
                 if isinstance(block, Residual):
                     block.body[4] = nn.Conv2d(64, 64, 1, groups=4)
             return net
-        net = CARN(cascade="none" if arm in (PLAIN, CHAIN) else "both")
+        net = CARN(cascade="none" if arm == CHAIN else "both")
         return recast(net, Late) if arm == LATE else net
 
 
 def counted(arm: str) -> dict[str, float]:
-    """Weights (as the paper counts them for CARN-M, without biases), multiply-adds for 1280 x 720 pixels, and share of sharing."""
+    """Parameters, weights without biases (as the paper counts CARN-M), multiply-adds for 1280 x 720 pixels, and what scales share."""
     net = published(arm)
+    alone = [cost.parameters(net) - cost.parameters(net.upsample) + cost.parameters(up) for up in net.upsample.values()]
     found = {
         "thousands of parameters": cost.parameters(net) / 1e3,
         "thousands of weights": sum(p.numel() for p in net.parameters() if p.ndim > 1) / 1e3,
+        "share of three networks": 1.0 if arm == SEPARATE else cost.parameters(net) / sum(alone),
     }
     for s in SCALES:
         small = torch.empty(1, 3, 12 // s, 12 // s, device="meta")
@@ -202,8 +204,90 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
     found: dict[str, float] = {}
     if arm in (OURS, PLAIN, BICUBIC, SRCNN_, EDSR_, BLIND, UNPAIRED):
         found |= quality(arm, seed, scale)
-    if arm in (OURS, MOBILE, CHAIN, LATE, UNSHARED, GROUPED):
+    if arm in (OURS, MOBILE, CHAIN, LATE, SEPARATE, UNGROUPED, UNSHARED, GROUPED):
         found |= counted(arm)
-    if arm in (OURS, CHAIN, LATE, BLIND):
+    if arm in (OURS, CHAIN, BLIND):
         found["signal past a silent block"] = past_silence(arm, seed, scale)
     return found
+
+
+def near(metric: str, arm: str, value: float, half: float) -> Any:
+    """That a count rounds to a published figure."""
+    return fits(metric, arm, value - half, value + half)
+
+
+CLAIM = Claim(
+    says="CARN and CARN-M have the published parameters and multiply-adds; after a short training the network is better than bicubic "
+    "interpolation and, at equal multiply-adds, than SRCNN and a small EDSR, and the cascades make it better than a plain chain.",
+    measure=measure,
+    build=build,
+    arms=(OURS, MOBILE, PLAIN, BICUBIC, SRCNN_, EDSR_),
+    statements=(
+        mechanism(
+            "CARN has 1,592 thousand parameters.",
+            near("thousands of parameters", OURS, 1592, 0.5),
+            control=CHAIN,
+            mutant=LATE,
+        ),
+        mechanism(
+            "CARN-M has 412 thousand weights.",
+            near("thousands of weights", MOBILE, 412, 0.5),
+            control=UNSHARED,
+            mutant=GROUPED,
+        ),
+        *(
+            mechanism(
+                f"{arm} takes {value:g} billion multiply-adds for 1280 x 720 pixels, {s} times enlarged.",
+                near(f"billions of multiply-adds x{s}", arm, value, 0.05),
+                control=control,
+                mutant=mutant,
+            )
+            for arm, values, control, mutant in (
+                (OURS, (222.8, 118.8, 90.9), CHAIN, LATE),
+                (MOBILE, (91.2, 46.1, 32.5), UNGROUPED, GROUPED),
+            )
+            for s, value in zip(SCALES, values, strict=True)
+        ),
+        mechanism(
+            "One network for three scales has less than half the parameters of three.",
+            fits("share of three networks", OURS, high=0.5),
+            control=SEPARATE,
+            mutant=CHAIN,
+        ),
+        mechanism(
+            "The input reaches the output past a cascade that gives zeros.",
+            fits("signal past a silent block", OURS, low=0.1),
+            control=CHAIN,
+            mutant=BLIND,
+        ),
+        *(
+            effect(f"Enlarged {s} times, CARN has a higher PSNR than {arm}.", highest(f"psnr x{s}", OURS, than=(arm,)), control=UNPAIRED)
+            for arm in (BICUBIC, SRCNN_, EDSR_)
+            for s in SCALES
+        ),
+        effect(
+            "The cascades raise the mean PSNR.",
+            highest("psnr", OURS, than=(PLAIN,)),
+            control=BLIND,
+        ),
+    ),
+    checks=(
+        check("SRCNN and EDSR-small beat bicubic interpolation.", highest("psnr", SRCNN_, than=(BICUBIC,))),
+        check("EDSR-small beats SRCNN, so there is room above SRCNN.", highest("psnr", EDSR_, than=(SRCNN_,))),
+        check("Without cascades the network reaches 22 dB.", fits("psnr", PLAIN, low=22)),
+    ),
+    pilots="",
+    scales={
+        "smoke": {
+            "width": 8, "blocks": 1, "srcnn": (8, 4), "steps": 1, "batch": 2, "patch": 8, "halve": 1, "rates": {OURS: 1e-3},
+        },
+        "small": {
+            "width": 16, "blocks": 10, "srcnn": (76, 36), "steps": 400, "batch": 4, "patch": 8, "halve": 133,
+            "rates": {OURS: 4e-3, PLAIN: 2e-3, EDSR_: 4e-3, SRCNN_: 4e-3},
+        },
+        "full": {
+            "width": 64, "blocks": 10, "srcnn": (700, 140), "steps": 600_000, "batch": 64, "patch": 64, "halve": 400_000,
+            "rates": {OURS: 1e-4},
+        },
+    },
+)  # fmt: skip

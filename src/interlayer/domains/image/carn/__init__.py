@@ -16,6 +16,7 @@ from interlayer.core.data import DataShape
 from interlayer.core.datasets import photograph
 from interlayer.core.degraded import Pairs, eight_bit, enlarge, luma, shrink, tensor
 from interlayer.core.example import Example
+from interlayer.core.fit import descend
 
 DIV2K = (0.4488, 0.4371, 0.4040)  # mean RGB of the training images
 STAGES = {2: (2,), 3: (3,), 4: (2, 2), 8: (2, 2, 2)}
@@ -233,16 +234,15 @@ def fit(
     weight = next(model.parameters())
     losses = []
     model.train()
-    for _ in range(steps):
+    for step in range(steps):
         scale = scales[int(torch.randint(len(scales), (), generator=generator))]
         small, large = (t.to(weight) for t in pairs[scale].patches(batch, patch, generator))
-        loss = F.l1_loss(model(small, scale=scale), large)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimiser.step()
+
+        def loss(small: Tensor = small, large: Tensor = large, scale: int = scale) -> Tensor:
+            return F.l1_loss(model(small, scale=scale), large)
+
+        losses.append(descend(model, optimiser, loss, share=step / steps, clip=clip)[0])
         schedule.step()
-        losses.append(float(loss.detach()))
     return losses
 
 

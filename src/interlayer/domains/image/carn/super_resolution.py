@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interlayer.core.data import DataShape, answer
+from interlayer.core.data import Batch, DataShape, answer, moved
 from interlayer.core.degraded import Pairs, eight_bit, enlarge, modcrop, psnr, shrink
-from interlayer.study.spec import StudyError
-from interlayer.study.task import Batch, Task, moved
+from interlayer.core.task import Task
 
 
 def low_resolution(image: Tensor, scale: int) -> Tensor:
@@ -39,7 +38,7 @@ class SuperResolution(Task):
         about: One line on the data.
 
     Raises:
-        StudyError: No scale, or a validation photograph that is smaller than a crop.
+        ValueError: No scale, or a validation photograph that is smaller than a crop.
 
     Examples:
         >>> photos = [torch.rand(1, 3, 40, 50), torch.rand(1, 3, 30, 30)]
@@ -64,7 +63,7 @@ class SuperResolution(Task):
         about: str = "",
     ) -> None:
         if not scales:
-            raise StudyError(f"task {name!r}: no scale; expected at least one, such as (2, 3, 4).")
+            raise ValueError(f"task {name!r}: no scale; expected at least one, such as (2, 3, 4).")
         self.name, self.patch, self.about = name, patch, about
         self.pairs = {s: Pairs(train, lambda x, s=s: low_resolution(x, s), scale=s) for s in scales}
         step = math.lcm(*scales)
@@ -75,7 +74,7 @@ class SuperResolution(Task):
             for photograph in validation:
                 large = modcrop(photograph, step)
                 if min(large.shape[2:]) < side:
-                    raise StudyError(
+                    raise ValueError(
                         f"task {name!r}: a validation photograph {tuple(photograph.shape)} is smaller than a crop of {side}. "
                         "Leave it out, or pass a smaller `side`."
                     )
@@ -104,7 +103,7 @@ class SuperResolution(Task):
         """Mean absolute error."""
         outputs = answer(outputs)
         if outputs.shape != targets.shape:
-            raise StudyError(
+            raise ValueError(
                 f"task {self.name!r}: outputs {tuple(outputs.shape)} for targets {tuple(targets.shape)}; expected equal shapes."
             )
         return F.l1_loss(outputs, targets)
