@@ -11,9 +11,11 @@ from torch import nn
 from interlayer.claims import load
 from interlayer.core import cost
 from interlayer.core.data import DataShape
-from interlayer.core.degraded import Pairs, shrink
+from interlayer.core.datasets import photograph
+from interlayer.core.degraded import Pairs, shrink, tensor
 from interlayer.domains.image.carn import CARN, Cascade, Residual, fit, published
-from interlayer.study import tasks
+from interlayer.domains.image.carn.super_resolution import SuperResolution
+from interlayer.study import compare
 
 # The authors' code (carn.py, carn_m.py with 4 groups) with the weights and the image of `figures`: the mean, three pixels and the
 # standard deviation for each scale.
@@ -130,10 +132,16 @@ def test_the_learning_rate_is_halved_and_gradients_are_clipped():
     assert steps[0] == pytest.approx(1e-3, rel=0.01) and steps[3] < 0.8 * steps[0]
 
 
-def test_super_resolution_is_a_task():
-    task = tasks.load("super-resolution")
+@pytest.fixture(scope="module")
+def small_task():
+    gravel, cat = (tensor(photograph(name)[:120, :132]) for name in ("gravel", "cat"))
+    return SuperResolution("small", [gravel], [cat], side=60, crops=3)
+
+
+def test_super_resolution_is_a_task(small_task):
+    task = small_task
     trivial = task.trivial()
-    assert task.base == "carn" and trivial["psnr x2"] > trivial["psnr x3"] > trivial["psnr x4"] > 25
+    assert trivial["psnr x2"] > trivial["psnr x3"] > trivial["psnr x4"] > 25
     batches = [next(task.batches(seed, 2)) for seed in range(8)]
     assert {inputs["scale"] for inputs, _ in batches} == {2, 3, 4}
     net = CARN.for_task(task.shape, width=4)
@@ -141,8 +149,16 @@ def test_super_resolution_is_a_task():
         assert net(**inputs).shape == targets.shape and task.loss(net(**inputs), targets).isfinite()
     with pytest.raises(ValueError, match="expected equal shapes"):
         task.loss(torch.zeros(2, 3, 5, 5), targets)
-    perfect = dict(zip(task.held, (large for _, large in task.held.values()), strict=True))
-    assert task.evaluate(lambda inputs: perfect[inputs["scale"]], 1)["psnr"] == float("inf")
+    large = {s: target for s, (_, target) in task.held.items()}
+    assert task.evaluate(lambda inputs: large[inputs["scale"]], 1)["psnr"] == float("inf")
+    small = task.held[2][0]
+    assert torch.equal((small * 255).round() / 255, small) and small.shape == (3, 3, 30, 30)
+
+
+def test_arms_are_compared_on_super_resolution(small_task, tmp_path):
+    arms = ["plain", "carn(groups=4, recursive=True)", "cascade=none"]
+    result = compare(task=small_task, model="carn(width=4)", arms=arms, steps=2, seeds=2, lr=1e-3, out=tmp_path)
+    assert result.spec.base == "carn(width=4)" and "psnr" in str(result)
 
 
 def test_baselines_of_the_claim_have_its_multiply_adds():
