@@ -157,9 +157,9 @@ class CARN(nn.Module):
     def forward(self, image: Float[Tensor, "B C H W"], scale: int | None = None) -> Float[Tensor, "B C sH sW"]:
         """The image, ``scale`` times as large."""
         channels = self.entry.in_channels
-        if image.ndim != 4 or image.shape[1] != channels or 0 in image.shape[2:]:
+        if image.ndim != 4 or image.shape[1] != channels or 0 in image.shape:
             raise ValueError(
-                f"CARN: image {tuple(image.shape)}; expected [batch, {channels}, height, width] with at least one pixel."
+                f"CARN: image {tuple(image.shape)}; expected [batch, {channels}, height, width] with at least one image and pixel."
             )
         built = list(self.upsample)
         name = built[0] if scale is None and len(built) == 1 else str(scale)
@@ -251,7 +251,7 @@ def _train() -> tuple[float, float]:
     gravel, grass = (luma(tensor(photograph(name))) for name in ("gravel", "grass"))
     model = CARN(width=16, scales=(2,), mean=(0.45,))
     pairs = Pairs([gravel], lambda image: eight_bit(shrink(image, 2)), scale=2)
-    fit(model, {2: pairs}, steps=200, batch=8, patch=8, lr=5e-3, halve=70)
+    fit(model, {2: pairs}, steps=200, batch=4, patch=8, lr=5e-3, halve=66)
     small, large = eight_bit(shrink(grass, 2))[..., :64, :64], grass[..., :128, :128]
     with torch.no_grad():
         return F.l1_loss(model.eval()(small), large).item(), F.l1_loss(enlarge(small, 2), large).item()
