@@ -274,7 +274,7 @@ def shape_of(name: str, x: Tensor, y: Tensor | None) -> DataShape:
         raise ValueError(
             f"task {name!r}: inputs {tuple(x.shape)}; wanted [N, F], [N, S, F], [N, C, H, W] or integers [N, S]."
         )
-    sizes: dict[str, int] = {
+    sizes: dict[str, Any] = {
         "tokens": lambda: {"vocab": int(x.max()) + 1, "length": x.shape[1]},
         "vector": lambda: {"features": x.shape[1]},
         "series": lambda: {"length": x.shape[1], "features": x.shape[2]},

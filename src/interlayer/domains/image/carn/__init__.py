@@ -114,6 +114,8 @@ class CARN(nn.Module):
         torch.Size([1, 3, 24, 30])
     """
 
+    mean: Tensor
+
     def __init__(
         self,
         *,
