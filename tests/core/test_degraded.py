@@ -14,7 +14,7 @@ from interlayer.core.datasets import photograph
 
 @pytest.fixture(scope="module")
 def cat():
-    return d.modcrop(d.tensor(photograph("cat")), 12)[..., :120, :132].contiguous()
+    return d.modcrop(d.to_tensor(photograph("cat")), 12)[..., :120, :132].contiguous()
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])

@@ -17,7 +17,7 @@ from interlayer.core.degraded.degradations import (
     modcrop,
     noisy,
     shrink,
-    tensor,
+    to_tensor,
 )
 from interlayer.core.degraded.measures import luma, psnr, si_sdr, ssim
 from interlayer.core.degraded.pairs import Pairs
@@ -36,5 +36,5 @@ __all__ = [
     "shrink",
     "si_sdr",
     "ssim",
-    "tensor",
+    "to_tensor",
 ]

@@ -28,7 +28,7 @@ def checked(who: str, image: Any, *, inside: bool = False) -> Tensor:
     if not isinstance(image, Tensor) or image.dtype not in (torch.float32, torch.float64):
         got = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(
-            f"{who}: image of {got}; expected a tensor of torch.float32 or float64. `tensor` converts photographs of 8 bits."
+            f"{who}: image of {got}; expected a tensor of torch.float32 or float64. `to_tensor` converts photographs of 8 bits."
         )
     if image.ndim != 4 or 0 in image.shape[1:]:
         raise ValueError(f"{who}: image {tuple(image.shape)}; expected [batch, channels, height, width].")
@@ -42,7 +42,7 @@ def checked(who: str, image: Any, *, inside: bool = False) -> Tensor:
     return image
 
 
-def tensor(photograph: np.ndarray[Any, Any]) -> Float[Tensor, "1 3 H W"]:
+def to_tensor(photograph: np.ndarray[Any, Any]) -> Float[Tensor, "1 3 H W"]:
     """A photograph of 8 bits, [H, W] or [H, W, C] with at least 3 channels, as a batch of one in RGB.
 
     Grey photographs get three equal channels; channels after the third (opacity) are dropped.
@@ -52,15 +52,15 @@ def tensor(photograph: np.ndarray[Any, Any]) -> Float[Tensor, "1 3 H W"]:
         ValueError: Another shape.
 
     Examples:
-        >>> tensor(np.full((2, 3), 255, dtype=np.uint8)).shape
+        >>> to_tensor(np.full((2, 3), 255, dtype=np.uint8)).shape
         torch.Size([1, 3, 2, 3])
     """
     if getattr(photograph, "dtype", None) != np.uint8:
         got = getattr(photograph, "dtype", type(photograph).__name__)
-        raise TypeError(f"tensor: photograph of {got}; expected an array of uint8.")
+        raise TypeError(f"to_tensor: photograph of {got}; expected an array of uint8.")
     colour = photograph[..., None].repeat(3, -1) if photograph.ndim == 2 else photograph[..., :3]
     if colour.ndim != 3 or colour.shape[-1] != 3:
-        raise ValueError(f"tensor: photograph {photograph.shape}; expected [height, width] or [height, width, 3].")
+        raise ValueError(f"to_tensor: photograph {photograph.shape}; expected [height, width] or [height, width, 3].")
     return torch.tensor(colour).permute(2, 0, 1).unsqueeze(0).float() / 255
 
 

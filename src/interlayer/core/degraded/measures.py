@@ -101,8 +101,8 @@ def si_sdr(estimate: Float[Tensor, "*B T"], target: Float[Tensor, "*B T"]) -> Fl
 
     Examples:
         >>> s = torch.tensor([3.0, 0.0])
-        >>> si_sdr(torch.tensor([3.0, 0.3]), s), si_sdr(torch.tensor([30.0, 3.0]), s)
-        (tensor(20., dtype=torch.float64), tensor(20., dtype=torch.float64))
+        >>> [round(si_sdr(torch.tensor(e), s).item(), 2) for e in ([3.0, 0.3], [30.0, 3.0])]
+        [20.0, 20.0]
     """
     for name, t in (("estimate", estimate), ("target", target)):
         if not isinstance(t, Tensor) or t.dtype not in (torch.float32, torch.float64):

@@ -38,19 +38,19 @@ class Pairs:
         self, images: Sequence[Float[Tensor, "1 C _ _"]], degrade: Callable[[Tensor], Tensor], *, scale: int = 1
     ) -> None:
         self.scale = scale
-        self.clean = [modcrop(checked("Pairs", image, inside=True), scale) for image in images]
-        if len({tuple(image.shape[:2]) for image in self.clean}) != 1 or len(self.clean[0]) != 1:
-            shapes = [tuple(image.shape) for image in self.clean]
+        clean = [modcrop(checked("Pairs", image, inside=True), scale) for image in images]
+        if len({tuple(image.shape[:2]) for image in clean}) != 1 or len(clean[0]) != 1:
+            shapes = [tuple(image.shape) for image in clean]
             raise ValueError(f"Pairs: images {shapes}; expected some [1, channels, height, width] of equal channels.")
-        self.degraded = [checked("Pairs", degrade(image)) for image in self.clean]
-        for clean, bad in zip(self.clean, self.degraded, strict=True):
-            if any(n * scale != m for n, m in zip(bad.shape[2:], clean.shape[2:], strict=True)):
+        degraded = [checked("Pairs", degrade(image)) for image in clean]
+        for large, small in zip(clean, degraded, strict=True):
+            if any(n * scale != m for n, m in zip(small.shape[2:], large.shape[2:], strict=True)):
                 raise ValueError(
-                    f"Pairs: {tuple(clean.shape)} became {tuple(bad.shape)}; expected a height and width {scale} times smaller."
+                    f"Pairs: {tuple(large.shape)} became {tuple(small.shape)}; expected a height and width {scale} times smaller."
                 )
-        self.sides = torch.tensor([image.shape[2:] for image in self.degraded])
+        self.sides = torch.tensor([image.shape[2:] for image in degraded])
         # All pixels in one row, so that a batch of patches is one gather.
-        self._rows = [torch.cat([i[0].flatten(1) for i in images], 1) for images in (self.degraded, self.clean)]
+        self._rows = [torch.cat([i[0].flatten(1) for i in images], 1) for images in (degraded, clean)]
 
     def patches(
         self, count: int, size: int, generator: torch.Generator, *, augment: bool = True
@@ -70,7 +70,7 @@ class Pairs:
             raise ValueError(
                 f"Pairs: patches of {size} pixels; the smallest side of a degraded image is {int(self.sides.min())}."
             )
-        chosen = torch.randint(len(self.clean), (count,), generator=generator)
+        chosen = torch.randint(len(self.sides), (count,), generator=generator)
         room = self.sides[chosen] - size + 1
         corner = (torch.rand(count, 2, generator=generator, dtype=torch.float64) * room).long()
         forms = torch.randint(2, (3, count, 1), generator=generator) * int(augment)

@@ -13,7 +13,7 @@ from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechan
 from interlayer.claims.training import built
 from interlayer.core import cost
 from interlayer.core.datasets import photograph
-from interlayer.core.degraded import Pairs, enlarge, luma, tensor
+from interlayer.core.degraded import Pairs, enlarge, luma, to_tensor
 from interlayer.domains.image.carn import CARN, Cascade, Residual, fit
 from interlayer.domains.image.carn.super_resolution import SuperResolution
 
@@ -119,7 +119,7 @@ def build(arm: str, scale: Scale) -> nn.Module:
 @cache
 def task(patch: int) -> SuperResolution:
     """Luma of a photograph of gravel to learn from, and of one of grass to be judged on."""
-    train, held = ([luma(tensor(photograph(name)))] for name in ("gravel", "grass"))
+    train, held = ([luma(to_tensor(photograph(name)))] for name in ("gravel", "grass"))
     return SuperResolution("luma", train, held, scales=SCALES, patch=patch, crops=8)
 
 

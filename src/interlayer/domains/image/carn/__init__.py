@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from interlayer.core.config import configured
 from interlayer.core.data import DataShape
 from interlayer.core.datasets import photograph
-from interlayer.core.degraded import Pairs, eight_bit, enlarge, luma, shrink, tensor
+from interlayer.core.degraded import Pairs, eight_bit, enlarge, luma, shrink, to_tensor
 from interlayer.core.example import Example
 from interlayer.core.fit import descend
 
@@ -93,7 +93,8 @@ class CARN(nn.Module):
     group convolutions in the upsamplers. Initialisation is torch's default, as in the authors' code.
 
     Cost for an image of N low-resolution pixels at the published sizes: 1.59M parameters and 1.55M N (x2) multiply-adds; see
-    ``benchmarks/carn.py``. ``fit`` is the paper's training.
+    ``benchmarks/carn.py``. ``fit`` is the paper's training. A step uses one upsampler, so DistributedDataParallel needs
+    ``find_unused_parameters=True`` where several scales are built.
 
     Args:
         width: Channels C, 64 in the paper.
@@ -250,7 +251,7 @@ def fit(
 
 def _train() -> tuple[float, float]:
     """Losses on a photograph of grass after training on one of gravel: of a narrow CARN, and of bicubic interpolation."""
-    gravel, grass = (luma(tensor(photograph(name))) for name in ("gravel", "grass"))
+    gravel, grass = (luma(to_tensor(photograph(name))) for name in ("gravel", "grass"))
     model = CARN(width=16, scales=(2,), mean=(0.45,))
     pairs = Pairs([gravel], lambda image: eight_bit(shrink(image, 2)), scale=2)
     fit(model, {2: pairs}, steps=200, batch=4, patch=8, lr=5e-3, halve=66)
