@@ -85,7 +85,8 @@ def build(base: str, shape: DataShape, **options: Any) -> nn.Module:
         make, takes = BASES[name]
         if (shape.kind, shape.outputs) not in takes:
             fits = [b for b, (_, t) in BASES.items() if (shape.kind, shape.outputs) in t]
-            raise ValueError(f"models: {name!r} cannot take {shape.kind} and give {shape.outputs}; these can: {fits}.")
+            these = f"these can: {fits}" if fits else "no backbone can. Take a model of the catalogue"
+            raise ValueError(f"models: {name!r} cannot take {shape.kind} and give {shape.outputs}; {these}.")
         return make(shape, **options)
     systems = catalog.load()
     if name in systems and systems[name].has_network:

@@ -91,8 +91,10 @@ def shrink(image: Float[Tensor, "B C H W"], scale: int) -> Float[Tensor, "B C h 
     """Bicubic down-scaling with anti-aliasing as MATLAB's ``imresize(image, 1/scale)``, by which super-resolution is measured.
 
     Keys' cubic (a = -1/2), stretched by the scale. Borders are mirrored, as MATLAB does; PIL and torch (``antialias=True``)
-    renormalise the kernel there, and are equal to it elsewhere. The result may leave 0 to 1; the field's low-resolution
-    images are ``eight_bit(shrink(image, scale))``.
+    renormalise the kernel there, which moves the outer pixels by up to 0.015, and are equal elsewhere. On 8-bit images PIL rounds
+    after each of its two passes, and differs by up to 4/255 (56 dB). MATLAB itself was not run: the reference is a public port
+    of ``imresize`` to NumPy, which this equals to 1e-15 in float64. The result may leave 0 to 1; the field's low-resolution images
+    are ``eight_bit(shrink(image, scale))``.
 
     Args:
         image: Images.

@@ -90,10 +90,11 @@ class CARN(nn.Module):
     subtracted before and added after.
 
     ``CARN.mobile()`` is CARN-M: efficient blocks of 4 groups, one block for all three steps of a cascade (recursive), and
-    group convolutions in the upsamplers. Initialisation is torch's default, as in the authors' code.
+    group convolutions in the upsamplers. Initialisation is torch's default and there is no self-ensemble, as in the authors'
+    code.
 
-    Cost for an image of N low-resolution pixels at the published sizes: 1.59M parameters and 1.55M N (x2) multiply-adds; see
-    ``benchmarks/carn.py``. ``fit`` is the paper's training. A step uses one upsampler, so DistributedDataParallel needs
+    Cost for an image of N low-resolution pixels at the published size: 1.59M parameters and 0.97M N (x2), 1.16M N (x3) or 1.58M N
+    (x4) multiply-adds; see ``benchmarks/carn.py``. ``fit`` is the paper's training. A step uses one upsampler, so DistributedDataParallel needs
     ``find_unused_parameters=True`` where several scales are built.
 
     Args:
@@ -132,7 +133,7 @@ class CARN(nn.Module):
             raise ValueError(f"CARN: scales {tuple(scales)}; expected some of {tuple(STAGES)}.")
         if cascade not in CASCADES:
             raise ValueError(f"CARN: cascade {cascade!r} is not one of {CASCADES}.")
-        if width % (groups or 1):
+        if groups is not None and (groups < 1 or width % groups):
             raise ValueError(f"CARN: width {width} is not a multiple of groups {groups}. Change one of them.")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.entry = nn.Conv2d(len(mean), width, 3, padding=1)
