@@ -94,8 +94,8 @@ class CARN(nn.Module):
     code.
 
     Cost for an image of N low-resolution pixels at the published size: 1.59M parameters and 0.97M N (x2), 1.16M N (x3) or 1.58M N
-    (x4) multiply-adds; see ``benchmarks/carn.py``. ``fit`` is the paper's training. A step uses one upsampler, so DistributedDataParallel needs
-    ``find_unused_parameters=True`` where several scales are built.
+    (x4) multiply-adds; see ``benchmarks/carn.py``. ``fit`` is the paper's training. A step uses one upsampler, so
+    DistributedDataParallel needs ``find_unused_parameters=True`` where several scales are built.
 
     Args:
         width: Channels C, 64 in the paper.
