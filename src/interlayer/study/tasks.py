@@ -18,6 +18,7 @@ from torch import Tensor
 from interlayer import catalog
 from interlayer.catalog import nearest
 from interlayer.core import nano
+from interlayer.core.datasets import photographs
 from interlayer.core.extras import need
 from interlayer.core.task import Task, TensorTask, TextTask
 from interlayer.study.loaders import LoaderTask
@@ -64,22 +65,13 @@ def stdlib_bytes() -> Task:
     return TextTask("stdlib-bytes", train, held, about=about)
 
 
-PHOTOS = (
-    *("astronaut", "brick", "camera", "cat", "cell", "coffee", "coins", "clock", "grass", "gravel"),
-    *("hubble_deep_field", "immunohistochemistry", "moon", "rocket"),
-)
-
-
 @cache
 def photos() -> Task:
     """Which of 16 photographs a 32x32 grey patch comes from; validation patches lie in the right quarter of each.
 
     Fourteen photographs come inside scikit-image, two inside scikit-learn; none is downloaded.
     """
-    bundled = need("skimage.data", "images", "task 'photos'")
-    from sklearn.datasets import load_sample_images
-
-    pictures = [getattr(bundled, name)() for name in PHOTOS] + list(load_sample_images().images)
+    pictures = list(photographs().values())
     place = np.random.default_rng(0)
     found: dict[str, list[np.ndarray[Any, Any]]] = {"train": [], "validation": []}
     side, counts = 32, {"train": 200, "validation": 50}

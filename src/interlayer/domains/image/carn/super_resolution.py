@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interlayer.core.data import Batch, DataShape, answer, moved
-from interlayer.core.degraded import Pairs, eight_bit, enlarge, modcrop, psnr, shrink
+from interlayer.core.datasets import photographs
+from interlayer.core.degraded import Pairs, eight_bit, enlarge, modcrop, psnr, shrink, to_tensor
 from interlayer.core.task import Task
 
 
@@ -131,3 +133,19 @@ class SuperResolution(Task):
 
 def _square(image: Tensor, top: int, left: int, side: int) -> Tensor:
     return image[..., top : top + side, left : left + side]
+
+
+HELD = ("astronaut", "camera", "cat", "coffee")
+
+
+@cache
+def super_resolution() -> SuperResolution:
+    """Enlarge photographs 2, 3 and 4 times; four whole photographs are for validation."""
+    split: dict[bool, list[Tensor]] = {False: [], True: []}
+    for name, picture in photographs().items():
+        split[name in HELD].append(to_tensor(picture))
+    about = (
+        f"Photographs (scikit-image, scikit-learn) to be enlarged 2, 3 and 4 times from bicubic down-scaling: {len(split[False])} for "
+        f"training; {', '.join(HELD)} for validation."
+    )
+    return SuperResolution("super-resolution", split[False], split[True], about=about)
