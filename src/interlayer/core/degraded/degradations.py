@@ -67,6 +67,10 @@ def to_tensor(photograph: np.ndarray[Any, Any]) -> Float[Tensor, "1 3 H W"]:
 def eight_bit(image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """The image as a file of 8 bits would hold it: clamped to 0 and 1, rounded to multiples of 1/255.
 
+    Raises:
+        TypeError: No tensor of float32 or float64.
+        ValueError: Another shape, NaN or infinite numbers.
+
     Examples:
         >>> eight_bit(torch.tensor([[[[-1.0, 0.501, 2.0]]]])).mul(255)
         tensor([[[[  0., 128., 255.]]]])
@@ -76,6 +80,10 @@ def eight_bit(image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
 
 def modcrop(image: Float[Tensor, "B C H W"], scale: int) -> Float[Tensor, "B C h w"]:
     """The image without the last rows and columns, so that ``scale`` divides both sides.
+
+    Raises:
+        TypeError: No tensor of float32 or float64.
+        ValueError: Another shape, NaN or infinite numbers, an image smaller than the scale.
 
     Examples:
         >>> modcrop(torch.zeros(1, 3, 10, 13), 4).shape
@@ -101,7 +109,8 @@ def shrink(image: Float[Tensor, "B C H W"], scale: int) -> Float[Tensor, "B C h 
         scale: Factor from 2 up; it divides height and width.
 
     Raises:
-        ValueError: A scale below 2, or one that does not divide the image.
+        TypeError: No tensor of float32 or float64.
+        ValueError: A scale below 2, or one that does not divide the image; another shape, NaN or infinite numbers.
 
     Examples:
         >>> shrink(torch.full((1, 3, 8, 12), 0.25), 4)[0, 0]
@@ -125,6 +134,10 @@ def enlarge(image: Float[Tensor, "B C h w"], scale: int) -> Float[Tensor, "B C H
     Args:
         image: Images.
         scale: Factor from 2 up.
+
+    Raises:
+        TypeError: No tensor of float32 or float64.
+        ValueError: A scale below 2; another shape, NaN or infinite numbers.
 
     Examples:
         >>> enlarge(torch.zeros(1, 3, 4, 5), 3).shape
@@ -159,6 +172,10 @@ def noisy(image: Float[Tensor, "B C H W"], sigma: float, seed: int) -> Float[Ten
         sigma: Standard deviation, where white is 1; the field's "noise of 25" is 25 / 255.
         seed: Decides the noise, together with the shape.
 
+    Raises:
+        TypeError: No tensor of float32 or float64.
+        ValueError: A negative sigma; another shape, NaN or infinite numbers.
+
     Examples:
         >>> noise = noisy(torch.zeros(1, 3, 50, 50), 0.1, seed=0)
         >>> 0.09 < noise.std() < 0.11, torch.equal(noise, noisy(torch.zeros(1, 3, 50, 50), 0.1, seed=0))
@@ -176,6 +193,10 @@ def blurred(image: Float[Tensor, "B C H W"], sigma: float) -> Float[Tensor, "B C
     Args:
         image: Images.
         sigma: Standard deviation of the kernel in pixels.
+
+    Raises:
+        TypeError: No tensor of float32 or float64.
+        ValueError: A sigma that is not above 0; another shape, NaN or infinite numbers.
 
     Examples:
         >>> blurred(torch.ones(1, 1, 5, 5), 2.0).std() < 1e-6
@@ -202,6 +223,10 @@ def encode(image: Float[Tensor, "1 C H W"], quality: int) -> bytes:
     Args:
         image: One image, of 1 or 3 channels, from 0 to 1.
         quality: From 1 to 95.
+
+    Raises:
+        TypeError: No tensor of float32 or float64.
+        ValueError: Several images, other channels, numbers outside of 0 to 1, a quality outside of 1 to 95.
 
     Examples:
         >>> image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))

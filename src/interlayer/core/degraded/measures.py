@@ -12,6 +12,9 @@ from interlayer.core.degraded.degradations import checked, window
 def luma(image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 H W"]:
     """The channel Y of ITU-R BT.601 in studio range, 16/255 to 235/255: MATLAB's ``rgb2ycbcr``, which super-resolution uses.
 
+    Raises:
+        ValueError: No three channels.
+
     Examples:
         >>> luma(torch.ones(1, 3, 1, 1)) * 255
         tensor([[[[235.]]]])
