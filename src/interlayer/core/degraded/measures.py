@@ -90,7 +90,7 @@ def ssim(
 
 
 def si_sdr(estimate: Float[Tensor, "*B T"], target: Float[Tensor, "*B T"]) -> Float[Tensor, " *B"]:
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al., arXiv:1811.02508, equation 5).
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al., arXiv:1811.02508).
 
     ``10 log10(|a s|^2 / |a s - e|^2)`` with ``a = <e, s> / |s|^2`` for the estimate e of s. Means are not removed.
 
