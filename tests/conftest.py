@@ -52,7 +52,7 @@ def made_once(request):
     import torch._dynamo
 
     from interlayer.core.cost import peak_bytes
-    from interlayer.study.tasks import mnist1d
+    from interlayer.core.datasets import mnist1d
 
     mnist1d()
     peak_bytes(lambda: torch.zeros(1) + 1)

@@ -1,7 +1,6 @@
 """Tasks: real data, fixed splits, the same batches for the same seed."""
 
 import datasets
-import numpy as np
 import pytest
 import torch
 
@@ -120,27 +119,3 @@ def test_nan_in_a_users_data_is_told():
 )
 def test_a_trivial_predictor_scores_what_the_targets_alone_give(name, metric, low, high):
     assert low < tasks.load(name).trivial()[metric] < high
-
-
-def test_mnist1d_is_the_authors_data_and_leaves_random_numbers_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = {
-        k: np.full((4, 40) if k.startswith("x") else 4, i % 2) for i, k in enumerate(("x", "y", "x_test", "y_test"))
-    }
-    seen = []
-
-    def make_dataset(args):
-        seen.append(args.num_samples)
-        np.random.seed(args.seed)
-        return made
-
-    monkeypatch.setattr("mnist1d.data.make_dataset", make_dataset)
-    before = np.random.get_state()[1].copy()
-    for _ in range(2):
-        task = tasks.mnist1d.__wrapped__()
-    assert seen == [5000]  # made once, read from the file afterwards
-    assert (np.random.get_state()[1] == before).all() and task.shape.length == 40
-    monkeypatch.undo()
-    x, y = tasks.load("mnist1d").data["train"]
-    assert x.shape == (4000, 40, 1) and y.bincount().min() > 380
-    assert float(x.double().mean()) == pytest.approx(0.0, abs=0.02) and float(x.std()) == pytest.approx(1.0, abs=0.02)

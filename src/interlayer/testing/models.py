@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from interlayer.core import datasets
 from interlayer.core.example import Example
 from interlayer.testing.common import make, require, seeded, tensors
 from interlayer.testing.harness import pair
@@ -22,15 +23,12 @@ def training(example: Example) -> None:
 
 def _digits(module: nn.Module, like: Tensor) -> tuple[float, float]:
     """Held-out loss after 60 steps on the handwritten digits, and that of the constant predictor."""
-    from sklearn.datasets import load_digits
-
     require(
         tuple(like.shape[1:]) in ((1, 8, 8), (64,)) and like.is_floating_point(),
         f"no train() is given, and inputs {tuple(like.shape)} are not digits, [batch, 1, 8, 8] or [batch, 64]",
     )
-    data = load_digits()
-    x = torch.tensor(data.data, dtype=torch.float32).div_(8).sub_(1).view(-1, *like.shape[1:])
-    y = torch.tensor(data.target)
+    images, y = datasets.digits()
+    x = (images / 8 - 1).view(-1, *like.shape[1:])
     order = make(lambda: torch.randperm(len(x)), 7)
     train_on, held = order[:1400], order[1400:]
     optimiser = torch.optim.AdamW(module.parameters(), 3e-3)

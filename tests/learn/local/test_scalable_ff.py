@@ -2,18 +2,18 @@ import copy
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
+from interlayer.core import datasets
 from interlayer.learn.local.scalable_ff import ScalableFF
 from interlayer.models import ConvNet
 from interlayer.models.classic import MobileNetV3Small, ResNet18
 
 
 def batch(size=32, seed=0):
-    digits = load_digits()
-    at = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))[:size]
-    return torch.tensor(digits.images, dtype=torch.float32)[at, None] / 8 - 1, torch.tensor(digits.target)[at]
+    images, labels = datasets.digits()
+    at = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:size]
+    return images[at] / 8 - 1, labels[at]
 
 
 def resnet():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interlayer.core import datasets
 from interlayer.core.example import Example
 from interlayer.core.kinds import Rule
 from interlayer.core.stream import Norm, State, Stream, Width, layernorm, widths
@@ -239,12 +240,9 @@ def _rule() -> DeepPlain:
 
 
 def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
+    images, labels = datasets.digits()
     order = torch.randperm(len(labels))[:1280].view(20, 64)
-    x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
-    return tuple((x[batch], y[batch]) for batch in order)
+    return tuple((images[batch] / 8 - 1, labels[batch]) for batch in order)
 
 
 EXAMPLE = Example(make=_rule, inputs=_digits)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from interlayer.core import datasets
 from interlayer.core.example import Example
 from interlayer.core.kinds import Rule
 from interlayer.core.select import blocks as find_blocks
@@ -251,12 +252,9 @@ def _rule() -> ScalableFF:
 
 
 def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
+    images, labels = datasets.digits()
     order = torch.randperm(len(labels))[:640].view(20, 32)
-    x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
-    return tuple((x[batch], y[batch]) for batch in order)
+    return tuple((images[batch] / 8 - 1, labels[batch]) for batch in order)
 
 
 EXAMPLE = Example(make=_rule, inputs=_digits)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, effect, highest
-from interlayer.core.extras import need
+from interlayer.core import datasets
 from interlayer.core.fields import Implicit, Layout, dequantize, grid, quantize
 from interlayer.layers.hyper.doh import DOH
 
@@ -30,7 +30,7 @@ ARMS = {
 
 def photograph(seed: int, side: int) -> tuple[Tensor, Tensor]:
     """Coordinates and grey values of the middle of a photograph."""
-    picture = torch.from_numpy(getattr(need("skimage.data", "images", "claim doh"), PHOTOS[seed % 3])()).float()
+    picture = torch.from_numpy(datasets.photograph(PHOTOS[seed % 3])).float()
     grey = (picture if picture.ndim == 2 else picture.mean(-1)) / 255
     whole = min(grey.shape)
     top, left = ((n - whole) // 2 for n in grey.shape)

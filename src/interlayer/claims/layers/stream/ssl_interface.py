@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import keyword
-import sysconfig
 import token as kinds
 import tokenize
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, effect, lowest
+from interlayer.core import datasets
 from interlayer.core.cost import parameters
 from interlayer.layers.stream.ssl_interface import SSLInterface, hidden_states
 from interlayer.models import Transformer
@@ -31,7 +30,9 @@ def labelled(count: int) -> tuple[Tensor, Tensor]:
     """Bytes of ``count`` modules of the standard library, and for each byte a label for every probe task."""
     texts: list[Tensor] = []
     labels: list[Tensor] = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
+    for path in datasets.modules():
+        if path.name.startswith("_"):
+            continue
         source = path.read_bytes()
         if len(texts) == count:
             break
