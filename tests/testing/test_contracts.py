@@ -12,8 +12,9 @@ from torch import nn
 
 from interlayer import catalog, testing
 from interlayer.core import delivery, recipe
+from interlayer.core.data import Experience
 from interlayer.core.example import Backbone, Example
-from interlayer.core.kinds import Construction, Finding, Plan, Probe, Row, Rule, Simulator, Transform
+from interlayer.core.kinds import Construction, Finding, NotBegun, Plan, Probe, Row, Rule, Simulator, Transform
 from interlayer.core.stream import PreNorm
 from interlayer.testing import ContractError, check, contracts, example_of, hold, kind_of
 
@@ -536,6 +537,86 @@ def test_a_sound_rule_keeps_all():
 def test_a_broken_rule_is_caught(name, options):
     with pytest.raises(ContractError, match=name):
         hold(name, "rule", rule(**options))
+
+
+class Heads(Rule):
+    """A linear map for each experience, after one that stays; broken on purpose in one way each."""
+
+    slug = "heads"
+
+    def __init__(self, broken=""):
+        self.model, self.broken = nn.Linear(8, 6), broken
+        self.heads, self.current = {}, ""
+
+    def begin(self, experience):
+        self.heads[experience.name], self.current = nn.Linear(6, experience.classes), experience.name
+
+    def at(self, experience):
+        if experience.name not in self.heads:
+            raise NotBegun(experience.name)
+        self.current = experience.name
+
+    def predict(self, inputs):
+        with torch.no_grad():
+            scores = self.heads[self.current](self.model(inputs))
+        return scores[:, :2] if self.broken == "narrow" else scores
+
+    def step(self, batch):
+        x, y = batch
+        trained = [*self.heads[self.current].parameters(), *(self.model.parameters() if self.broken == "moves" else ())]
+        loss = F.cross_entropy(self.heads[self.current](self.model(x)), y)
+        with torch.no_grad():
+            for p, g in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                p -= 0.3 * g
+        return {"loss": loss.item()}
+
+    def state_dict(self):
+        names = [self.current] if self.broken == "forgetful" else list(self.heads)
+        return {n: {k: v.detach().clone() for k, v in self.heads[n].state_dict().items()} for n in names}
+
+    def load_state_dict(self, state):
+        for name, values in state.items():
+            self.heads[name], self.current = nn.Linear(6, len(values["bias"])), name
+            self.heads[name].load_state_dict(values)
+
+
+def stream_rule(broken=""):
+    def experiences():
+        x = torch.randn(3, 64, 8)
+        data = [(each, each[:, :classes].argmax(1)) for each, classes in zip(x, (2, 3, 2), strict=True)]
+        return [Experience(str(i), pair, pair, int(pair[1].max()) + 1) for i, pair in enumerate(data)]
+
+    def batches():
+        x = torch.randn(12, 16, 8)
+        return tuple((each, (each[:, 0] < each[:, 1]).long()) for each in x)
+
+    return Example(make=lambda: Heads(broken), inputs=batches, experiences=experiences, forgets=False)
+
+
+def test_a_sound_rule_of_a_stream_keeps_all():
+    assert set(check(Heads, stream_rule()).values()) == {"kept"}
+    forgets = dataclasses.replace(stream_rule("moves"), forgets=True)
+    assert hold("remembers", "rule", forgets) == "kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "says"),
+    [
+        ("begins", "narrow", "prediction of '1' is"),
+        ("remembers", "moves", "'0' after learning '1'"),
+        ("resumes_stream", "forgetful", "NotBegun"),
+    ],
+)
+def test_a_broken_rule_of_a_stream_is_caught(name, broken, says):
+    with pytest.raises(ContractError, match=rf"{name}: .*{says}"):
+        hold(name, "rule", stream_rule(broken))
+
+
+def test_a_rule_of_a_stream_has_experiences_in_its_example():
+    with pytest.raises(ContractError, match="its example no experiences"):
+        hold("begins", "rule", dataclasses.replace(stream_rule(), experiences=None))
+    with pytest.raises(ContractError, match="gave 1; wanted at least 2"):
+        hold("begins", "rule", dataclasses.replace(stream_rule(), experiences=lambda: stream_rule().experiences()[:1]))
 
 
 class Norms(Probe):

@@ -66,6 +66,38 @@ class DataShape:
         return self.features * max(self.length, 1)
 
 
+@dataclass(frozen=True, eq=False)
+class Experience:
+    """One part of a stream that a rule learns in order: a classification task with data of its own.
+
+    Args:
+        name: Its name; no two experiences of a stream share one.
+        train: Inputs and targets to learn from.
+        test: Inputs and targets to be judged on.
+        classes: Number of outputs K that it needs; targets are integers below K.
+
+    Raises:
+        ValueError: No data, or not as many targets as inputs, or a target outside of the classes.
+    """
+
+    name: str
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: int
+
+    def __post_init__(self) -> None:
+        for part, (x, y) in (("train", self.train), ("test", self.test)):
+            if len(x) != len(y) or not len(x):
+                raise ValueError(
+                    f"Experience {self.name!r}: {len(x)} inputs and {len(y)} targets in {part}; expected as many, and some."
+                )
+            if y.is_floating_point() or y.min() < 0 or y.max() >= self.classes:
+                raise ValueError(
+                    f"Experience {self.name!r}: targets {y.min()} to {y.max()} in {part}; expected integers from 0 to "
+                    f"{self.classes - 1}. Number the classes from 0, or raise classes."
+                )
+
+
 def run(model: nn.Module, inputs: Any) -> Any:
     """Call a model with a batch's inputs: a mapping gives keyword arguments, as Hugging Face's models want them, and a tuple
     positional ones.

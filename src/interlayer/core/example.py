@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interlayer.core.data import Experience
 from interlayer.core.mixer import Attention, Context
 from interlayer.core.order import Sequential
 from interlayer.core.parts import FeedForward
@@ -59,6 +60,8 @@ class Example:
         nothing: Inputs of a transform in which there is nothing to do. Defaults to a model without parameters.
         train: For a model: gives ``(score, trivial)``, two losses of which the first must be the lower, after a real
             training run.
+        experiences: For a rule that learns a stream: at least two experiences; the inputs are batches of the first.
+        forgets: For such a rule: whether learning an experience may change what it predicts for earlier ones.
         planted: For a probe: whether its finding shows what the example planted.
         known: For a data-transform: quantities with a closed form, by name: (found, exact, how far apart they may be).
         invariances: For a data-transform: what its result must keep, by name; each is called with the transform and the data.
@@ -83,6 +86,8 @@ class Example:
     hf: Callable[[], tuple[Any, ...]] | None = None
     nothing: Callable[[], tuple[Any, ...]] | None = None
     train: Callable[[], tuple[float, float]] | None = None
+    experiences: Callable[[], Sequence[Experience]] | None = None
+    forgets: bool = True
     planted: Callable[[Any], bool] | None = None
     known: Callable[[], Mapping[str, tuple[float, float, float]]] | None = None
     invariances: Mapping[str, Callable[[Any, Any], bool]] = field(default_factory=dict)

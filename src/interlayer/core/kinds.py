@@ -14,6 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from interlayer.core.data import Experience
+from interlayer.core.schedule import progress
+
 
 @dataclass(frozen=True)
 class Row:
@@ -94,8 +97,18 @@ class Transform(ABC):
         return others
 
 
+class NotBegun(LookupError):
+    """A rule has no parts for an experience, because the experience was never begun."""
+
+
 class Rule(ABC):
-    """A way of learning weights. Bound to one model, as a torch optimiser is; any loop can call ``step``."""
+    """A way of learning weights. Bound to one model, as a torch optimiser is; any loop can call ``step``.
+
+    A rule that learns a stream of experiences is called in the order ``begin(experience)``, ``step(batch)`` many times,
+    ``end(experience)``, for one experience after another. ``predict`` answers for the experience that was begun last.
+    Whoever knows that an input belongs to another one calls ``at(experience)`` first (task-incremental learning); where
+    nobody knows (class-incremental learning), nobody calls it. All three do nothing unless a rule needs them.
+    """
 
     slug: ClassVar[str]
     model: nn.Module
@@ -108,8 +121,22 @@ class Rule(ABC):
         """The optimizers that ``step`` uses, so that a loop can set their learning rates and clip their gradients."""
         return ()
 
-    def begin(self, experience: Any) -> None:  # noqa: B027 - most rules have nothing to do
-        """Be told that another part of a stream of tasks begins. Most rules learn on as before."""
+    def begin(self, experience: Experience) -> None:  # noqa: B027
+        """Get ready to learn an experience, such as by adding its parts."""
+
+    def end(self, experience: Experience) -> None:  # noqa: B027
+        """Take note that an experience is over, such as by measuring which weights mattered to it."""
+
+    def at(self, experience: Experience) -> None:  # noqa: B027
+        """Predict for this experience from now on.
+
+        Raises:
+            NotBegun: The rule needs parts of this experience and has none.
+        """
+
+    def progress(self, share: float) -> None:
+        """Follow how much of the training (of the current experience) is done, 0 to 1; loops call it before each step."""
+        progress(self.model, share)
 
     def predict(self, inputs: Tensor) -> Tensor:
         """The model's output as this rule wants it read (some rules do not read the last layer)."""

@@ -7,16 +7,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from interlayer.core.data import Experience
 from interlayer.core.example import Example
-from interlayer.core.kinds import Rule
+from interlayer.core.kinds import NotBegun, Rule
 from interlayer.testing.common import hooks, make, require, same, seeded
 
 
 def _pair(example: Example, seed: int = 0) -> tuple[Rule, list[Any]]:
+    """The rule, ready to learn its first experience if it learns a stream, and batches."""
     rule = make(example.make, seed)
     require(isinstance(rule, Rule), f"make() gave {type(rule).__name__}; wanted a Rule")
+    if example.experiences:
+        with seeded(seed):
+            rule.begin(_stream(example)[0])
     batches = list(make(example.inputs, 100))
     require(len(batches) >= 4, f"inputs() gave {len(batches)} batches; wanted at least 4")
     return rule, batches
@@ -104,10 +110,104 @@ def schedule(example: Example) -> None:
     same(before, [p.detach() for p in held], "weights after a step at a learning rate of zero")
 
 
+def _stream(example: Example) -> list[Experience]:
+    found = list(make(example.experiences, 100)) if example.experiences else []
+    require(not found or len(found) > 1, f"experiences() gave {len(found)}; wanted at least 2")
+    return found
+
+
+def _learn(rule: Rule, experience: Experience, seed: int) -> None:
+    """Four steps on an experience that was begun, and its end."""
+    inputs, targets = experience.train
+    with seeded(seed):
+        for rows in torch.randperm(len(targets))[: 4 * min(16, len(targets) // 4)].chunk(4):
+            rule.step((inputs[rows], targets[rows]))
+        rule.end(experience)
+
+
+def _known(rule: Rule, experience: Experience) -> Tensor:
+    """What the rule predicts for an experience that it is told of."""
+    rule.at(experience)
+    return rule.predict(experience.test[0])
+
+
+def begins(example: Example) -> None:
+    """Experiences are learned one after another, and each is predicted with enough outputs, or not at all before it was begun."""
+    stream = _stream(example)
+    if not stream:
+        own = [
+            name for name in ("begin", "end", "at") if getattr(type(example.make()), name) is not getattr(Rule, name)
+        ]
+        require(not own, f"the rule has {own}, but its example no experiences")
+        return
+    rule, _ = _pair(example)
+    for i, experience in enumerate(stream):
+        if i:
+            for later in stream[i:]:
+                try:
+                    early = _known(rule, later)
+                except NotBegun:
+                    continue
+                require(early.shape[1] >= later.classes, f"{later.name!r} is predicted with {early.shape[1]} outputs")
+            rule.begin(experience)
+        _learn(rule, experience, i)
+        for earlier in stream[: i + 1]:
+            shape = tuple(_known(rule, earlier).shape)
+            wanted = (len(earlier.test[1]), earlier.classes)
+            require(
+                shape[:1] == wanted[:1] and shape[1] >= wanted[1],
+                f"after {i + 1} experiences the prediction of {earlier.name!r} is {shape}; wanted {wanted}",
+            )
+
+
+def remembers(example: Example) -> None:
+    """Unless the example says that it forgets: later experiences leave every bit that is predicted for earlier ones."""
+    stream = _stream(example)
+    if not stream or example.forgets:
+        return
+    rule, _ = _pair(example)
+    learned: dict[str, Tensor] = {}
+    for i, experience in enumerate(stream):
+        if i:
+            rule.begin(experience)
+        _learn(rule, experience, i)
+        learned[experience.name] = _known(rule, experience)
+        for earlier in stream[:i]:
+            same(_known(rule, earlier), learned[earlier.name], f"{earlier.name!r} after learning {experience.name!r}")
+
+
+def resumes_stream(example: Example) -> None:
+    """A run that stops between two experiences and goes on in a new rule ends with the same bits, old predictions included."""
+    stream = _stream(example)
+    if not stream:
+        return
+    rule, _ = _pair(example)
+    _learn(rule, stream[0], 0)
+    weights, state = copy.deepcopy(rule.model.state_dict()), copy.deepcopy(rule.state_dict())
+    _storable(state, "state_dict")
+    other = make(example.make, 1)
+    other.model.load_state_dict(weights)
+    other.load_state_dict(state)
+    for each in (rule, other):
+        with seeded(2):
+            each.begin(stream[1])
+        _learn(each, stream[1], 3)
+    for experience in stream[:2]:
+        same(
+            _known(rule, experience),
+            _known(other, experience),
+            f"predictions of {experience.name!r} after the resumption",
+        )
+    same(rule.state_dict(), other.state_dict(), "state of the resumed stream")
+
+
 RULE: dict[str, Callable[[Example], None]] = {
     "learns": learns,
     "resumes": resumes,
     "hooks": leaves_no_hooks,
     "seed": seed,
     "schedule": schedule,
+    "begins": begins,
+    "remembers": remembers,
+    "resumes_stream": resumes_stream,
 }
