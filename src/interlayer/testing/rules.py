@@ -177,12 +177,15 @@ def remembers(example: Example) -> None:
 
 
 def resumes_stream(example: Example) -> None:
-    """A run that stops between two experiences and goes on in a new rule ends with the same bits, old predictions included."""
+    """A run that stops before the last experience and goes on in a new rule ends with the same bits, old predictions included."""
     stream = _stream(example)
     if not stream:
         return
     rule, _ = _pair(example)
-    _learn(rule, stream[0], 0)
+    for i, experience in enumerate(stream[:-1]):
+        if i:
+            rule.begin(experience)
+        _learn(rule, experience, i)
     weights, state = copy.deepcopy(rule.model.state_dict()), copy.deepcopy(rule.state_dict())
     _storable(state, "state_dict")
     other = make(example.make, 1)
@@ -190,9 +193,9 @@ def resumes_stream(example: Example) -> None:
     other.load_state_dict(state)
     for each in (rule, other):
         with seeded(2):
-            each.begin(stream[1])
-        _learn(each, stream[1], 3)
-    for experience in stream[:2]:
+            each.begin(stream[-1])
+        _learn(each, stream[-1], 3)
+    for experience in stream:
         same(
             _known(rule, experience),
             _known(other, experience),
