@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from interlayer.core import nano
 from interlayer.core.data import Experience, answer, run
@@ -31,6 +32,8 @@ class Learner(Rule):
         penalty: Factor of the sum of norms of the trained tensors.
         head: Name of the ``nn.Linear`` that each experience replaces. Defaults to the last one.
         own_heads: Whether each experience has its own head. Otherwise all use the model's.
+        statistics: Whether BatchNorm takes the statistics of the batch in training, and its running statistics follow.
+            Otherwise it keeps to the model's.
 
     Raises:
         ValueError: ``head`` is no linear layer, or there is none.
@@ -45,6 +48,7 @@ class Learner(Rule):
         penalty: float = 1e-5,
         head: str | None = None,
         own_heads: bool = True,
+        statistics: bool = True,
     ) -> None:
         linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n]
         name = head if head is not None else linear[-1] if linear else ""
@@ -54,6 +58,7 @@ class Learner(Rule):
                 f"{linear or 'none, there is none'}. Name the classifier with head=."
             )
         self.model, self.lr, self.penalty, self.head, self.own_heads = model, lr, penalty, name, own_heads
+        self.statistics = statistics
         self.nets: dict[str, nn.Module] = {}
         self.classes: dict[str, int] = {}
         self.current = ""
@@ -135,7 +140,11 @@ class Learner(Rule):
 
     def mode(self, net: nn.Module) -> nn.Module:
         """Put a network into the mode in which it learns."""
-        return net.train()
+        net.train()
+        for module in () if self.statistics else net.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return net
 
     @torch.no_grad()
     def predict(self, inputs: Any) -> Tensor:

@@ -70,16 +70,16 @@ class EWC(Learner):
         own = self.own(name)
         return {k: p for k, p in self.nets[name].named_parameters() if k not in own and p.requires_grad}
 
+    @torch.no_grad()
     def fisher(self, inputs: Tensor) -> dict[str, Tensor]:
         """The diagonal of the Fisher information of the shared weights at their values now, from these inputs."""
         net, there = self._net().eval(), {k: p.detach() for k, p in self._weights().items()}
 
         def log_likelihood(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             scores = answer(functional_call(net, weights, (x[None],)))
-            return F.log_softmax(scores, 1)[0, y]
+            return F.log_softmax(scores, 1)[0].gather(0, y[None]).sum()
 
-        with torch.no_grad():
-            drawn = torch.multinomial(answer(net(inputs)).softmax(1), 1).squeeze(1)
+        drawn = torch.multinomial(answer(net(inputs)).softmax(1), 1).squeeze(1)
         gradients = vmap(grad(log_likelihood), (None, 0, 0), chunk_size=64)(there, inputs, drawn)
         return {k: g.square().mean(0) for k, g in gradients.items()}
 
@@ -141,7 +141,7 @@ class Joint(Learner):
         name = earlier[int(torch.randint(len(earlier), ()))]
         inputs, targets = self.kept[name]
         rows = torch.randint(len(targets), (len(labels),))
-        return loss + F.cross_entropy(answer(self.nets[name].train()(inputs[rows])), targets[rows])
+        return loss + F.cross_entropy(answer(self.mode(self.nets[name])(inputs[rows])), targets[rows])
 
     def state_dict(self) -> dict[str, Any]:
         """That of ``Learner``, and the data."""
