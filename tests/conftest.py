@@ -8,6 +8,7 @@ time grows too, so it is divided by the load per core. What is made once and kep
 import os
 import time
 from collections import defaultdict
+from importlib.util import find_spec
 
 import pytest
 
@@ -52,9 +53,11 @@ def made_once(request):
     import torch._dynamo
 
     from interlayer.core.cost import peak_bytes
-    from interlayer.core.datasets import mnist1d
+    from interlayer.core.datasets import mnist1d, speech
 
     mnist1d()
+    if find_spec("espeakng_loader"):
+        speech()
     peak_bytes(lambda: torch.zeros(1) + 1)
     request.config.stash[EXEMPT] += clock(request.config) - start
 

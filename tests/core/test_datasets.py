@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from interlayer.core import datasets
+from interlayer.core import datasets, speech
 
 
 def test_a_photograph_has_a_name():
@@ -39,6 +39,36 @@ def test_texts_are_whole_files():
     files = {p.read_bytes() for p in datasets.modules()}
     assert set(train) | set(held) <= files and not set(train) & set(held)
     assert len(held) == (len(train) + len(held)) // 10
+
+
+def test_spoken_words_are_heard_in_voices_that_were_held_out():
+    pytest.importorskip("espeakng_loader")
+    (x, y), (v, w) = datasets.speech()
+    assert x.shape == (480, 16000) and v.shape == (180, 16000) and x.dtype == torch.float32
+    assert y.bincount().tolist() == [48] * 10 and w.bincount().tolist() == [18] * 10
+    assert x.abs().amax(1).min() > 0.2 and x.abs().max() <= 1
+    features = []
+    for waves in (x, v):
+        sound = torch.stft(waves[:, :9000], 512, 128, window=torch.hann_window(512), return_complex=True).abs()[
+            :, None, :128
+        ]
+        bands = torch.nn.functional.adaptive_avg_pool2d(sound, (16, 12)).add(0.01).log().flatten(1)
+        features.append(bands - bands.mean(1, keepdim=True))
+    centres = torch.stack([features[0][y == c].mean(0) for c in range(10)])
+    assert (torch.cdist(features[1], centres).argmin(1) == w).float().mean() > 0.7
+
+
+def test_speech_says_what_it_was_asked_to_and_refuses_the_rest():
+    pytest.importorskip("espeakng_loader")
+    slow, fast = (speech.say("seven", voice="en-us+f2", speed=s) for s in (120, 240))
+    assert 3000 < len(fast) < 0.75 * len(slow) < 16000
+    for wrong, says in (
+        ({"voice": "nobody"}, "no voice 'nobody'"),
+        ({"voice": "en-us+zz"}, r"no voice 'en-us\+zz'"),
+        ({"speed": 20}, "speed 20"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            speech.say("no", **wrong)
 
 
 def test_mnist1d_is_the_authors_data_and_leaves_random_numbers_alone(tmp_path, monkeypatch):
