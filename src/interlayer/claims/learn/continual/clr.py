@@ -16,7 +16,7 @@ from interlayer.claims.training import built
 from interlayer.core import datasets, taps
 from interlayer.core.data import Experience
 from interlayer.core.datasets import Split
-from interlayer.core.experiences import Learner, by_classes, in_a_row, rotated, run_stream
+from interlayer.core.experiences import Learned, Learner, by_classes, in_a_row, rotated, run_stream
 from interlayer.learn.continual import EWC, FineTune, Joint, LinearProbe
 from interlayer.learn.continual.clr import CLR
 
@@ -75,10 +75,10 @@ class Biased(CLR):
 NEXT = "next task's parts"
 ARMS: dict[str, tuple[type[Learner], dict[str, Any]]] = {
     "clr": (CLR, {"lr": 6e-2}),
-    "fine-tune": (FineTune, {"lr": 1e-3}),
+    "fine-tune": (FineTune, {"lr": 1e-2}),
     "ewc": (EWC, {"lr": 1e-2, "strength": 300.0, "statistics": False}),
-    "linear probe": (LinearProbe, {"lr": 1e-1}),
-    "joint": (Joint, {"lr": 1e-2, "statistics": False}),
+    "linear probe": (LinearProbe, {"lr": 1.0}),
+    "joint": (Joint, {"lr": 3e-2, "statistics": False}),
 }
 SHORT = {"shared norms": SharedNorms, "thawed": Thawed, "random kernels": Random, "one impulse": OneImpulse, "dense": Dense,
          "biased": Biased}  # fmt: skip
@@ -142,77 +142,80 @@ def before(seed: int, width: int, steps: int) -> tuple[nn.Module, float]:
     return model, run_stream(rule, tasks()[:1], steps=steps, seed=seed).average
 
 
-def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
-    """Accuracies after the stream; for CLR and its twins also what changes of earlier tasks, the first features, and parameters."""
-    base, known = before(seed, scale.width, scale.known_steps)
+@lru_cache(maxsize=16)
+def learn(
+    arm: str, seed: int, width: int, known_steps: int, steps: int
+) -> tuple[Learner, Learned, dict[str, list[Tensor]]]:
+    """A rule after the stream (after four steps on each of three tasks for what no accuracy is asked of), its accuracies, and what
+    ``remembered`` gave for each task when it was learned."""
     make, options = ARMS.get(arm, (SHORT.get(arm, CLR), ARMS["clr"][1]))
-    rule, stream = make(copy.deepcopy(base), **options), tasks()[1:]
-    short = arm in SHORT
+    rule, stream = make(copy.deepcopy(before(seed, width, known_steps)[0]), **options), tasks()[1:]
     learned: dict[str, list[Tensor]] = {}
 
-    def watch(experience: Experience) -> None:
-        learned[experience.name] = [t.clone() for t in remembered(rule, experience)]
+    def watch(e: Experience) -> None:
+        learned[e.name] = [t.clone() for t in remembered(rule, e)]
 
-    steps = 4 if short else scale.steps
-    result = run_stream(rule, stream[:3] if short else stream, steps=steps, seed=seed, watch=watch)
-    found = {} if short else {
-        "average accuracy": result.average, "backward transfer": result.backward, "forgetting": result.forgetting,
-        "accuracy when learned": float(result.accuracy.diagonal().mean()), "known photographs": known,
-    }  # fmt: skip
+    some, few = (stream[:3], 4) if arm in SHORT else (stream, steps)
+    return rule, run_stream(rule, some, steps=few, seed=seed, watch=watch), learned
+
+
+def remembered(rule: Learner, e: Experience) -> list[Tensor]:
+    """All that must not change of an earlier task: logits of its test images, and its tensors, running statistics included."""
+    rule.at(e)
+    return [rule.predict(e.test[0]), *rule.model_for(e).state_dict().values()]
+
+
+def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
+    """Accuracies after the stream; for CLR and its twins also what changes of earlier tasks, the first features, and parameters."""
+    sizes = scale.width, scale.known_steps, scale.steps
     if arm == NEXT:
-        found["average accuracy"] = exchanged(rule, stream)
-    elif isinstance(rule, CLR):
-        found |= mechanics(rule, make, base, stream[: len(learned)], learned, scale.width)
+        return {"average accuracy": exchanged(learn("clr", seed, *sizes)[0])}
+    rule, result, learned = learn(arm, seed, *sizes)
+    base, known = before(seed, *sizes[:2])
+    found = mechanics(rule, base, learned, scale.width) if isinstance(rule, CLR) else {}
+    if arm in ARMS:
+        found |= {
+            "average accuracy": result.average,
+            "backward transfer": result.backward,
+            "forgetting": result.forgetting,
+            "accuracy when learned": float(result.accuracy.diagonal().mean()),
+            "known photographs": known,
+        }
     return found
 
 
-def remembered(rule: Learner, experience: Experience) -> list[Tensor]:
-    """All that must not change of an earlier task: logits of its test images, and its tensors, running statistics included."""
-    rule.at(experience)
-    return [rule.predict(experience.test[0]), *rule.model_for(experience).state_dict().values()]
-
-
-def mechanics(
-    rule: CLR,
-    make: type[Learner],
-    base: nn.Module,
-    stream: list[Experience],
-    learned: Mapping[str, list[Tensor]],
-    width: int,
-) -> dict[str, float]:
+def mechanics(rule: CLR, base: nn.Module, learned: Mapping[str, list[Tensor]], width: int) -> dict[str, float]:
     """Numbers of earlier tasks that changed; distance of the first features; parameters of a task beside the closed form."""
-    changed = [
-        int((a != b).sum()) for e in stream[:-1] for a, b in zip(learned[e.name], remembered(rule, e), strict=True)
-    ]
-    fresh, task = make(copy.deepcopy(base)), stream[0]
+    earlier = [e for e in tasks() if e.name in learned][:-1]
+    changed = [int((a != b).sum()) for e in earlier for a, b in zip(learned[e.name], remembered(rule, e), strict=True)]
+    task, fresh = earlier[0], type(rule)(copy.deepcopy(base))
     fresh.begin(task)
     features = []
-    for net in (base, fresh.model_for(task)):
-        with torch.no_grad(), taps.read(net.eval(), fresh.head, side="input") as seen:
+    for net in (copy.deepcopy(base).eval(), fresh.model_for(task)):
+        with torch.no_grad(), taps.read(net, fresh.head, side="input") as seen:
             net(task.test[0])
         features.append(seen[fresh.head])
     # 9 for each channel after a 3x3 convolution (w, 2w, 4w, 4w), 2 for each normed channel (also 2w after the pointwise one).
     closed = 9 * 11 * width + 2 * 13 * width + (4 * width + 1) * task.classes
-    whole = sum(p.numel() for p in base.parameters())
     return {
         "numbers changed": float(sum(changed)),
         "distance at the start": float((features[1] - features[0]).abs().max() / features[0].abs().max()),
         "parameters beside the closed form": float(abs(rule.parameters(task) - closed)),
-        "share of the net": rule.parameters(task) / whole,
+        "share of the net": rule.parameters(task) / sum(p.numel() for p in base.parameters()),
     }
 
 
-def exchanged(rule: Learner, stream: list[Experience]) -> float:
-    """Average accuracy with each task's head on the next task's kernels and norms."""
-    parts = {e.name: {k: t.clone() for k, t in rule.own(e.name).items()} for e in stream}
+def exchanged(rule: Learner) -> float:
+    """Average accuracy with each task's head on the kernels and norms of the next task."""
+    stream = [e for e in tasks() if e.name in rule.nets]
     found = []
     for e, other in zip(stream, [*stream[1:], stream[0]], strict=True):
+        net = rule.model_for(e)
+        net.load_state_dict(
+            {k: t for k, t in rule.own(other.name).items() if not k.startswith(f"{rule.head}.")}, strict=False
+        )
         with torch.no_grad():
-            for k, t in rule.own(e.name).items():
-                if not k.startswith(f"{rule.head}."):
-                    t.copy_(parts[other.name][k])
-        rule.at(e)
-        found.append(float((rule.predict(e.test[0]).argmax(1) == e.test[1]).float().mean()))
+            found.append(float((net(e.test[0]).argmax(1) == e.test[1]).float().mean()))
     return sum(found) / len(found)
 
 
@@ -251,10 +254,10 @@ CLAIM = Claim(
         ),
     ),
     checks=(
-        check("The net knows its photographs: at least 40% of them, where one in six is chance.",
-              fits("known photographs", "clr", low=0.4)),
-        check("Fine-tuning learns: at least 60% on each task when it is learned.",
-              fits("accuracy when learned", "fine-tune", low=0.6)),
+        check("The net knows its photographs: at least a third of the patches, twice chance.",
+              fits("known photographs", "clr", low=1 / 3)),
+        check("Fine-tuning learns: at least 70% on a task when it is learned.",
+              fits("accuracy when learned", "fine-tune", low=0.7)),
         check("EWC forgets less than fine-tuning.", highest("backward transfer", "ewc", than=("fine-tune",))),
         check("There is room: training on all data seen so far beats fine-tuning.",
               highest("average accuracy", "joint", than=("fine-tune",))),
