@@ -51,6 +51,10 @@ class Notes(Rule):
 
     def __init__(self):
         self.model, self.calls, self.draws = nn.Linear(1, 1), [], []
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 8.0)
+
+    def optimizers(self):
+        return (self.optimizer,)
 
     def begin(self, experience):
         self.calls.append(("begin", experience.name))
@@ -61,11 +65,8 @@ class Notes(Rule):
     def at(self, experience):
         self.calls.append(("at", experience.name))
 
-    def progress(self, share):
-        self.calls.append(("progress", share))
-
     def step(self, batch):
-        self.calls.append(("step", len(batch[1])))
+        self.calls.append(("step", self.optimizer.param_groups[0]["lr"]))
         self.draws.append((float(batch[0].sum()), float(torch.rand(()))))
         return {"loss": 0.0}
 
@@ -91,14 +92,14 @@ def test_a_run_calls_the_rule_in_order_with_equal_draws_and_leaves_the_generator
     wanted = torch.rand(1)
     torch.manual_seed(5)
     results = [
-        run_stream(rule, stream, steps=2, batch=3, seed=1, known=known)
+        run_stream(rule, stream, steps=2, batch=3, seed=1, known=known, rate=lambda share: 1 - share)
         for rule, known in zip(rules, (True, False), strict=True)
     ]
     assert torch.equal(torch.rand(1), wanted)
     assert rules[0].draws == rules[1].draws and len(set(rules[0].draws)) == 4
     learning = [c for c in rules[0].calls if c[0] != "at"]
     assert learning == rules[1].calls
-    one = [("progress", 0.0), ("step", 3), ("progress", 0.5), ("step", 3)]
+    one = [("step", 8.0), ("step", 4.0)]
     assert learning == [("begin", "a"), *one, ("end", "a"), ("begin", "b"), *one, ("end", "b")]
     assert [r.accuracy.tolist() for r in results] == [[[2 / 3, 0.75]] * 2] * 2
 

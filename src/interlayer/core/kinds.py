@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.core.data import Experience
-from interlayer.core.schedule import progress
 
 
 @dataclass(frozen=True)
@@ -133,10 +132,6 @@ class Rule(ABC):
         Raises:
             NotBegun: The rule needs parts of this experience and has none.
         """
-
-    def progress(self, share: float) -> None:
-        """Follow how much of the training (of the current experience) is done, 0 to 1; loops call it before each step."""
-        progress(self.model, share)
 
     def predict(self, inputs: Tensor) -> Tensor:
         """The model's output as this rule wants it read (some rules do not read the last layer)."""

@@ -5,6 +5,16 @@ from __future__ import annotations
 from torch import nn
 
 
+def stepped(share: float, parts: int = 3, factor: float = 0.1) -> float:
+    """The learning rate at a share of the training, as a part of its peak, if it falls by a factor after each of equal parts.
+
+    Examples:
+        >>> [round(stepped(share), 3) for share in (0, 0.4, 0.7)]
+        [1.0, 0.1, 0.01]
+    """
+    return factor ** min(int(parts * share), parts - 1)
+
+
 def progress(model: nn.Module, share: float) -> None:
     """Call ``progress(share)`` on the modules of a model that have this method.
 

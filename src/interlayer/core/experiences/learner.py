@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from interlayer.core import nano
+from interlayer.core import aside, nano
 from interlayer.core.data import Experience, answer, run
 from interlayer.core.kinds import NotBegun, Rule
 from interlayer.core.select import put
@@ -23,8 +23,8 @@ class Learner(Rule):
     """Cross-entropy and Adam on one experience after another; all networks share the model's tensors but those of their own.
 
     Each experience has a linear head of its own in place of the model's (or all use the model's). A subclass says in
-    ``shared`` and ``adapt`` what else a network has of its own, and may add to ``loss``. The learning rate falls to a tenth
-    after each third of an experience, and every trained tensor costs its Euclidean norm times ``penalty``.
+    ``shared`` and ``adapt`` what else a network has of its own, and may add to ``loss``. Every trained tensor costs its
+    Euclidean norm times ``penalty``.
 
     Args:
         model: Any network; its outputs, or their ``logits``, are [B, K].
@@ -118,23 +118,22 @@ class Learner(Rule):
             raise NotBegun(f"{type(self).__name__}: {experience.name!r} was never begun; there are {list(self.nets)}.")
         self.current = experience.name
 
-    def progress(self, share: float) -> None:
-        """A tenth of the learning rate after each third of the experience."""
-        super().progress(share)
-        if self.optimiser:
-            self.optimiser.param_groups[0]["lr"] = self.lr * 0.1 ** min(int(3 * share), 2)
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """Adam over what the experience that was begun last trains."""
+        return (self.optimiser,) if self.optimiser else ()
 
     def step(self, batch: tuple[Any, Tensor]) -> dict[str, float]:
         """Learn from one batch of the experience that was begun last; ``loss`` is without the penalty."""
         net = self.mode(self._net())
         assert self.optimiser is not None
         inputs, labels = batch
-        with torch.enable_grad():
+        with torch.enable_grad(), aside.collect() as told:
             scores = answer(run(net, inputs))
             loss = self.loss(net, scores, labels)
+            total = loss if told.loss is None else loss + told.loss
             norms = [torch.linalg.vector_norm(p) for p in self.optimiser.param_groups[0]["params"]]
             self.optimiser.zero_grad(set_to_none=True)
-            (loss + self.penalty * torch.stack(norms).sum()).backward()
+            (total + self.penalty * torch.stack(norms).sum()).backward()
         self.optimiser.step()
         return {"loss": float(loss.detach()), "accuracy": float((scores.argmax(1) == labels).float().mean())}
 

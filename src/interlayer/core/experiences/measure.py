@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from interlayer.core.data import Experience
 from interlayer.core.kinds import NotBegun, Rule
 from interlayer.core.pairing.seeds import kept, seed_all, seed_of
+from interlayer.core.schedule import progress
+from interlayer.core.task import TensorTask
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def run_stream(
     batch: int = 32,
     seed: int = 0,
     known: bool = True,
+    rate: Callable[[float], float] = lambda share: 1.0,
     watch: Callable[[Experience], object] | None = None,
 ) -> Learned:
     """Learn the experiences of a stream in order, and test on all of them after each.
@@ -82,6 +85,7 @@ def run_stream(
         seed: Of the batches and of everything that the rule draws.
         known: Whether the rule hears at test which experience an input belongs to (task-incremental). Otherwise it has to
             answer for all alike (class- and domain-incremental).
+        rate: The learning rate at a share of an experience's steps, as a part of its peak, such as ``schedule.stepped``.
         watch: Called after each experience was learned.
 
     Raises:
@@ -99,9 +103,12 @@ def run_stream(
             seed_all(seed_of(seed, experience.name))
             rule.begin(experience)
             order = seed_of(seed, experience.name, "order")
-            for step, each in enumerate(islice(batches(experience.train, batch, order), steps)):
+            data = TensorTask(experience.name, experience.train, experience.test).batches(order, batch)
+            for step, each in enumerate(islice(data, steps)):
                 seed_all(seed_of(seed, experience.name, step))
-                rule.progress(step / steps)
+                progress(rule.model, step / steps)
+                for group in (g for optimizer in rule.optimizers() for g in optimizer.param_groups):
+                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate(step / steps)
                 rule.step(each)
             rule.end(experience)
             rows.append(_accuracies(rule, stream, known))
@@ -110,17 +117,6 @@ def run_stream(
             if watch:
                 watch(experience)
     return Learned(names, torch.stack(rows), before)
-
-
-def batches(data: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled epochs without end; a last batch that is not full is left out, unless it is the only one."""
-    x, y = data
-    draw = torch.Generator().manual_seed(seed)
-    size = min(size, len(x))
-    while True:
-        for rows in torch.randperm(len(x), generator=draw).split(size):
-            if len(rows) == size:
-                yield x[rows], y[rows]
 
 
 def _accuracies(rule: Rule, stream: Sequence[Experience], known: bool) -> Tensor:

@@ -31,11 +31,11 @@ class CLR(Learner):
     reprogrammed convolution, ``2 c`` for each BatchNorm, and its head. By default convolutions of 1x1 are not reprogrammed,
     as in the main method of the authors' code.
 
-    The recipe is theirs too: Adam at 0.001 for batches of 32, a tenth of it after each third of the task's steps, and
-    0.00001 times the Euclidean norm of every trained tensor. (They also keep the best epoch by test accuracy, which is left
-    out here.) The paper puts a task of ResNet-50 at 0.59%. Without the head this counts 0.37% trained parameters, and 0.60%
-    with the running statistics; how the authors counted could not be verified in the code or in the parts of the paper
-    that were at hand.
+    The recipe is theirs too: Adam at 0.001 for batches of 32, a tenth of it after each third of the task's steps (where the
+    loop follows ``core.schedule.stepped``), and 0.00001 times the Euclidean norm of every trained tensor. (They also keep
+    the best epoch by test accuracy, which is left out here.) The paper puts a task of ResNet-50 at 0.59%. Without the head
+    this counts 0.37% trained parameters, and 0.60% with the running statistics; how the authors counted could not be
+    verified in their code and in what public pages hold of the paper.
 
     The model itself is only frozen, and shares its weights with the networks of all tasks. ``save`` and ``load`` move the
     parts of one task, and ``model_for`` gives a plain network. A task's network has to be known at test.

@@ -17,6 +17,7 @@ from interlayer.core import datasets, taps
 from interlayer.core.data import Experience
 from interlayer.core.datasets import Split
 from interlayer.core.experiences import Learned, Learner, by_classes, in_a_row, rotated, run_stream
+from interlayer.core.schedule import stepped
 from interlayer.learn.continual import EWC, FineTune, Joint, LinearProbe
 from interlayer.learn.continual.clr import CLR
 
@@ -139,7 +140,7 @@ def before(seed: int, width: int, steps: int) -> tuple[nn.Module, float]:
     """A net that knows six photographs, the same for all arms of a seed, and its accuracy on them."""
     model = built(lambda: build("", Scale(width=width)), seed)
     rule = FineTune(model, own_heads=False, lr=3e-3)
-    return model, run_stream(rule, tasks()[:1], steps=steps, seed=seed).average
+    return model, run_stream(rule, tasks()[:1], steps=steps, seed=seed, rate=stepped).average
 
 
 @lru_cache(maxsize=16)
@@ -156,7 +157,7 @@ def learn(
         learned[e.name] = [t.clone() for t in remembered(rule, e)]
 
     some, few = (stream[:3], 4) if arm in SHORT else (stream, steps)
-    return rule, run_stream(rule, some, steps=few, seed=seed, watch=watch), learned
+    return rule, run_stream(rule, some, steps=few, seed=seed, rate=stepped, watch=watch), learned
 
 
 def remembered(rule: Learner, e: Experience) -> list[Tensor]:
