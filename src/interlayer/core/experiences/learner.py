@@ -37,7 +37,6 @@ class Learner(Rule):
 
     Raises:
         ValueError: ``head`` is no linear layer, or there is none.
-        NotBegun: ``step`` or ``predict`` before ``begin``.
     """
 
     def __init__(
@@ -85,8 +84,11 @@ class Learner(Rule):
             raise ValueError(
                 f"{type(self).__name__}: {experience.name!r} was begun before; expected a new name. Call at() to return to it."
             )
-        self._add(experience.name, experience.classes)
-        self.current = experience.name
+        self._begin(experience.name, experience.classes)
+
+    def _begin(self, name: str, classes: int) -> None:
+        self._add(name, classes)
+        self.current = name
         self.optimiser = torch.optim.Adam(self._trained(), lr=self.lr)
 
     def _add(self, name: str, classes: int) -> None:
@@ -106,11 +108,9 @@ class Learner(Rule):
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self._net().parameters() if p.requires_grad]
 
-    def _net(self, name: str = "") -> nn.Module:
-        """The network of an experience, by default of the one that was begun last."""
-        if not self.nets:
-            raise NotBegun(f"{type(self).__name__}: no experience yet; expected begin(experience) first.")
-        return self.nets[name or next(reversed(self.nets))]
+    def _net(self) -> nn.Module:
+        """The network of the experience that was begun last."""
+        return self.nets[next(reversed(self.nets))]
 
     def at(self, experience: Experience) -> None:
         """Predict with the network of this experience from now on."""
@@ -123,7 +123,12 @@ class Learner(Rule):
         return (self.optimiser,) if self.optimiser else ()
 
     def step(self, batch: tuple[Any, Tensor]) -> dict[str, float]:
-        """Learn from one batch of the experience that was begun last; ``loss`` is without the penalty."""
+        """Learn from one batch of the experience that was begun last; ``loss`` is without the penalty.
+
+        Without ``begin`` there is one experience, of as many classes as the model's head has outputs.
+        """
+        if not self.nets:
+            self._begin("", self.model.get_submodule(self.head).out_features)  # type: ignore[arg-type]
         net = self.mode(self._net())
         assert self.optimiser is not None
         inputs, labels = batch
@@ -147,8 +152,8 @@ class Learner(Rule):
 
     @torch.no_grad()
     def predict(self, inputs: Any) -> Tensor:
-        """Logits [B, K] of the current experience, in evaluation mode; the mode is restored."""
-        net = self._net(self.current)
+        """Logits [B, K] of the current experience, in evaluation mode; before the first, those of the model."""
+        net = self.nets.get(self.current, self.model)
         modes = [(m, m.training) for m in net.modules()]
         scores = answer(run(net.eval(), inputs))
         for module, mode in modes:
@@ -165,7 +170,7 @@ class Learner(Rule):
     def model_for(self, experience: Experience) -> nn.Module:
         """A plain copy of an experience's network, in evaluation mode, that shares nothing with the rule."""
         self.at(experience)
-        return copy.deepcopy(self._net(experience.name)).eval()
+        return copy.deepcopy(self.nets[experience.name]).eval()
 
     def save(self, experience: Experience, path: str | Path) -> None:
         """Write the tensors of one experience alone, as safetensors."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +42,14 @@ class CLR(Learner):
     Args:
         model: A trained network with ``nn.Conv2d`` and a linear head. Its parameters stop requiring gradients.
         pointwise: What follows 1x1 convolutions: ``none``, ``scale`` (one factor for each channel) or ``full`` (3x3 kernels).
-        **options: ``lr``, ``penalty`` and ``head`` of ``core.experiences.Learner``.
+        lr: Learning rate of Adam at the beginning of a task.
+        penalty: Factor of the sum of norms of the trained tensors.
+        head: Name of the ``nn.Linear`` that each task replaces. Defaults to the last one.
 
     Shapes: a batch is (images [B, C, H, W], labels [B]).
 
     Raises:
         ValueError: Unknown ``pointwise``, or no convolution to reprogram.
-        NotBegun: ``step`` or ``predict`` before the first ``begin``.
 
     Examples:
         >>> from interlayer.models.classic import ResNet18
@@ -67,10 +67,18 @@ class CLR(Learner):
 
     slug = "clr"
 
-    def __init__(self, model: nn.Module, *, pointwise: str = "none", **options: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pointwise: str = "none",
+        lr: float = 1e-3,
+        penalty: float = 1e-5,
+        head: str | None = None,
+    ) -> None:
         if pointwise not in POINTWISE:
             raise ValueError(f"CLR: pointwise {pointwise!r}; expected one of {', '.join(POINTWISE)}.")
-        super().__init__(model.requires_grad_(False), **options)
+        super().__init__(model.requires_grad_(False), lr=lr, penalty=penalty, head=head)
         self.pointwise = pointwise
         if not self.reprogrammed():
             raise ValueError(
