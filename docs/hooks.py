@@ -8,7 +8,7 @@ from interlayer import catalog
 
 PRIMITIVES = (
     "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "swap", "wiring", "weights", "options",
-    "delivery", "fields", "auxiliary", "schedule", "pairing", "equal", "recipe", "record", "cost", "nano", "speech", "kinds",
+    "delivery", "fields", "aside", "schedule", "pairing", "equal", "recipe", "record", "cost", "nano", "speech", "kinds",
     "events", "page", "datasets", "experiences",
 )  # fmt: skip
 PARTS = ("sparse", "nodes", "linear", "compressed", "prior", "positions", "depth", "parts")
