@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from interlayer.core import datasets
 from interlayer.core.config import configured
 from interlayer.core.data import DataShape
 from interlayer.core.example import Example
@@ -166,9 +167,7 @@ class DOH(nn.Module):
 
 def _picture() -> tuple[float, float]:
     """Squared error on a 32 x 32 grey photograph after 150 steps, and that of its mean."""
-    from sklearn.datasets import load_sample_image
-
-    pixels = torch.from_numpy(load_sample_image("china.jpg")[:416, :416].copy()).float().mean(-1) / 255
+    pixels = torch.from_numpy(datasets.photograph("china")[:416, :416].copy()).float().mean(-1) / 255
     y = torch.nn.functional.adaptive_avg_pool2d(pixels[None], 32).flatten()[:, None] - 0.5
     model, x = DOH(2, 1, latent=200, width=16, depth=2), grid(32, 32)
     optimiser = torch.optim.Adam(model.parameters(), 1e-2)
