@@ -126,7 +126,7 @@ def _learn(rule: Rule, experience: Experience, seed: int) -> None:
 
 
 def _known(rule: Rule, experience: Experience) -> Tensor:
-    """What the rule predicts for an experience that it is told of."""
+    """What the rule predicts for an experience that is known to it."""
     rule.at(experience)
     return rule.predict(experience.test[0])
 

@@ -190,7 +190,8 @@ def test_clear_errors():
 
 def test_without_begin_there_is_one_task():
     rule, (x, y) = CLR(resnet(), lr=1e-2), split_digits().train
-    assert torch.equal(rule.predict(x[:4]), rule.model.eval()(x[:4])) and rule.optimizers() == ()
+    scores = rule.predict(x[:4])
+    assert rule.model.training and torch.equal(scores, rule.model.eval()(x[:4])) and rule.optimizers() == ()
     losses = [rule.step((x[i : i + 64], y[i : i + 64]))["loss"] for i in range(0, 640, 64)]
     assert losses[-1] < losses[0] and len(rule.optimizers()) == 1
     assert rule.predict(x[:4]).shape == (4, 10) and list(rule.nets) == [""]

@@ -125,7 +125,7 @@ class Learner(Rule):
     def step(self, batch: tuple[Any, Tensor]) -> dict[str, float]:
         """Learn from one batch of the experience that was begun last; ``loss`` is without the penalty.
 
-        Without ``begin`` there is one experience, of as many classes as the model's head has outputs.
+        Where the loss is not finite, the weights stay. Without ``begin`` there is one experience, of as many classes as the model's head has outputs.
         """
         if not self.nets:
             self._begin("", self.model.get_submodule(self.head).out_features)  # type: ignore[arg-type]
@@ -139,7 +139,8 @@ class Learner(Rule):
             norms = [torch.linalg.vector_norm(p) for p in self.optimiser.param_groups[0]["params"]]
             self.optimiser.zero_grad(set_to_none=True)
             (total + self.penalty * torch.stack(norms).sum()).backward()
-        self.optimiser.step()
+        if loss.isfinite():
+            self.optimiser.step()
         return {"loss": float(loss.detach()), "accuracy": float((scores.argmax(1) == labels).float().mean())}
 
     def mode(self, net: nn.Module) -> nn.Module:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interlayer.core.data import Experience
+from interlayer.core.data import Experience, moved
 from interlayer.core.kinds import NotBegun, Rule
 from interlayer.core.pairing.seeds import kept, seed_all, seed_of
 from interlayer.core.schedule import progress
@@ -78,12 +78,12 @@ def run_stream(
     """Learn the experiences of a stream in order, and test on all of them after each.
 
     Args:
-        rule: Bound to its model.
+        rule: Bound to its model, on whose device it learns.
         stream: Experiences with different names.
         steps: Training steps for each experience.
         batch: Samples in a batch, drawn in shuffled epochs.
         seed: Of the batches and of everything that the rule draws.
-        known: Whether the rule hears at test which experience an input belongs to (task-incremental). Otherwise it has to
+        known: Whether the rule knows at test which experience an input belongs to (task-incremental). Otherwise it has to
             answer for all alike (class- and domain-incremental).
         rate: The learning rate at a share of an experience's steps, as a part of its peak, such as ``schedule.stepped``.
         watch: Called after each experience was learned.
@@ -96,6 +96,8 @@ def run_stream(
         raise ValueError(f"run_stream: experiences {names}; expected at least one, and a name of its own for each.")
     if steps < 1 or batch < 1:
         raise ValueError(f"run_stream: steps {steps}, batch {batch}; expected at least 1 of each.")
+    device = next(rule.model.parameters()).device
+    stream = [replace(e, train=moved(e.train, device), test=moved(e.test, device)) for e in stream]
     with kept():
         before = _accuracies(rule, stream, known)
         rows = []
