@@ -129,6 +129,14 @@ def test_a_stream_resumes_bit_exact(make):
         assert torch.equal(*(rule.predict(task.test[0]) for rule in rules))
 
 
+def test_a_loss_that_is_not_finite_moves_no_weight():
+    rule = FineTune(mlp())
+    before = copy.deepcopy(rule.model.state_dict())
+    rule.begin(stream()[0])
+    rule.step((torch.full((2, 1, 8, 8), torch.inf), torch.tensor([0, 1])))
+    assert all(torch.equal(v, before[k]) for k, v in rule.model.state_dict().items())
+
+
 def test_one_head_must_be_wide_enough():
     with pytest.raises(ValueError, match="the head has 10 outputs"):
         FineTune(mlp(), own_heads=False).begin(by_wide())

@@ -125,7 +125,8 @@ class Learner(Rule):
     def step(self, batch: tuple[Any, Tensor]) -> dict[str, float]:
         """Learn from one batch of the experience that was begun last; ``loss`` is without the penalty.
 
-        Where the loss is not finite, the weights stay. Without ``begin`` there is one experience, of as many classes as the model's head has outputs.
+        Where the loss is not finite, the weights stay. Without ``begin`` there is one experience, of as many classes as the
+        model's head has outputs.
         """
         if not self.nets:
             self._begin("", self.model.get_submodule(self.head).out_features)  # type: ignore[arg-type]
