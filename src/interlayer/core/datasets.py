@@ -102,6 +102,11 @@ def photograph(name: str) -> np.ndarray[Any, Any]:
     return getattr(need("skimage.data", "images", "datasets.photograph"), name)()
 
 
+def photographs() -> dict[str, np.ndarray[Any, Any]]:
+    """All of them by name."""
+    return {name: photograph(name) for name in PHOTOGRAPHS}
+
+
 @cache
 def photos() -> Split:
     """Which photograph a grey 32x32 patch comes from: 200 patches of each for training, 50 held out from its right quarter."""
