@@ -28,6 +28,8 @@ def faults() -> list[str]:
     found += [f"{slug}: a result without a system" for slug in sorted(results - set(systems))]
     for room in catalog.rooms():
         known = {s.stem for s in systems.values() if s.room == room and s.code}
+        tasks = (where.partition(":")[0].rpartition(".") for where in catalog.tasks().values())
+        known |= {stem for place, _, stem in tasks if place == room}
         folder = catalog.PACKAGE.joinpath(*room.split("."))
         there = {p.stem for p in folder.glob("*") if not p.name.startswith("_")} if folder.is_dir() else set()
         found += [f"{room}.{stem}: code without a row in the catalogue" for stem in sorted(there - known)]
