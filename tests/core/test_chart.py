@@ -40,7 +40,9 @@ def test_a_matrix_shows_its_numbers_and_leaves_out_what_is_missing():
     drawing = matrix([[1.0, -0.5], [np.nan, 0.25]], ["first", LONG], ["a", "b"], "weights")
     assert drawing.count("<title>") == 3 and "<title>first, b: -0.5</title>" in drawing and "0.25" in drawing
     assert "nan" not in drawing
-    assert matrix([[1.0, -0.5], [np.nan, 0.25]], ["first", LONG], ["a", "b"], "weights") == drawing  # the same every time
+    assert (
+        matrix([[1.0, -0.5], [np.nan, 0.25]], ["first", LONG], ["a", "b"], "weights") == drawing
+    )  # the same every time
     assert matrix([[np.nan]], ["r"], ["c"], "nothing").count("<title>") == 0
 
 

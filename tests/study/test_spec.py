@@ -2,6 +2,7 @@
 
 import pytest
 
+from interlayer.learn.continual import EWC
 from interlayer.study.arms import Arm, Training, parse
 from interlayer.study.spec import StudyError, StudySpec, split_top
 
@@ -109,7 +110,8 @@ def test_arms_are_read_by_the_kind_of_their_terms():
     assert parse("a", "scalable-ff", "mlp").rule == ("scalable-ff", {})
     assert parse("a", "rezero+lamp(sparsity=0.5)", "mlp").transforms == (("lamp", {"sparsity": 0.5}),)
     assert parse("a", "vit(depth=2)+norm=rmsnorm", "mlp") == Arm("a", "vit(depth=2)", {"norm": "rmsnorm"})
-    assert parse("a", "package.module:make", "mlp").base == "package.module:make"
+    assert parse("a", "interlayer.models:MLP", "mlp").base == "interlayer.models:MLP"
+    assert parse("a", "interlayer.learn.continual:EWC(strength=1.0)", "mlp").rule == (EWC, {"strength": 1.0})
 
 
 def test_arms_on_a_trained_base_are_chains_of_transforms():

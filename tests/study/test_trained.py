@@ -94,10 +94,34 @@ def test_an_arm_of_a_trained_base_is_refused_if_it_would_train(tmp_path):
 
 def test_simulators_are_arms_of_a_scenario(tmp_path):
     result, said = study(
-        tmp_path, task="repeater-chain", base=None, arms=["plain", "distillation=1", "nosuch=1", "mlp"], seeds=2, lr=None
+        tmp_path,
+        task="repeater-chain",
+        base=None,
+        arms=["plain", "distillation=1", "nosuch=1", "mlp"],
+        seeds=2,
+        lr=None,
     )
     assert [r.state for r in result.of("plain")] == ["done", "done"] and phases(tmp_path)[0][0] == "run"
     assert set(result.of("plain")[0].record.metrics) == {"key rate", "fidelity", "mean time"} and result.about["higher"]
     assert result.values("distillation=1", "fidelity")[0] > result.values("plain", "fidelity")[0]
     assert "nosuch" in result.of("nosuch=1")[0].error and "expected a simulator" in result.of("mlp")[0].error
-    assert "learning\nrate" not in said and "FLOPs" not in (tmp_path / "report.html").read_text().partition("What was run")[0]
+    assert (
+        "learning\nrate" not in said
+        and "FLOPs" not in (tmp_path / "report.html").read_text().partition("What was run")[0]
+    )
+
+
+def test_a_stream_of_experiences_gives_accuracy_and_forgetting(tmp_path):
+    arms = ["plain", "clr", "interlayer.learn.continual:EWC(samples=8)"]
+    base = "convnet(width=4)"
+    result, _ = study(tmp_path, task="digits-stream", base=base, arms=arms, seeds=1, steps=20, lr=1e-2, evaluations=2)
+    assert result.finished, [r.error for r in result.runs]
+    for run in result.runs:
+        assert set(run.record.metrics) == {"accuracy", "forgetting"} and run.record.steps == 20
+        assert len(run.record.curve) == 2 and run.record.curve[0]["forgetting"] >= 0
+    by = {r.arm: r.record.metrics for r in result.runs}
+    assert by["clr"]["forgetting"] == 0 and by["plain"]["forgetting"] > 0
+    refused, _ = study(
+        tmp_path / "b", task="digits-stream", base=base, arms=["plain"], seeds=1, steps=None, seconds=1.0
+    )
+    assert "expected at least 10 steps, one for each experience" in refused.runs[0].error

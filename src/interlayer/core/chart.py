@@ -86,7 +86,7 @@ class Chart:
     def __init__(self, x: str = "", y: str = "", *, size: tuple[float, float] = (5.2, 3.5)) -> None:
         from matplotlib.figure import Figure
 
-        self.figure = Figure(figsize=size, layout="constrained")
+        self.figure = Figure(figsize=size)
         self.axes: Any = self.figure.subplots()
         self.tips: list[str] = []
         self.axes.set_xlabel(x, color=SOFT, fontsize=9.5)
@@ -120,7 +120,6 @@ class Chart:
 
     def names(self, ends: Mapping[str, tuple[float, int]]) -> None:
         """Names at the right edge, beside the heights at which their lines end."""
-        self.figure.draw_without_rendering()
         low, high = self.axes.get_ylim()
         moved = spread([y for y, _ in ends.values()], (high - low) * 0.066, low, high)
         for (name, (y, number)), at in zip(ends.items(), moved, strict=True):
@@ -142,7 +141,9 @@ class Chart:
         with matplotlib.rc_context(
             {"svg.hashsalt": "interlayer", "svg.fonttype": "none", "image.composite_image": False}
         ):
-            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+            self.figure.savefig(
+                buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.06, metadata={"Date": None}
+            )
         drawing = buffer.getvalue()
         drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing[drawing.index("<svg") :], flags=re.DOTALL)
         drawing = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawing)  # which HTML does not need

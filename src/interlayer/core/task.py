@@ -56,14 +56,22 @@ class Subject(Protocol):
         model: The model.
         device: Where it lives, and its batches with it.
         batch_size: Samples in a batch when it is judged.
+        notes: Numbers that a task keeps between learning and judging; a resumed run has them again.
     """
 
     model: nn.Module
     device: torch.device
     batch_size: int
+    notes: dict[str, float]
 
     def begin(self, experience: Any) -> None:
-        """Be told that another part of a stream of tasks begins."""
+        """Get ready to learn an experience of a stream."""
+
+    def end(self, experience: Any) -> None:
+        """Take note that an experience is over."""
+
+    def at(self, experience: Any) -> None:
+        """Predict for this experience from now on."""
 
     def step(self, batch: Batch, budget: Budget) -> float:
         """Learn from one batch, count it in the budget and give the loss before it."""

@@ -12,15 +12,16 @@ from torch import nn
 
 from interlayer import catalog
 from interlayer.core.data import DataShape
+from interlayer.core.kinds import Rule, Transform
 from interlayer.core.pairing import Plan
 from interlayer.core.slots import parse_spec
 from interlayer.models import BASES
 from interlayer.study import bases
-from interlayer.study.objects import Objects
+from interlayer.study.objects import Objects, is_path, load_object
 from interlayer.study.spec import StudyError, split_top
 
 TRAINED = "trained:"  # what a base begins with that is trained once for each seed, and shared by all arms
-Use = tuple[str, Mapping[str, Any]]  # a system and its options
+Use = tuple[str | type, Mapping[str, Any]]  # a system or a class of your own, and its options
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,16 @@ def parse(name: str, use: str, base: str, given: Objects | None = None, training
         if isinstance(thing, Mapping):
             for option, what in thing.items():
                 _put(own_training if option in TRAINING else options, option, what, name)
+        elif (made := _own_kind(thing)) is not None:
+            kind, use_ = made
+            if kind is Transform:
+                transforms.append(use_)
+            elif rule:
+                raise StudyError(
+                    f"arm {name!r}: {_shown(rule)} and {_shown(use_)} are both learning rules; an arm has one."
+                )
+            else:
+                rule = use_
         elif thing is not term:
             model = thing
         elif equals and "(" not in key:
@@ -129,7 +140,9 @@ def parse(name: str, use: str, base: str, given: Objects | None = None, training
                 _put(options, system.slot, term, name)
             elif system.kind == "rule":
                 if rule:
-                    raise StudyError(f"arm {name!r}: {rule[0]!r} and {slug!r} are both learning rules; an arm has one.")
+                    raise StudyError(
+                        f"arm {name!r}: {_shown(rule)} and {slug!r} are both learning rules; an arm has one."
+                    )
                 rule = (slug, own)
             elif system.kind == "transform":
                 transforms.append((slug, own))
@@ -143,6 +156,27 @@ def parse(name: str, use: str, base: str, given: Objects | None = None, training
             f"got {use!r}. Leave {TRAINED!r} out to train each arm."
         )
     return Arm(name, model, options, replace(training, **own_training), rule, tuple(transforms), trained)
+
+
+def _own_kind(thing: Any) -> tuple[type, Use] | None:
+    """A rule or a transform of the user's own: a class, or ``package.module:Class`` with options."""
+    options: Mapping[str, Any] = {}
+    if isinstance(thing, str) and is_path(thing):
+        path, options = parse_spec(thing)
+        thing = load_object(path)
+    for kind in (Rule, Transform):
+        if isinstance(thing, type) and issubclass(thing, kind):
+            return kind, (thing, options)
+    return None
+
+
+def resolve(use: Use) -> Any:
+    """The class of a use."""
+    return catalog.get(use[0]).resolve() if isinstance(use[0], str) else use[0]
+
+
+def _shown(use: Use) -> str:
+    return repr(use[0] if isinstance(use[0], str) else use[0].__name__)
 
 
 def _put(target: dict[str, Any], key: str, value: Any, arm: str) -> None:

@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from interlayer import catalog
 from interlayer.core.equal import difference
 from interlayer.core.pairing import Paired, shared
 from interlayer.core.task import Task
 from interlayer.study import tasks
-from interlayer.study.arms import TRAINED, Arm, Training, parse
+from interlayer.study.arms import TRAINED, Arm, Training, parse, resolve
 from interlayer.study.engine import Engine, open_storage, plain_errors
 from interlayer.study.loaders import LoaderTask
 from interlayer.study.objects import Objects, shown
@@ -267,7 +266,7 @@ def _judge(
 ) -> None:
     """Run seeds until every arm is decided or has them all."""
     names = [n for n in rates if n != BASE]
-    merged = max((catalog.get(s).resolve().merges for n in names for s, _ in arms[n].transforms), default=0)
+    merged = max((resolve(use).merges for n in names for use in arms[n].transforms), default=0)
     for look in study.spec.looks:
         going = names if look == study.spec.looks[0] else _undecided(_result(engine, study.spec), names)
         if BASE in rates and going:

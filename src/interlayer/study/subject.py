@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import tempfile
 import time
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
-from interlayer import catalog
 from interlayer.core import aside, cost, recipe
 from interlayer.core.data import Batch, count, moved, run
 from interlayer.core.fit import descend
@@ -24,8 +22,9 @@ from interlayer.core.kinds import Plan, Rule
 from interlayer.core.options import checked
 from interlayer.core.pairing import Paired, Streams, clip_gradients, paired
 from interlayer.core.schedule import progress
+from interlayer.core.slots import parameters
 from interlayer.core.task import Budget, Task
-from interlayer.study.arms import Arm, Use
+from interlayer.study.arms import Arm, Use, resolve
 from interlayer.study.spec import StudyError
 
 CALIBRATION = 8  # training batches that a transform gets
@@ -64,6 +63,7 @@ class Learner:
         self.noise = Streams(model, seed)
         self.times: list[float] = []
         self.asides: dict[str, float] = {}
+        self.notes: dict[str, float] = {}
         self.rule = _rule(arm, model, task, lr) if arm.rule else None
         weights = [p for p in model.parameters() if p.requires_grad]
         groups = [
@@ -76,9 +76,19 @@ class Learner:
         self.followed: set[int] = set()  # optimizers of the rule whose gradients are clipped
 
     def begin(self, experience: Any) -> None:
-        """Another part of a stream of tasks begins."""
+        """An experience of a stream begins."""
         if self.rule:
             self.rule.begin(experience)
+
+    def end(self, experience: Any) -> None:
+        """An experience is over."""
+        if self.rule:
+            self.rule.end(experience)
+
+    def at(self, experience: Any) -> None:
+        """Predict for this experience from now on."""
+        if self.rule:
+            self.rule.at(experience)
 
     def step(self, batch: Batch, budget: Budget) -> float:
         """Learn from one batch at the budget's share and count it there; the loss before it."""
@@ -145,7 +155,7 @@ class Learner:
             batches = itertools.islice(self.task.batches(self.seed, self.batch_size, "train"), CALIBRATION)
             data = moved(list(batches), self.device)
             for use in self.arm.transforms:
-                merges = catalog.get(use[0]).resolve().merges
+                merges = resolve(use).merges
                 self.model = transform(self.arm, use, self.model, data, others[:merges]).apply()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -161,12 +171,14 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """All that training changes: the model's tensors, moments, the rule's own state."""
+        found = {"model": self.tensors(), "notes": self.notes}
         if self.rule:
-            return {"model": self.tensors(), "rule": self.rule.state_dict()}
-        return {"model": self.tensors(), "optimizer": self.optimizer.state_dict() if self.optimizer else None}
+            return {**found, "rule": self.rule.state_dict()}
+        return {**found, "optimizer": self.optimizer.state_dict() if self.optimizer else None}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state`` gave."""
+        self.notes = dict(state["notes"])
         if self.rule:
             self.rule.load_state_dict(state["rule"])
         elif self.optimizer:
@@ -257,16 +269,15 @@ def tensors_in(data: Any) -> Iterator[Tensor]:
 
 def takes_lr(arm: Arm) -> bool:
     """Whether an arm is trained with a learning rate: all are, but for rules that have none."""
-    return arm.rule is None or "lr" in inspect.signature(catalog.get(arm.rule[0]).resolve()).parameters
+    return arm.rule is None or "lr" in parameters(resolve(arm.rule))[0]
 
 
 def _rule(arm: Arm, model: nn.Module, task: Task, lr: float | None) -> Rule:
     assert arm.rule is not None
-    slug, options = arm.rule
-    make = catalog.get(slug).resolve()
-    names = inspect.signature(make).parameters
+    make, options = resolve(arm.rule), arm.rule[1]
+    names = parameters(make)[0]
     if arm.training.lr is not None and "lr" not in names:
-        raise StudyError(f"arm {arm.name!r}: the rule {slug!r} takes no learning rate `lr`.")
+        raise StudyError(f"arm {arm.name!r}: the rule {make.__name__} takes no learning rate `lr`.")
     known = {"lr": lr, "classes": task.shape.classes or None}
     options = {**{k: v for k, v in known.items() if v is not None and k in names}, **options}
     return make(model, **options)
@@ -274,6 +285,7 @@ def _rule(arm: Arm, model: nn.Module, task: Task, lr: float | None) -> Rule:
 
 def transform(arm: Arm, use: Use, model: nn.Module, data: list[Batch], others: Sequence[nn.Module]) -> Plan:
     """The plan of one of the arm's transforms."""
-    slug, options = use
-    make = catalog.get(slug).resolve()
-    return make(**checked(make, options, f"arm {arm.name!r}: {slug}")).plan(copy.deepcopy(model), data, others=others)
+    make = resolve(use)
+    return make(**checked(make, use[1], f"arm {arm.name!r}: {make.__name__}")).plan(
+        copy.deepcopy(model), data, others=others
+    )

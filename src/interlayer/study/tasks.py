@@ -15,6 +15,7 @@ from torch import Tensor
 from interlayer import catalog
 from interlayer.catalog import nearest
 from interlayer.core import datasets
+from interlayer.core.experiences import StreamTask, by_classes, rotated
 from interlayer.core.extras import need
 from interlayer.core.task import Task, TensorTask, TextTask
 from interlayer.study.loaders import LoaderTask
@@ -75,6 +76,19 @@ def mnist1d() -> Task:
     train, held = datasets.mnist1d()
     about = f"MNIST-1D, 40 samples of a distorted digit profile: {len(train[0])} for training, {len(held[0])} for validation."
     return TensorTask("mnist1d", train, held, base="mlp", about=about)
+
+
+@cache
+def digits_stream() -> Task:
+    """Ten experiences of two digits each: the upright ones, then the same turned by a right angle."""
+    digits = datasets.split_digits()
+    turned = rotated(digits, [90])[0]
+    pairs = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    upright = by_classes(digits, pairs, name="digits")
+    stream = [*upright, *by_classes(datasets.Split(turned.train, turned.test), pairs, name="turned digits")]
+    return StreamTask(
+        "digits-stream", stream, about="Ten experiences of two digits each, five upright and five turned by 90 degrees."
+    )
 
 
 def load(name: str, given: Objects | None = None) -> Task:

@@ -15,12 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from interlayer import catalog
 from interlayer.core import cost, nano, recipe
 from interlayer.core.data import run
 from interlayer.core.pairing import Paired
 from interlayer.core.task import Budget, Task
-from interlayer.study.arms import Arm
+from interlayer.study.arms import Arm, resolve
 from interlayer.study.spec import StudyError
 from interlayer.study.subject import Learner, build, tensors_in, transform
 
@@ -111,7 +110,7 @@ def check(arm: Arm, task: Task, job: Job) -> Paired[nn.Module]:
     if job.steps != 0 and not any(p.requires_grad for p in model.parameters()):
         raise StudyError(f"arm {arm.name!r}: the model has no parameter to train.")
     for use in arm.transforms:
-        merges = catalog.get(use[0]).resolve().merges
+        merges = resolve(use).merges
         if merges and not arm.trained:
             raise StudyError(
                 f"arm {arm.name!r}: {use[0]!r} merges trained models; give the study the base 'trained:...', so that there "
@@ -162,7 +161,7 @@ def train(
         _teach_once(learner, job, lr, emit, record, checkpoint)
         others = [
             _other(arm, task, job, seed + OTHERS * (i + 1), lr)
-            for i in range(max((catalog.get(slug).resolve().merges for slug, _ in arm.transforms), default=0))
+            for i in range(max((resolve(use).merges for use in arm.transforms), default=0))
         ]
     else:
         _teach(learner, job, emit, record, checkpoint)
