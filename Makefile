@@ -30,8 +30,12 @@ readme: set-up
 claims: set-up
 	$(BIN)/interlayer claim --scale small --store
 
-bench: set-up
-	for file in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+bench: set-up .peers/.installed
+	for file in benchmarks/[a-z]*.py; do PYTHONPATH=.peers $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+
+.peers/.installed: benchmarks/peers.txt | set-up
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .peers -r benchmarks/peers.txt
+	touch $@
 
 docs: set-up
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

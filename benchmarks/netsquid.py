@@ -2,17 +2,16 @@
 
 The same protocol on both sides: Barrett-Kok on lossless fibres of 10 km (an attempt works with 1/2), one memory for each fibre, swaps in
 nested order, an ideal pair at the end (fidelity 1), as ket vectors. Times are those of the run alone, without set-up. SeQUeNCe simulates
-each photon; here the number of attempts is drawn from its distribution. SeQUeNCe lives in an environment of its own; the variable
-SEQUENCE_PYTHON names its interpreter.
+each photon; here the number of attempts is drawn from its distribution. `make bench` installs SeQUeNCe (`benchmarks/peers.txt`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import subprocess
+import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from interlayer.domains.quantum.netsquid.hardware import Device
 
 HOP = 10_000  # m
 LIMIT = 60.0  # s
-PYTHON = Path(os.environ.get("SEQUENCE_PYTHON", ".venv-sequence/bin/python"))
 GOAL, EXPONENT = 0.1, 1.1
 
 PEER = """
@@ -76,7 +74,7 @@ print(json.dumps({"seconds": time.process_time() - started, "fidelity": found[0]
 
 def peer(nodes: int, seed: int = 0, limit: float = LIMIT) -> dict | None:
     """SeQUeNCe's run; None if set-up and run take longer than the limit."""
-    command = [str(PYTHON), "-c", PEER, str(nodes), str(HOP), str(seed)]
+    command = [sys.executable, "-c", PEER, str(nodes), str(HOP), str(seed)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
@@ -108,11 +106,8 @@ def main():
         + ", ".join(f"{n} nodes {1e3 * s:.2f}" for n, s in zip(sizes, seconds, strict=True))
     )
     print(f"  exponent in nodes: {slope:.2f}  goal {EXPONENT:g}: {'met' if slope <= EXPONENT else 'NOT met'}")
-    if not PYTHON.exists():
-        print(
-            f"SeQUeNCe is not there ({PYTHON}), so it was not timed. "
-            "Run `python3 -m venv .venv-sequence && .venv-sequence/bin/pip install sequence==0.8.5`, or set SEQUENCE_PYTHON."
-        )
+    if importlib.util.find_spec("sequence") is None:
+        print("SeQUeNCe is not there, so it was not timed. Run `make bench`, which installs benchmarks/peers.txt.")
         return
     nodes, last = 16, None
     while found := peer(nodes):

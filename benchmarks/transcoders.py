@@ -1,7 +1,7 @@
 """A training step of a transcoder as a multiple of sae-lens' training step at the same sizes.
 
 sae-lens trains sparse autoencoders only (it loads transcoders), so its step is that of an autoencoder with as many features and as
-wide an output. It needs an environment of its own: `pip install sae-lens`.
+wide an output. `make bench` installs it (`benchmarks/peers.txt`).
 """
 
 from __future__ import annotations
