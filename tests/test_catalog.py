@@ -1,4 +1,5 @@
 import ast
+import configparser
 import dataclasses
 import subprocess
 import sys
@@ -58,3 +59,14 @@ def test_reading_the_catalogue_needs_no_torch():
 
 def test_catalogue_files_and_readme_agree():
     assert audit.faults() == []
+
+
+def test_the_layers_of_the_house_name_every_room_that_has_code():
+    rules = configparser.ConfigParser()
+    rules.read(catalog.CHECKOUT / ".importlinter")
+    house = rules["importlinter:contract:house"]["layers"]
+    apart = rules["importlinter:contract:rooms"]["modules"].split()
+    for room in {s.room for s in catalog.load().values() if s.code}:
+        top = room.partition(".")[0]
+        assert f"interlayer.{top}" in house.replace("|", " ").split(), room
+        assert f"interlayer.{room}" in apart or f"interlayer.{room.rpartition('.')[0]}.*" in apart, room

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from interlayer.core import datasets
 from interlayer.core.example import Example
-from interlayer.testing.common import make, require, seeded, tensors
+from interlayer.core.fit import fit
+from interlayer.testing.common import make, require, tensors
 from interlayer.testing.harness import pair
 
 
@@ -31,14 +32,8 @@ def _digits(module: nn.Module, like: Tensor) -> tuple[float, float]:
     x = (images / 8 - 1).view(-1, *like.shape[1:])
     order = make(lambda: torch.randperm(len(x)), 7)
     train_on, held = order[:1400], order[1400:]
-    optimiser = torch.optim.AdamW(module.parameters(), 3e-3)
-    with seeded(7):
-        for at in range(60):
-            rows = train_on[torch.arange(at * 32, at * 32 + 32) % len(train_on)]
-            loss = nn.functional.cross_entropy(module.train()(x[rows]), y[rows])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+    rows = (train_on[torch.arange(at * 32, at * 32 + 32) % len(train_on)] for at in range(60))
+    fit(module, rows, lambda net, at: nn.functional.cross_entropy(net(x[at]), y[at]), steps=60, lr=3e-3, clip=None)
     share = torch.bincount(y[train_on], minlength=10) / len(train_on)
     with torch.no_grad():
         score = nn.functional.cross_entropy(module.eval()(x[held]), y[held]).item()

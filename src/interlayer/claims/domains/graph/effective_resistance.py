@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
 from interlayer.claims.training import built
+from interlayer.core.fit import fit
 from interlayer.domains.graph.effective_resistance import (
     EffectiveResistance,
     Resistances,
@@ -157,13 +158,9 @@ def accuracy(arm: str, seed: int, scale: Scale) -> float:
         for g in range(seed * count, (seed + 1) * count)
     ]
     model = built(lambda: build(arm, scale), seed)
-    optimiser = torch.optim.Adam(model.parameters(), scale.lr)
     torch.manual_seed(seed)
-    for _ in range(scale.steps):
-        inputs, labels = batch(graphs, torch.randint(scale.graphs, (scale.batch,)).tolist(), scale)
-        optimiser.zero_grad()
-        F.cross_entropy(model(*inputs), labels).backward()
-        optimiser.step()
+    drawn = (batch(graphs, torch.randint(scale.graphs, (scale.batch,)).tolist(), scale) for _ in range(scale.steps))
+    fit(model, drawn, lambda m, b: F.cross_entropy(m(*b[0]), b[1]), steps=scale.steps, lr=scale.lr, clip=None)
     with torch.no_grad():
         inputs, labels = batch(graphs, 4 * list(range(scale.graphs, count)), scale)
         return float((model(*inputs).argmax(1) == labels).double().mean())

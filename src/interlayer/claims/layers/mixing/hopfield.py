@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, effect, fits, highest
 from interlayer.claims.training import task
+from interlayer.core.fit import fit
 from interlayer.layers.mixing.hopfield import HopfieldPooling, update
 
 
@@ -96,13 +97,10 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         (x, y), (xv, yv) = (next(iter(task("digits").batches(seed, 10**4, s))) for s in ("train", "validation"))
         torch.manual_seed(seed)
         model = build(arm, scale)
-        optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
-        for _ in range(scale.steps):
-            bags, labels = _bags(x.flatten(1), y, 64, scale.bag, generator)
-            loss = F.binary_cross_entropy_with_logits(model(bags), labels)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+        drawn = (_bags(x.flatten(1), y, 64, scale.bag, generator) for _ in range(scale.steps))
+        fit(
+            model, drawn, lambda m, b: F.binary_cross_entropy_with_logits(m(b[0]), b[1]), steps=scale.steps, lr=2e-3, clip=None
+        )  # fmt: skip
         bags, labels = _bags(xv.flatten(1), yv, 1000, scale.bag, generator)
         with torch.no_grad():
             found["accuracy of bags"] = float(((model(bags) > 0) == labels.bool()).float().mean())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.claims.training import batches, judge, task
 from interlayer.claims.twins import shuffled
+from interlayer.core.fit import descend
 from interlayer.learn.local.scalable_ff import ScalableFF
 from interlayer.models.classic import MobileNetV3Small, ResNet18
 
@@ -39,10 +40,8 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
                 if rule:
                     rule.step((x, y))
                 else:
-                    loss = F.cross_entropy(model.train()(x), y)
-                    optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimiser.step()
+                    model.train()
+                    descend(model, optimiser, lambda m=model, x=x, y=y: F.cross_entropy(m(x), y), clip=None)
             kept = meter.peak if step else 0
         found[f"{name}: ms a step"] = 1000 * (time.perf_counter() - started) / scale.steps
         found[f"{name}: bytes saved"] = kept

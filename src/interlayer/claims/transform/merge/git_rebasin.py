@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, effect, fits, lowest
 from interlayer.claims.training import judge, task
+from interlayer.core.fit import fit
 from interlayer.core.wiring import trace
 from interlayer.transform.merge.git_rebasin import GitRebasin, barrier, interpolate
 
@@ -35,13 +36,9 @@ def _trained(width: int, steps: int, seed: int, part: int | None) -> nn.Module:
     torch.manual_seed(seed)
     model = net(width)
     x, y = _train() if part is None else _split(seed // 2)[part]
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
     chance = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        batch = torch.randint(len(x), (64,), generator=chance)
-        optimiser.zero_grad()
-        F.cross_entropy(model(x[batch]), y[batch]).backward()
-        optimiser.step()
+    rows = (torch.randint(len(x), (64,), generator=chance) for _ in range(steps))
+    fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=steps, lr=1e-3, clip=None)
     return model.eval()
 
 
