@@ -76,7 +76,9 @@ class Shrinking(nn.Module):
         self.inner, self.weight = inner, weight
 
     def forward(self, x):
-        aside.loss(self.weight * sum(p.square().sum() for p in self.inner.parameters()))
+        norm = sum(p.square().sum() for p in self.inner.parameters())
+        aside.metric("squared norm", norm)
+        aside.loss(self.weight * norm)
         return self.inner(x)
 
 

@@ -67,6 +67,9 @@ def points(result: Result) -> Iterator[tuple[str, int, int, str, str, float]]:
         for step, value in r.record.train:
             if value is not None and math.isfinite(value):
                 yield r.arm, r.seed, int(step), "train", "loss", value
+        for name, found in r.record.asides.items():  # what layers reported beside their output
+            for step, value in found:
+                yield r.arm, r.seed, int(step), "train", name, value
         for point in r.record.curve:
             for metric in r.record.metrics:
                 if point.get(metric) is not None:
