@@ -264,5 +264,5 @@ def test_what_layers_ask_for_is_added_to_the_loss(tmp_path):
         found[weight] = result.values("lr=0.03", "loss")[0]
         with (tmp_path / str(weight) / "curves.csv").open() as file:
             norms = [float(r["value"]) for r in csv.DictReader(file) if r["metric"] == "squared norm"]
-        assert len(norms) == 60 and (norms[-1] < norms[0]) == (weight > 0)
+        assert len(norms) == 2 * 60 and (norms[-1] < norms[0]) == (weight > 0)
     assert found[10.0] == pytest.approx(2.302, abs=0.02) and found[0.0] < 1.0  # all weights shrunk: every class alike
