@@ -8,7 +8,7 @@ from interlayer import catalog
 
 PRIMITIVES = (
     "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "swap", "wiring", "weights", "options",
-    "delivery", "fields", "aside", "schedule", "pairing", "equal", "recipe", "record", "cost", "nano", "kinds", "events",
+    "delivery", "fields", "aside", "schedule", "scan", "pairing", "equal", "recipe", "record", "cost", "nano", "kinds", "events",
     "degraded", "datasets", "speech", "experiences", "page",
 )  # fmt: skip
 PARTS = ("sparse", "nodes", "linear", "compressed", "prior", "positions", "depth", "parts")
