@@ -15,7 +15,7 @@ Batch = tuple[Any, Any]
 targets (None if the model gives its own loss)."""
 
 KINDS = ("tokens", "image", "vector", "series")
-OUTPUTS = ("tokens", "classes", "values", "image")
+OUTPUTS = ("tokens", "classes", "values", "image", "noise")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class DataShape:
 
     Args:
         kind: ``tokens`` (integers [B, S]), ``image`` ([B, C, H, W]), ``vector`` ([B, F]) or ``series`` ([B, S, F]).
-        outputs: ``tokens`` (logits at each place), ``classes`` (logits), ``values`` (real numbers) or ``image`` (an image of as
-            many channels).
+        outputs: ``tokens`` (logits at each place), ``classes`` (logits), ``values`` (real numbers), ``image`` (an image of as
+            many channels) or ``noise`` (what was added to an image ``x``, from it, its time ``t`` and its class ``y``).
         classes: Number of classes, or of values that are predicted.
         vocab: Number of token kinds.
         length: Length S of a sequence.

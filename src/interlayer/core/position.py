@@ -98,3 +98,52 @@ class Rotary(Position):
         """Rotate what stands at positions ``start`` to ``end``."""
         cos, sin = self.cos[start:end].to(x_BHSK.dtype), self.sin[start:end].to(x_BHSK.dtype)
         return x_BHSK * cos + x_BHSK.roll(cos.shape[-1] // 2, -1) * sin
+
+
+class AxialSinusoidal(Position):
+    """Fixed sines and cosines of the column in one half of the features and of the row in the other, for images.
+
+    Args:
+        width: Features D, a multiple of 4.
+        grid: Rows and columns; positions run row by row.
+    """
+
+    table: Tensor
+
+    def __init__(self, width: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        if width % 4:
+            raise ValueError(f"AxialSinusoidal: width {width}; expected a multiple of 4.")
+        angle = torch.stack(axial_angles(grid, width // 4))
+        self.register_buffer(
+            "table", torch.cat([f(a) for a in angle for f in (torch.sin, torch.cos)], -1), persistent=False
+        )
+
+    def embed(self, x_BSD: Tensor, offset: int = 0) -> Tensor:
+        return x_BSD + self.table[offset : offset + x_BSD.shape[1]].to(x_BSD.dtype)
+
+
+class AxialRotary(Rotary):
+    """``Rotary`` on a grid: half of a head's pairs are rotated in proportion to the column, half to the row.
+
+    Args:
+        grid: Rows and columns; positions run row by row.
+        head_width: Features of one head, a multiple of 4.
+    """
+
+    def __init__(self, grid: tuple[int, int], head_width: int) -> None:
+        super().__init__(grid[0] * grid[1], head_width)
+        if head_width % 4:
+            raise ValueError(
+                f"AxialRotary: head width {head_width}; expected a multiple of 4. Choose other heads or width."
+            )
+        angle = torch.cat(axial_angles(grid, head_width // 4), -1)
+        self.cos = torch.cat((angle.cos(), angle.cos()), -1)
+        self.sin = torch.cat((-angle.sin(), angle.sin()), -1)
+
+
+def axial_angles(grid: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
+    """Column and row of each position times ``count`` falling frequencies from 1 down towards 1/10000: two [N, count]."""
+    frequency = 10000.0 ** (-torch.arange(count) / count)
+    row, column = (i.flatten() for i in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij"))
+    return torch.outer(column, frequency), torch.outer(row, frequency)

@@ -11,6 +11,7 @@ from interlayer.core.data import DataShape
 from interlayer.core.slots import parse_spec
 from interlayer.models.classic import MobileNetV3Small, ResNet18
 from interlayer.models.convnet import ConvNet
+from interlayer.models.diffusion import DiT
 from interlayer.models.mlp import MLP
 from interlayer.models.transformer import Encoder, Transformer, VisionTransformer
 
@@ -18,6 +19,7 @@ __all__ = [
     "BASES",
     "MLP",
     "ConvNet",
+    "DiT",
     "Encoder",
     "MobileNetV3Small",
     "ResNet18",
@@ -56,12 +58,26 @@ def _mobilenet(shape: DataShape, **options: Any) -> nn.Module:
     return MobileNetV3Small(shape.channels, shape.classes, **{"width": 0.5, **options})
 
 
+def _dit(shape: DataShape, **options: Any) -> nn.Module:
+    given = {
+        "patch": 2,
+        "depth": 4,
+        "width": 64,
+        "heads": 4,
+        "classes": shape.classes,
+        "learned_variance": False,
+        **options,
+    }
+    return DiT(shape.channels, (shape.height, shape.width), **given)
+
+
 BASES = {
     "transformer": (_transformer, {("tokens", "tokens")}),
     "encoder": (_encoder, {("tokens", "classes")}),
     "vit": (_vit, {("image", "classes")}),
     "mlp": (_mlp, {(kind, out) for kind in ("image", "vector", "series") for out in ("classes", "values")}),
     "convnet": (_convnet, {("image", "classes")}),
+    "dit": (_dit, {("image", "noise")}),
     "resnet18": (_resnet18, {("image", "classes")}),
     "mobilenetv3": (_mobilenet, {("image", "classes")}),
 }
