@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.core.data import DataShape, answer
+from interlayer.core.data import Batch, DataShape, answer, moved
 from interlayer.core.nano import nano
 from interlayer.core.process import DDIM, Diffusion, Process, distance, mmd, sample
-from interlayer.study.task import Batch, Task, moved
+from interlayer.core.task import Subject, Task
 
 Predict = Callable[[Any], Any]
 
@@ -122,8 +122,8 @@ class DiffusionTask(Task):
             total += float(self.loss(predict(inputs), targets)) * len(targets)
         return total / len(self.data["validation"][0])
 
-    def draw(self, predict: Predict, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Samples and their classes; always from the same noise."""
+    def draw(self, predict: Predict, seed: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Samples and their classes."""
         classes = (torch.arange(self.samples) % self.shape.classes).to(device)
 
         def model(x: Tensor, t: Tensor, y: Tensor) -> Any:
@@ -131,11 +131,11 @@ class DiffusionTask(Task):
 
         shape = (self.samples, self.shape.channels, self.shape.height, self.shape.width)
         images = sample(
-            model, self.process, DDIM(), shape, classes, seed=0, steps=self.steps, clip=1.0, device=device
+            model, self.process, DDIM(), shape, classes, seed=seed, steps=self.steps, clip=1.0, device=device
         )  # fmt: skip
         return images.cpu(), classes.cpu()
 
-    def judge(self, images: Tensor, classes: Tensor) -> dict[str, float]:
+    def quality(self, images: Tensor, classes: Tensor) -> dict[str, float]:
         """Distance from real images, its floor, and agreement of samples with their classes."""
         if not images.isfinite().all():
             return {"distance": math.inf, "floor": math.inf}
@@ -148,15 +148,20 @@ class DiffusionTask(Task):
         return scores
 
     def evaluate(self, predict: Predict, batch_size: int, device: torch.device | str = "cpu") -> dict[str, float]:
-        """Loss and what ``judge`` says of samples."""
-        return {"loss": self.error(predict, device), **self.judge(*self.draw(predict, device))}
+        """Loss and what ``quality`` says of samples."""
+        return {"loss": self.error(predict, device), **self.quality(*self.draw(predict, 0, device))}
+
+    def judge(self, subject: Subject, seed: int) -> dict[str, float]:
+        """As ``evaluate``, with samples from noise of the seed."""
+        error = self.error(subject.predict, subject.device)
+        return {"loss": error, **self.quality(*self.draw(subject.predict, seed, subject.device))}
 
     def trivial(self) -> dict[str, float]:
         """Loss of the prediction 0, and distance of the mean image."""
         images = self.data["train"][0]
         mean = images.mean(0).expand(self.samples, *images.shape[1:])
         loss = self.error(lambda inputs: torch.zeros_like(inputs["x"]))
-        return {"loss": loss, **self.judge(mean, torch.arange(self.samples) % self.shape.classes)}
+        return {"loss": loss, **self.quality(mean, torch.arange(self.samples) % self.shape.classes)}
 
 
 def digit_images(scale: int = 1) -> dict[str, tuple[Tensor, Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -15,6 +14,7 @@ from interlayer.core.conditioning import AdaLNBlock, AdaLNHead, Condition, check
 from interlayer.core.config import configured
 from interlayer.core.data import DataShape, run
 from interlayer.core.example import Example
+from interlayer.core.fit import fit
 from interlayer.generate.tasks import digits_diffusion
 from interlayer.generate.u_dit.parts import (
     FFNS,
@@ -192,12 +192,7 @@ def _train() -> tuple[float, float]:
     """Squared error of the noise in held-out digits after 40 steps, and that of predicting none."""
     task = digits_diffusion()
     model = UDiT.for_task(task.shape, width=8, depth=(1, 0, 1, 0, 1))
-    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
-    for inputs, noise in islice(task.batches(0, 16), 40):
-        loss = task.loss(run(model, inputs), noise)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+    fit(model, task.batches(0, 16), lambda m, batch: task.loss(run(m, batch[0]), batch[1]), steps=40, lr=3e-3)
     return task.error(partial(run, model.eval())), task.error(lambda inputs: torch.zeros_like(inputs["x"]))
 
 
