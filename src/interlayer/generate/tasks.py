@@ -62,8 +62,8 @@ class DiffusionTask(Task):
         process: Process | None = None,
         features: Callable[[Tensor], Tensor] = torch.Tensor.float,
         classify: Callable[[Tensor], Tensor] | None = None,
-        samples: int = 200,
-        steps: int = 20,
+        samples: int = 100,
+        steps: int = 10,
         about: str = "",
     ) -> None:
         images, classes = train
