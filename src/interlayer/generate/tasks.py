@@ -26,8 +26,8 @@ class DiffusionTask(Task):
     process asks for. ``evaluate`` gives
 
     - ``loss``: the squared error over the validation images, at times and noise that are always the same;
-    - ``distance``: the squared maximum mean discrepancy (``core.process.mmd``) of samples drawn with the model from real images,
-      and ``floor``: that of as many real images from the others;
+    - ``distance``: the squared maximum mean discrepancy (``core.process.mmd``) of samples drawn with the model from validation
+      images, and ``floor``: that of as many of these from the others;
     - ``agreement`` (with ``classify``): the share of the samples that are classified as what was asked for.
 
     Args:
@@ -37,7 +37,7 @@ class DiffusionTask(Task):
         process: What noise does. Defaults to DDPM's diffusion.
         features: From images to the features in which distances are measured. Defaults to the pixels.
         classify: From images to logits of the classes.
-        samples: How many are drawn.
+        samples: How many are drawn; at most two fewer than there are validation images.
         steps: Steps of the sampler, ``DDIM``.
         about: One line on the data.
 
@@ -70,6 +70,10 @@ class DiffusionTask(Task):
         if images.ndim != 4 or images.abs().max() > 1:
             raise ValueError(
                 f"DiffusionTask: images {tuple(images.shape)}; expected [N, C, H, W] with values in [-1, 1]."
+            )
+        if len(validation[0]) < samples + 2:
+            raise ValueError(
+                f"DiffusionTask: {samples} samples and {len(validation[0])} validation images; expected more images. Draw fewer samples."
             )
         self.name, self.data, self.process = name, {"train": train, "validation": validation}, process or Diffusion()
         self.features, self.classify, self.samples, self.steps = features, classify, samples, steps
@@ -139,7 +143,7 @@ class DiffusionTask(Task):
         """Distance from real images, its floor, and agreement of samples with their classes."""
         if not images.isfinite().all():
             return {"distance": math.inf, "floor": math.inf}
-        real = torch.cat([x for x, _ in self.data.values()])
+        real = self.data["validation"][0]
         with torch.no_grad():
             found = distance(mmd, self.features(images), self.features(real), splits=5)
             scores = {"distance": found.value, "floor": found.floor}
