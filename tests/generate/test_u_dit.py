@@ -175,8 +175,10 @@ def test_samples():
 def test_errors():
     with pytest.raises(ValueError, match="image 12 x 16 with down=2; expected multiples of 8"):
         UDiT(1, (12, 16))
-    with pytest.raises(ValueError, match="size 'XL', ffn 'rep'"):
+    with pytest.raises(ValueError, match="size 'XL'; expected one of"):
         UDiT(1, 16, size="XL")
+    with pytest.raises(ValueError, match="UDiT: ffn 'repp' is not one of"):
+        UDiT(1, 16, size="nano", ffn="repp")
     with pytest.raises(ValueError, match="five stages"):
         UDiT(1, 16, depth=(1, 1, 1))
     with pytest.raises(ValueError, match="head width 3 is odd"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from interlayer.core.config import configured
 from interlayer.core.data import DataShape, run
 from interlayer.core.example import Example
 from interlayer.core.fit import fit
+from interlayer.core.slots import choose
 from interlayer.generate.tasks import digits_diffusion
 from interlayer.generate.u_dit.parts import (
     FFNS,
@@ -23,7 +25,6 @@ from interlayer.generate.u_dit.parts import (
     Halve,
     RepFeedForward,
     conv,
-    feed_forward,
 )
 
 # The authors' three models, for latents of 4 channels and 32 x 32; the last is for small images.
@@ -68,14 +69,15 @@ class UDiT(nn.Module):
         down: Down-sampling factor of the attention; 1 gives a plain U-shaped transformer.
         cosine: See ``DownSampledAttention``.
         rotary: See ``DownSampledAttention``.
-        ffn: ``rep``, ``depthwise`` (its folded form) or ``plain`` (no convolution).
+        attention: What mixes tokens, called as ``DownSampledAttention`` is.
+        ffn: ``rep``, ``depthwise`` (its folded form), ``plain`` (no convolution), or a class of your own (``width=, hidden=``).
         learned_variance: Whether to give 2 C channels, the second half for ``Diffusion(variance="learned")``.
         dropout: Share of the classes that are dropped in training, for guidance.
 
     Shapes: images [B, C, H, W], times [B] and classes [B] (K: no class) to [B, C or 2 C, H, W].
 
     Raises:
-        ValueError: Unknown size or ``ffn``, an image that ``down`` does not fit, or inputs of another shape.
+        ValueError: An unknown size or ``ffn``, an image that ``down`` does not fit, or inputs of another shape.
 
     Examples:
         >>> model = UDiT(1, 16, classes=10, size="nano", learned_variance=False)
@@ -99,14 +101,15 @@ class UDiT(nn.Module):
         down: int = 2,
         cosine: bool = True,
         rotary: bool = True,
-        ffn: str = "rep",
+        attention: Callable[..., nn.Module] = DownSampledAttention,
+        ffn: Any = "rep",
         learned_variance: bool = True,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
         rows, columns = (image, image) if isinstance(image, int) else image
-        if size not in SIZES or ffn not in FFNS:
-            raise ValueError(f"UDiT: size {size!r}, ffn {ffn!r}; expected one of {list(SIZES)} and of {FFNS}.")
+        if size not in SIZES:
+            raise ValueError(f"UDiT: size {size!r}; expected one of {list(SIZES)}.")
         if down < 1 or rows % (4 * down) or columns % (4 * down):
             raise ValueError(
                 f"UDiT: image {rows} x {columns} with down={down}; expected multiples of {4 * max(down, 1)}."
@@ -122,8 +125,8 @@ class UDiT(nn.Module):
             grid = (rows >> halvings, columns >> halvings)
             pairs = []
             for _ in range(2 * blocks):
-                mixer = DownSampledAttention(width, heads, grid, down=down, cosine=cosine, rotary=rotary)
-                mlp = feed_forward(ffn, width, int(ratio * width))
+                mixer = attention(width, heads, grid, down=down, cosine=cosine, rotary=rotary)
+                mlp = choose("UDiT: ffn", ffn, FFNS, width=width, hidden=int(ratio * width))
                 xavier(mixer, mlp)
                 pairs.append(AdaLNBlock(width, mixer, mlp))
             return nn.ModuleList(pairs)
@@ -158,9 +161,13 @@ class UDiT(nn.Module):
         first = _through(self.encoder1, self.embed(x).movedim(1, -1), c1)
         second = _through(self.encoder2, self.down1(first), c2)
         x = _through(self.middle, self.down2(second), c3)
-        x = _through(self.decoder2, self.reduce2(torch.cat((self.up2(x), second), -1)), c2)
-        x = _through(self.decoder1, self.reduce1(torch.cat((self.up1(x), first), -1)), c2)
+        x = _through(self.decoder2, self.reduce2(self.join(self.up2(x), second)), c2)
+        x = _through(self.decoder1, self.reduce1(self.join(self.up1(x), first)), c2)
         return self.head(conv(self.output, x), c2)
+
+    def join(self, x: Tensor, skipped: Tensor) -> Tensor:
+        """What comes from below, and what the encoder had at this resolution."""
+        return torch.cat((x, skipped), -1)
 
     def folded(self) -> Self:
         """A new model that computes the same with folded feed-forward layers; nothing of this one changes."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -10,8 +13,6 @@ from torch import Tensor, nn
 from interlayer.core.mixer import Attention, Context, attend
 from interlayer.core.parts import FeedForward
 from interlayer.core.position import AxialRotary
-
-FFNS = ("rep", "depthwise", "plain")
 
 
 def split(x: Float[Tensor, "B H W D"], factor: int) -> Float[Tensor, "G N D"]:
@@ -204,8 +205,8 @@ class Double(nn.Module):
         return tiles.permute(0, 1, 4, 2, 5, 3).reshape(count, 2 * rows, 2 * columns, width // 2)
 
 
-def feed_forward(name: str, width: int, hidden: int) -> nn.Module:
-    """The feed-forward layer of a name in ``FFNS``."""
-    if name == "plain":
-        return FeedForward(width, hidden=hidden, activation=lambda: nn.GELU(approximate="tanh"))
-    return (RepFeedForward if name == "rep" else DepthwiseFeedForward)(width, hidden)
+FFNS: dict[str, Callable[..., nn.Module]] = {
+    "rep": RepFeedForward,
+    "depthwise": DepthwiseFeedForward,
+    "plain": partial(FeedForward, activation=partial(nn.GELU, approximate="tanh")),
+}
