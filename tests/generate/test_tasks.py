@@ -3,6 +3,7 @@ import torch
 
 from interlayer.core.process import Flow
 from interlayer.generate.tasks import DiffusionTask, digits_diffusion
+from interlayer.study import compare
 
 
 def images(count=40, seed=0):
@@ -53,3 +54,15 @@ def test_errors():
     inputs, noise = next(task.batches(0, 4))
     with pytest.raises(ValueError, match=r"the model gives \(4, 2, 8, 8\); expected \(4, 1, 8, 8\)"):
         task.loss(inputs["x"].repeat(1, 2, 1, 1), noise)
+
+
+def test_generators_are_compared(tmp_path):
+    """Arms of a study: U-DiT, the same with plain attention, and an isotropic DiT, judged by their samples."""
+    result = compare(
+        model="u-dit(width=8, heads=2, depth=(1, 0, 0, 0, 0))",
+        task="digits-diffusion",
+        arms=["plain", "down=1", "dit(width=8, heads=2, depth=1)"],
+        steps=1, seeds=1, lr=1e-3, evaluations=1, workers=1, out=tmp_path,
+    )  # fmt: skip
+    assert [run.state for run in result.runs] == ["done"] * 3
+    assert all(run.record.metrics.keys() == {"loss", "distance", "floor", "agreement"} for run in result.runs)

@@ -108,13 +108,16 @@ def test_it_computes_what_the_authors_code_computes():
     torch.testing.assert_close(out.square().mean(), torch.tensor(35.6817), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("size", "giga", "weights"), [("S", 6.04, 58_896_568), ("L", 85.00, 916_335_304)])
-def test_published_cost(size, giga, weights):
-    """Multiply-adds for a 32 x 32 latent, of the folded model as the authors count; parameters of their code, unfolded."""
+def test_published_cost():
+    """Multiply-adds for a 32 x 32 latent, of the folded model as the authors count; parameters of their code, unfolded.
+
+    For the larger models the same count gives 22.18 and 84.91 billion; 22.22 and 85.00 are published.
+    """
     with torch.device("meta"):
         given = torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long)
-        assert abs(flops(UDiT(size=size, ffn="depthwise"), *given) / 2e9 / giga - 1) < 0.005
-        assert parameters(UDiT(size=size)) == weights
+        assert abs(flops(UDiT(size="S", ffn="depthwise"), *given) / 6.04e9 / 2 - 1) < 0.005
+        for size, weights in (("S", 58_896_568), ("B", 231_251_304), ("L", 916_335_304)):
+            assert parameters(UDiT(size=size)) == weights
 
 
 def test_folding_changes_nothing():

@@ -22,14 +22,14 @@ class Step:
         t: Time before it.
         s: Time after it.
         x: The items after it.
-        predicted: What the model said before it, at its last call.
+        predicted: What the model said before it, at its last call; None if the solver never asked.
     """
 
     index: int
     t: Tensor
     s: Tensor
     x: Tensor
-    predicted: Prediction
+    predicted: Prediction | None
 
 
 Predict = Callable[[Tensor, Tensor], Prediction]
@@ -181,16 +181,17 @@ def integrate(
         generator: Of a solver's noise.
         hooks: Called after each step, in order.
     """
-    last: Prediction
+    last: Prediction | None = None
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
         nonlocal last
-        last = process.read(x, answer(model(x, t.expand(len(x)), *conditions)), t)
+        found = process.read(x, answer(model(x, t.expand(len(x)), *conditions)), t)
         if clip is not None:
             alpha, sigma = process.broadcast(t, x)
-            x0 = last.x0.clamp(-clip, clip)
-            last = last._replace(x0=x0, noise=(x - alpha * x0) / sigma)
-        return last
+            x0 = found.x0.clamp(-clip, clip)
+            found = found._replace(x0=x0, noise=(x - alpha * x0) / sigma)
+        last = found
+        return found
 
     def draw() -> Tensor:
         return torch.randn(x.shape, generator=generator).to(x)
