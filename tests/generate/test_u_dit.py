@@ -144,6 +144,8 @@ def test_evaluation_and_folding_leave_the_weights_alone(tmp_path):
         for p in folded.parameters():
             p.zero_()
     assert torch.equal(model(*inputs()), wanted) and parameters(folded) < parameters(model)
+    plain = UDiT(1, 16, classes=5, size="nano", ffn="plain")
+    assert plain.folded().config == plain.config
     interlayer.save(model.folded(), tmp_path)
     torch.testing.assert_close(interlayer.load(tmp_path)(*inputs()), wanted, rtol=1e-5, atol=1e-5)
 

@@ -42,17 +42,17 @@ class UDiT(nn.Module):
 
     From `U-DiTs: Downsample Tokens in U-Shaped Diffusion Transformers <https://arxiv.org/abs/2405.02730>`_. Three levels of
     resolution with D, 2 D and 4 D features; the decoder's upper level has 2 D as well. Each block is two pairs of attention and
-    feed-forward layers with adaLN-Zero conditioning, and each level embeds time and class for itself (the decoder uses the second
-    level's). The attention of a feature map x is
+    feed-forward layers with adaLN-Zero conditioning, and each level embeds time and class for itself, and
+    drops classes in training for itself (the decoder uses the second level's). The attention of a feature map x is
 
     $$y = \mathrm{merge}(\mathrm{softmax}(\tau \hat q \hat k^\top) v), \qquad q, k, v = W\,\mathrm{split}(x + K * x)$$
 
     with a depthwise 5 x 5 kernel K, unit vectors $\hat q$ and $\hat k$ that are rotated by row and column, a learned $\tau$, and
     ``split`` dealing the pixels into four groups that attend each within itself: a quarter of the pairs of pixels.
 
-    The feed-forward layers hold more weights in training than they need (``ffn="rep"``); ``folded()`` gives a model without them,
-    a new one: evaluation mode changes nothing here. In the authors' code (YuchuanTian/U-DiT) it folds into the live weights, so that
-    each call of ``eval()`` changes them. Their figures of cost are those of the folded model.
+    The feed-forward layers hold more weights than they need (``ffn="rep"``); ``folded()`` gives a new model without the surplus, and
+    evaluation mode changes no weight. (In the authors' code, YuchuanTian/U-DiT, each call of ``eval()`` folds into the live weights
+    again.) Published costs are those of the folded model.
 
     The authors train with AdamW at 1e-4 without decay, batches of 256, random flips, a running mean of the weights (0.9999) and
     ``Diffusion(variance="learned")``, and sample with 250 steps of ``Ancestral``.
@@ -176,7 +176,7 @@ class UDiT(nn.Module):
             for name, child in module.named_children():
                 if isinstance(child, RepFeedForward):
                     setattr(module, name, child.folded())
-        model.config = model.config | {"ffn": "depthwise"}
+                    model.config = model.config | {"ffn": "depthwise"}
         return model
 
 
