@@ -17,7 +17,7 @@ from interlayer.core.data import DataShape, run
 from interlayer.core.example import Example
 from interlayer.core.fit import fit
 from interlayer.core.slots import choose
-from interlayer.generate.tasks import digits_diffusion
+from interlayer.generate.tasks import DiffusionTask, digit_images
 from interlayer.generate.u_dit.parts import (
     FFNS,
     Double,
@@ -197,7 +197,7 @@ def _awake(**options: Any) -> UDiT:
 
 def _train() -> tuple[float, float]:
     """Squared error of the noise in held-out digits after 25 steps, and that of predicting none."""
-    task = digits_diffusion()
+    task = DiffusionTask("digits", **digit_images())
     model = UDiT.for_task(task.shape, width=8, depth=(1, 0, 1, 0, 1))
     fit(model, task.batches(0, 16), lambda m, batch: task.loss(run(m, batch[0]), batch[1]), steps=25, lr=3e-3)
     return task.error(partial(run, model.eval())), task.error(lambda inputs: torch.zeros_like(inputs["x"]))
