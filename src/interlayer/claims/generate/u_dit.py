@@ -29,7 +29,7 @@ POOLED, SWAPPED = "pooled tokens", "tiles put back transposed"
 IN_PLACE, NO_IDENTITY = "folded in place", "folded without the identity"
 OPEN, OUTSIDE = "gates open at first", "gate around the sum"
 
-LEARNED = (U_DIT, ISOTROPIC, LONGER, PLAIN, POOLED, NO_SKIPS)
+LEARNED = (U_DIT, ISOTROPIC, LONGER, PLAIN, NO_SKIPS)
 
 
 class Pooled(DownSampledAttention):
@@ -101,7 +101,6 @@ def build(arm: str, scale: Scale, **options: Any) -> nn.Module:
     plain = {"down": 1, "ffn": "plain", "cosine": False, "rotary": False}
     parts: dict[str, dict[str, Any]] = {
         PLAIN: plain,
-        POOLED: {"attention": Pooled},
         IN_PLACE: {"ffn": InPlace},
         NO_IDENTITY: {"ffn": NoIdentity},
     }
@@ -166,6 +165,8 @@ def start(arm: str) -> dict[str, float]:
 
 def learned(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Train on digits by the authors' recipe (hybrid loss, AdamW without decay, constant rate) and judge.
+
+    Two hundred steps need no running mean of the weights, and digits must not be flipped.
 
     ``loss``: squared error of the noise in held-out digits. ``distance``: of samples from held-out digits
     (``generate.tasks``). ``FLOPs``: of one forward pass for an image, folded, in millions.
@@ -254,7 +255,7 @@ CLAIM = Claim(
         effect(
             "At equal FLOPs the loss is lower than that of a plain U-shaped DiT.",
             lowest("loss", U_DIT, than=(PLAIN,)),
-            control=POOLED,
+            control=NO_SKIPS,
         ),
     ),
     checks=(
@@ -264,7 +265,14 @@ CLAIM = Claim(
         check("The isotropic DiT has as many within 1%, and not fewer.", fits("FLOPs", ISOTROPIC, low=7.69, high=7.76)),
         check("The plain U-shaped DiT has as many within 3%, and not fewer.", fits("FLOPs", PLAIN, low=7.69, high=7.91)),
     ),
-    pilots="",
+    pilots="Seeds 1000 and 1001, rates 1e-3, 3e-3 and 1e-2 for each arm; 3e-3 was best for U-DiT (loss .136 and .136), the isotropic "
+    "(.149, .146) and the plain U-shaped DiT (.125, .129), so all take it, the control (.174, .175) too. Samples: .031 and .043 from real "
+    "digits with U-DiT, .060 and .058 with the isotropic DiT; classes are hardly obeyed after so few steps. The third effect is thus "
+    "expected to come out contrary. Where the gap comes from, at 3e-3: U-DiT with full attention had .138 and .148, the plain U-shaped "
+    "DiT with down-sampled tokens .128 and .128, U-DiT with pooled tokens .127 and .130. So down-sampling helps or does no harm, "
+    "keeping every token brings nothing yet, and cosines, rotation and surplus weights cost loss so early. With a block in every "
+    "stage, batches of 32 and 300 steps, three times the cost, U-DiT (.103, .111) was level with the plain U-shaped DiT (.104, .107), "
+    "the isotropic one far behind (.135, .136); with 80 and 150 such steps distances were too noisy or the runs too long.",
     scales={
         "smoke": {"channels": 1, "side": 8, "sizes": {"size": "nano", "width": 8, "depth": (1, 0, 0, 0, 0)},
                   "isotropic": {"depth": 1, "width": 8, "heads": 2}, "batch": 4, "steps": 1, "samples": 10, "sampling": 1,
@@ -272,7 +280,7 @@ CLAIM = Claim(
         "small": {"channels": 1, "side": 8, "sizes": {"size": "nano", "depth": (1, 0, 1, 0, 1)},
                   "isotropic": {"depth": 4, "width": 68, "heads": 4},
                   "batch": 16, "steps": 200, "samples": 100, "sampling": 10,
-                  "rates": {U_DIT: 3e-3, ISOTROPIC: 3e-3, LONGER: 3e-3, PLAIN: 3e-3, POOLED: 3e-3, NO_SKIPS: 3e-3}},
+                  "rates": dict.fromkeys(LEARNED, 3e-3)},
         "full": {"channels": 1, "side": 32, "sizes": {"size": "S"}, "isotropic": {"depth": 12, "width": 384, "heads": 6},
                  "batch": 256, "steps": 20000, "samples": 300, "sampling": 50,
                  "rates": dict.fromkeys(LEARNED, 1e-4)},
