@@ -31,11 +31,7 @@ def faults() -> list[str]:
         tasks = (where.partition(":")[0].rpartition(".") for where in catalog.tasks().values())
         known |= {stem for place, _, stem in tasks if place == room}
         folder = catalog.PACKAGE.joinpath(*room.split("."))
-        there = (
-            {p.stem for p in folder.glob("*") if not p.name.startswith("_") and p.stem != "tasks"}
-            if folder.is_dir()
-            else set()
-        )
+        there = {p.stem for p in folder.glob("*") if not p.name.startswith("_")} if folder.is_dir() else set()
         found += [f"{room}.{stem}: code without a row in the catalogue" for stem in sorted(there - known)]
     readme = catalog.CHECKOUT / "README.md"
     if readme.exists() and table() not in readme.read_text(encoding="utf-8"):

@@ -10,8 +10,8 @@ from interlayer.study.spec import StudyError
 
 
 def main(batch):
-    """The tensor among the inputs."""
-    return batch[0]["image"] if isinstance(batch[0], dict) else batch[0]
+    """The tensor among the inputs, or the first of several."""
+    return next(iter(batch[0].values())) if isinstance(batch[0], dict) else batch[0]
 
 
 @pytest.mark.parametrize("name", [name for name in catalog.tasks() if tasks.load(name).learns])
@@ -27,7 +27,8 @@ def test_builtin_tasks_give_seeded_batches_of_their_shape(name):
         "series": (6, shape.length, shape.features),
     }[shape.kind]
     assert tuple(main(one).shape) == wanted
-    sizes = {"tokens": (*one[1].shape, shape.vocab), "image": one[1].shape}.get(shape.outputs, (6, shape.classes))
+    sizes = {"tokens": (*one[1].shape, shape.vocab), **dict.fromkeys(("image", "noise"), one[1].shape)}
+    sizes = sizes.get(shape.outputs, (6, shape.classes))
     assert task.loss(torch.zeros(sizes), one[1]).isfinite()
     first, again = list(task.batches(0, 6, "validation")), list(task.batches(9, 2, "validation"))
     assert all(torch.equal(main(a), main(b)) for a, b in zip(first, again, strict=True))

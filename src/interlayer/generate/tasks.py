@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.core.data import Batch, DataShape, answer, moved
+from interlayer.core.datasets import digits
 from interlayer.core.nano import nano
 from interlayer.core.process import DDIM, Diffusion, Process, distance, mmd, sample
 from interlayer.core.task import Subject, Task
@@ -170,13 +171,10 @@ class DiffusionTask(Task):
 
 def digit_images(scale: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
     """scikit-learn's 8x8 handwritten digits in [-1, 1], enlarged ``scale`` times; every fifth is for validation."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    x, y = digits()
+    x = x / 8 - 1
     if scale > 1:
         x = F.interpolate(x, scale_factor=scale, mode="bilinear")
-    y = torch.tensor(data.target, dtype=torch.long)
     held = torch.arange(len(x)) % 5 == 4
     return {"train": (x[~held], y[~held]), "validation": (x[held], y[held])}
 
