@@ -272,7 +272,8 @@ CLAIM = Claim(
         check("The isotropic DiT has as many within 1%, and not fewer.", fits("FLOPs", ISOTROPIC, low=7.69, high=7.76)),
         check("The plain U-shaped DiT has as many within 3%, and not fewer.", fits("FLOPs", PLAIN, low=7.69, high=7.91)),
     ),
-    pilots="Seeds 1000 and 1001; rates 1e-3 (seed 1000), 3e-3 and 1e-2, running means of 0.95 and 0.98. With 3e-3 and 0.95 U-DiT had its lowest loss "
+    pilots="Seeds 1000 and 1001; rates 1e-3 (seed 1000), 3e-3 and 1e-2, running means of 0.95 and 0.98. "
+    "With 3e-3 and 0.95 U-DiT had its lowest loss "
     "(.119, .120) and so had the plain U-shaped DiT (.117, .119); the isotropic DiT was within .001 of its lowest, at 1e-2 (.141, .141 "
     "against .140, .141), and had its best samples (.050, .045 from real digits; U-DiT .030, .028, the plain one .031, .026), so all "
     "take these. Classes are hardly obeyed after so few steps. The third effect is expected to stay undecided or come out contrary. "
