@@ -38,7 +38,9 @@ def main() -> None:
     print(f"steps and judgements: {share:.3f} of the workers' time  goal 0.9: {'met' if share >= 0.9 else 'NOT met'}")
     print(f"  steps {steps / WORKERS / wall:.3f}, judgements {judged / WORKERS / wall:.3f}")
     print(f"  building, batches and counting costs in the runs {(inside - steps - judged) / WORKERS / wall:.3f}")
-    print(f"  start of the workers, checks before, report, records, waiting at the end {1 - inside / WORKERS / wall:.3f}")
+    print(
+        f"  start of the workers, checks before, report, records, waiting at the end {1 - inside / WORKERS / wall:.3f}"
+    )
 
 
 if __name__ == "__main__":
