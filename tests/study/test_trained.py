@@ -124,4 +124,4 @@ def test_a_stream_of_experiences_gives_accuracy_and_forgetting(tmp_path):
     refused, _ = study(
         tmp_path / "b", task="digits-stream", base=base, arms=["plain"], seeds=1, steps=None, seconds=1.0
     )
-    assert "expected at least 10 steps, one for each experience" in refused.runs[0].error
+    assert "a budget of 0 steps; expected at least 10, one for each experience" in refused.runs[0].error

@@ -159,10 +159,11 @@ def cells(row: ArmRow, result: Result) -> dict[str, str]:
     """A line of the table as text by column heading."""
     about, cost = result.about, row.cost
     metric, against = about["metric"], result.spec.baseline
-    measured = {key for run in result.runs for key in (*run.record.cost, *run.record.metrics)}
+    measured = {key for run in result.runs for key in run.record.cost}
     word = "validation " if about.get("learns", True) else ""
     found = {"arm": row.arm}
-    for name in dict.fromkeys(("loss", metric) if about.get("learns", True) else (metric,)):
+    scored = {name for run in result.runs for name in run.record.metrics}
+    for name in dict.fromkeys(("loss", metric) if "loss" in scored or not scored else (metric,)):
         found[f"{word}{name}"] = row.metrics[name].text() if name in row.metrics else "–"
     if row.state and not row.metrics:
         found[list(found)[1]] = row.state

@@ -74,7 +74,8 @@ class StreamTask(Task):
         count = len(self.stream)
         if budget.steps is None or budget.steps < count:
             raise ValueError(
-                f"task {self.name!r}: budget {budget}; expected at least {count} steps, one for each experience."
+                f"task {self.name!r}: a budget of {budget.steps or 0} steps; expected at least {count}, one for each experience. "
+                "Set steps, not seconds."
             )
         ends = [budget.steps * (i + 1) // count for i in range(count)]
         for i, (experience, part) in enumerate(zip(self.stream, self.parts, strict=True)):
