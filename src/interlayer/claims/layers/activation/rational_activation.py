@@ -11,9 +11,9 @@ from torch import nn
 
 from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.claims.twins import frozen
+from interlayer.core.rl import DQN, sizes
 from interlayer.layers.activation.rational_activation import Rational, fit, joint, rational_naive
 from interlayer.models import MLP
-from interlayer.study.rl import DQN, sizes
 
 ENVIRONMENTS = ("CartPole-v1", "Acrobot-v1")
 
@@ -51,7 +51,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     for name, steps in zip(ENVIRONMENTS, scale.steps, strict=True):
         torch.manual_seed(seed)
         q = build(arm, scale, name)
-        run = DQN(steps=steps, updates=2, copies=scale.copies, warm=scale.warm).train(q, name, seed=seed)
+        run = DQN(steps=steps, ratio=2 / scale.copies, copies=scale.copies, warm=scale.warm).train(q, name, seed=seed)
         late = [r for r, at in zip(run.returns, run.at, strict=True) if at > 0.75 * steps]
         found[name] = float(np.mean(late)) if late else float("nan")
         found[f"moved on {name}"] = moved(q)
@@ -70,7 +70,7 @@ CLAIM = Claim(
         for name in ENVIRONMENTS
     ),
     scales={
-        "smoke": {"steps": (400, 510), "copies": 1, "warm": 505},
+        "smoke": {"steps": (510, 510), "copies": 1, "warm": 505},
         "small": {"steps": (20_000, 20_000), "copies": 8, "warm": 1000},
         "full": {"steps": (200_000, 500_000), "copies": 8, "warm": 5000},
     },

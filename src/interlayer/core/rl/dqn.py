@@ -1,10 +1,9 @@
-"""Reinforcement learning on Gymnasium environments: a small DQN loop that systems share."""
+"""Deep Q-learning: a memory of transitions, a target network, and random actions less and less often."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,33 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.core import aside
-from interlayer.core.extras import need
+from interlayer.core.rl.play import Episodes, Hook, Play, Update, descend, greedy
 from interlayer.core.schedule import progress
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def environments(name: str, count: int) -> Any:
-    """``count`` copies of a Gymnasium environment, stepped together; one that ends begins anew within the same step."""
-    gymnasium = need("gymnasium", "control", "study.rl")
-    mode = gymnasium.vector.AutoresetMode.SAME_STEP
-    return gymnasium.make_vec(name, num_envs=count, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode})
-
-
-def sizes(name: str) -> tuple[int, int]:
-    """Numbers in a (flattened) observation, and actions.
-
-    Raises:
-        ValueError: The environment has no discrete actions.
-    """
-    one = need("gymnasium", "control", "study.rl").make(name)
-    observed, actions = one.observation_space.shape, getattr(one.action_space, "n", None)
-    one.close()
-    if actions is None or not observed:
-        raise ValueError(
-            f"rl: {name!r} has actions {one.action_space}; DQN needs an array to see and discrete actions."
-        )
-    return int(np.prod(observed)), int(actions)
+Batch = tuple[Tensor, ...]  # observations, actions, rewards, following observations, whether it ended
 
 
 class Replay:
@@ -82,7 +58,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class DQN:
-    """Deep Q-learning (Mnih et al., doi:10.1038/nature14236): replay, a target network, actions at random less and less often.
+    """Deep Q-learning (Mnih et al., doi:10.1038/nature14236).
 
     ``loss = huber(Q(s, a) - (r + discount (1 - ended) max_a' Q_target(s', a')))``; with ``double`` the action is chosen by
     Q and valued by Q_target (van Hasselt et al., arXiv:1509.06461).
@@ -91,17 +67,21 @@ class DQN:
         steps: Environment steps in all, over all copies.
         copies: Environments that are stepped together.
         batch: Transitions in a gradient step.
-        updates: Gradient steps for each step of all copies.
+        ratio: Replay ratio: gradient steps for each environment step once learning began; 0.25 is one for every four.
         lr: Learning rate of Adam.
         discount: Worth of the next reward.
         memory: Transitions that are kept.
         warm: Steps at random before learning begins.
         refresh: Gradient steps between copies of Q to the target network.
-        explore: Share of random actions at the start and at the end.
+        explore: Share of random actions at the beginning and at the end.
         decay: Part of the run over which it falls, linearly.
         double: Whether to learn by double DQN.
 
+    Raises:
+        ValueError: A budget that leaves nothing to learn.
+
     Examples:
+        >>> from interlayer.core.rl import evaluate, sizes
         >>> from interlayer.models import MLP
         >>> features, actions = sizes("CartPole-v1")
         >>> q = MLP(features, actions, depth=1, width=16)
@@ -115,7 +95,7 @@ class DQN:
     steps: int = 20_000
     copies: int = 8
     batch: int = 64
-    updates: int = 1
+    ratio: float = 0.125
     lr: float = 1e-3
     discount: float = 0.99
     memory: int = 20_000
@@ -125,57 +105,68 @@ class DQN:
     decay: float = 0.4
     double: bool = False
 
-    def train(
-        self, q: nn.Module, name: str, *, seed: int, watch: Callable[[int, float], bool] | None = None
-    ) -> Episodes:
+    def __post_init__(self) -> None:
+        if min(self.copies, self.batch, self.memory, self.refresh) < 1 or self.warm < 0:
+            raise ValueError(
+                f"DQN: copies={self.copies}, batch={self.batch}, memory={self.memory}, refresh={self.refresh}, "
+                f"warm={self.warm}; expected 1 at least, and warm 0 at least."
+            )
+        if self.ratio * (self.steps - self.warm) < 1:
+            raise ValueError(
+                f"DQN: steps={self.steps}, warm={self.warm}, ratio={self.ratio} leave no gradient step; expected "
+                "ratio * (steps - warm) of 1 at least. Take more steps, or a shorter warm."
+            )
+
+    def train(self, q: nn.Module, name: str, *, seed: int, after: Hook | None = None) -> Episodes:
         """Train a network in place that maps [B, features] to a value for each action.
 
         Args:
             q: The network.
             name: Gymnasium environment with discrete actions.
             seed: Of the environments, the exploration and the batches.
-            watch: Called after each gradient step with (environment steps, loss); True ends the run.
+            after: Called after each gradient step with an ``Update``; True ends the run.
 
         Returns:
             The episodes that ended in training.
+
+        Raises:
+            ValueError: The environment cannot be made or has no discrete actions, or the network's outputs do not fit it.
         """
         device = next(q.parameters()).device
-        envs, generator = environments(name, self.copies), torch.Generator().manual_seed(seed)
-        chance = np.random.default_rng(seed)
-        target = _copy(q)
+        generator, chance = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+        looks = torch.Generator().manual_seed(seed)  # what a hook observes changes no batch
+        target, updates = _copy(q), 0
         optimiser = torch.optim.Adam(q.parameters(), self.lr)
-        seen, _ = envs.reset(seed=seed)
-        memory = Replay(self.memory, int(np.prod(envs.single_observation_space.shape)))
-        run, total, updates = Episodes(), np.zeros(self.copies), 0
-        for step in range(0, self.steps, self.copies):
-            random = chance.random(self.copies) < self.exploration(step)
-            actions = np.where(random, chance.integers(envs.single_action_space.n, size=self.copies), greedy(q, seen))
-            following, rewards, ended, cut, info = envs.step(actions)
-            total += rewards
-            over = ended | cut
-            last = np.stack([info["final_obs"][i] if o else following[i] for i, o in enumerate(over)])
-            memory.add(seen, actions, rewards, last, ended)
-            for i in np.flatnonzero(over):
-                run.at.append(step + self.copies)
-                run.returns.append(float(total[i]))
-            total[over], seen = 0, following
-            if step < self.warm:
-                continue
-            progress(q, step / self.steps)
-            for _ in range(self.updates):
-                loss = self.loss(q, target, tuple(t.to(device) for t in memory.sample(self.batch, generator)))  # type: ignore[arg-type]
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(q.parameters(), 10.0)
-                optimiser.step()
-                updates += 1
-                if updates % self.refresh == 0:
-                    target = _copy(q)
-                if watch and watch(step + self.copies, float(loss.detach())):
-                    envs.close()
-                    return run
-        envs.close()
-        return run
+        with Play(name, self.copies, seed) as play:
+            play.check(q, play.actions, "a value for each action")
+            memory = Replay(self.memory, play.features)
+
+            def observe(count: int) -> Tensor:
+                return memory.sample(count, looks)[0].to(device)
+
+            for step in range(0, self.steps, self.copies):
+                seen, random = play.seen, chance.random(self.copies) < self.exploration(step)
+                actions = chance.integers(play.actions, size=self.copies)
+                actions = np.where(random, actions, greedy(q, seen, play.actions))
+                following, rewards, ended, _ = play.step(actions)
+                memory.add(seen, actions, rewards, following, ended)
+                if step < self.warm:
+                    continue
+                progress(q, step / self.steps)
+                while updates < self.owed(play.steps):
+                    batch = tuple(t.to(device) for t in memory.sample(self.batch, generator))
+                    loss = descend(q, optimiser, self.loss(q, target, batch), 10.0)
+                    updates += 1
+                    if updates % self.refresh == 0:
+                        target = _copy(q)
+                    if after and after(Update(q, optimiser, batch[0], loss, updates, play.steps, observe)):
+                        return play.episodes
+        return play.episodes
+
+    def owed(self, steps: int) -> int:
+        """Gradient steps that should have been taken after that many environment steps."""
+        learning = steps - -(-self.warm // self.copies) * self.copies
+        return int(self.ratio * learning + 1e-6)
 
     def exploration(self, step: int) -> float:
         """Share of random actions at a step."""
@@ -192,37 +183,6 @@ class DQN:
         with aside.collect() as told:
             loss = F.smooth_l1_loss(q(seen).gather(1, actions[:, None])[:, 0], goal)
         return loss if told.loss is None else loss + told.loss
-
-
-@dataclass
-class Episodes:
-    """Returns of the episodes that ended in training, and the environment steps after which they did."""
-
-    returns: list[float] = field(default_factory=list)
-    at: list[int] = field(default_factory=list)
-
-
-@torch.no_grad()
-def greedy(q: nn.Module, seen: Any) -> Any:
-    """The action of the highest value for each observation."""
-    device = next(q.parameters()).device
-    x = torch.as_tensor(seen, dtype=torch.float32, device=device).flatten(1)
-    return q(x).argmax(1).cpu().numpy()
-
-
-def evaluate(q: nn.Module, name: str, *, episodes: int, seed: int) -> list[float]:
-    """Undiscounted returns of ``episodes`` greedy episodes, each from its own start."""
-    envs, mode = environments(name, episodes), q.training
-    q.eval()
-    seen, _ = envs.reset(seed=seed)
-    total, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    while running.any():
-        seen, rewards, ended, cut, _ = envs.step(greedy(q, seen))
-        total += rewards * running
-        running &= ~(ended | cut)
-    envs.close()
-    q.train(mode)
-    return total.tolist()
 
 
 def _copy(q: nn.Module) -> nn.Module:
