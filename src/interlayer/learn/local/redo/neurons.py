@@ -50,12 +50,16 @@ def hidden(model: nn.Module, inputs: Any) -> list[Hidden]:
         ValueError: There is no such layer, activations are not finite, or the model cannot be traced.
     """
     args, kwargs = taps.arguments(inputs)
-    wiring = trace(model, *args, **kwargs)
     known = [name for name, module in model.named_modules() if name and axes_of(module)]
     if not known:
         raise ValueError(f"ReDo: {type(model).__name__} has no linear or convolutional layer; expected two at least.")
     with taps.at_rest(model), taps.read(model, known, side="input") as got, taps.read(model, known) as given:
         model(*args, **kwargs)
+    if bad := [name for name, x in given.items() if not x.isfinite().all()]:
+        raise ValueError(
+            f"ReDo: {bad[0]!r} gives numbers that are not finite. Check the inputs, or lower the learning rate."
+        )
+    wiring = trace(model, *args, **kwargs)
     heads = {name for g in wiring.groups.values() if g.parent for name in (g.name, g.parent[0])}
     found = {n: "is part of attention" if n in heads else _read(g, model, got, given) for n, g in wiring.groups.items()}
     layers = [layer for layer in found.values() if isinstance(layer, Hidden)]
@@ -64,10 +68,6 @@ def hidden(model: nn.Module, inputs: Any) -> list[Hidden]:
         raise ValueError(
             f"ReDo: {type(model).__name__} has no neurons to recycle: {why}. Expected units behind an activation function, "
             "between two linear or convolutional layers."
-        )
-    if bad := [layer.name for layer in layers if not layer.scores.isfinite().all()]:
-        raise ValueError(
-            f"ReDo: activations behind {bad[0]!r} are not finite; expected numbers. Lower the learning rate."
         )
     return layers
 
