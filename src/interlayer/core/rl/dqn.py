@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.core import aside
-from interlayer.core.rl.play import Episodes, Hook, Play, Update, descend, greedy
-from interlayer.core.schedule import progress
+from interlayer.core.fit import descend
+from interlayer.core.rl.play import Episodes, Hook, Play, Update, greedy
 
 Batch = tuple[Tensor, ...]  # observations, actions, rewards, following observations, whether it ended
 
@@ -152,10 +153,10 @@ class DQN:
                 memory.add(seen, actions, rewards, following, ended)
                 if step < self.warm:
                     continue
-                progress(q, step / self.steps)
                 while updates < self.owed(play.steps):
                     batch = tuple(t.to(device) for t in memory.sample(self.batch, generator))
-                    loss = descend(q, optimiser, self.loss(q, target, batch), 10.0)
+                    lost = partial(self.loss, q, target, batch)
+                    loss, _ = descend(q, optimiser, lost, share=step / self.steps, clip=10.0)
                     updates += 1
                     if updates % self.refresh == 0:
                         target = _copy(q)
@@ -174,15 +175,13 @@ class DQN:
         return max(last, first + (last - first) * step / max(1, self.decay * self.steps))
 
     def loss(self, q: nn.Module, target: nn.Module, batch: Batch) -> Tensor:
-        """Huber loss of the temporal difference, and what layers ask for themselves."""
+        """Huber loss of the temporal difference."""
         seen, actions, rewards, following, ended = batch
-        with torch.no_grad():
+        with torch.no_grad(), aside.collect():  # what layers report counts once, on the observations
             values = target(following)
             best = (q(following) if self.double else values).argmax(1, keepdim=True)
             goal = rewards + self.discount * (1 - ended) * values.gather(1, best)[:, 0]
-        with aside.collect() as told:
-            loss = F.smooth_l1_loss(q(seen).gather(1, actions[:, None])[:, 0], goal)
-        return loss if told.loss is None else loss + told.loss
+        return F.smooth_l1_loss(q(seen).gather(1, actions[:, None])[:, 0], goal)
 
 
 def _copy(q: nn.Module) -> nn.Module:

@@ -70,7 +70,7 @@ class Update:
         network: The network that is trained.
         optimiser: Its optimiser.
         seen: The observations [B, features] of the step's batch.
-        loss: The batch's loss, before the step.
+        loss: The batch's loss before the step.
         count: Gradient steps so far; the first is 1.
         steps: Environment steps so far, over all copies.
         observe: Gives that many observations, drawn from what the algorithm learns from.
@@ -79,22 +79,13 @@ class Update:
     network: nn.Module
     optimiser: torch.optim.Optimizer
     seen: Tensor
-    loss: Tensor
+    loss: float
     count: int
     steps: int
     observe: Callable[[int], Tensor]
 
 
 Hook = Callable[[Update], Any]
-
-
-def descend(network: nn.Module, optimiser: torch.optim.Optimizer, loss: Tensor, clip_norm: float) -> Tensor:
-    """One gradient step with the gradient's norm clipped; the loss, detached."""
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-    optimiser.step()
-    return loss.detach()
 
 
 class Play:

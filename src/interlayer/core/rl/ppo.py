@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interlayer.core import aside
-from interlayer.core.rl.play import Episodes, Hook, Play, Update, descend, observed
-from interlayer.core.schedule import progress
+from interlayer.core.fit import descend
+from interlayer.core.rl.play import Episodes, Hook, Play, Update, observed
 
 
 class ActorCritic(nn.Module):
@@ -149,7 +149,6 @@ class PPO:
         with Play(name, self.copies, seed) as play:
             play.check(network, play.actions + 1, "a logit for each action, and the value")
             for start in range(0, self.steps - self.copies * self.horizon + 1, self.copies * self.horizon):
-                progress(network, start / self.steps)
                 data = self.round(network, play, generator)
 
                 def observe(count: int, seen: Tensor = data[0]) -> Tensor:
@@ -159,7 +158,8 @@ class PPO:
                     order = torch.randperm(len(data[0]), generator=generator).to(data[0].device)
                     for at in order.split(self.batch):
                         batch = tuple(t[at] for t in data)
-                        loss = descend(network, optimiser, self.loss(network, *batch), self.clip_norm)
+                        lost, share = partial(self.loss, network, *batch), start / self.steps
+                        loss, _ = descend(network, optimiser, lost, share=share, clip=self.clip_norm)
                         updates += 1
                         if after and after(Update(network, optimiser, batch[0], loss, updates, play.steps, observe)):
                             return play.episodes
@@ -185,13 +185,11 @@ class PPO:
     def loss(
         self, network: nn.Module, seen: Tensor, actions: Tensor, logs: Tensor, gains: Tensor, returns: Tensor
     ) -> Tensor:
-        """The clipped objective, the value's error and the entropy, and what layers ask for themselves."""
-        with aside.collect() as told:
-            out = network(seen)
+        """The clipped objective, the value's error and the entropy."""
+        out = network(seen)
         new = out[:, :-1].log_softmax(1)
         share = (new.gather(1, actions[:, None])[:, 0] - logs).exp()
         gains = (gains - gains.mean()) / (gains.std(correction=0) + 1e-8)
         policy = torch.minimum(share * gains, share.clamp(1 - self.clip, 1 + self.clip) * gains).mean()
         entropy = -(new.exp() * new).sum(1).mean()
-        loss = self.value * F.mse_loss(out[:, -1], returns) - policy - self.entropy * entropy
-        return loss if told.loss is None else loss + told.loss
+        return self.value * F.mse_loss(out[:, -1], returns) - policy - self.entropy * entropy

@@ -77,7 +77,7 @@ PLAIN = {
 REDO = {f"{name}, ReDo": replace(run, rule=Recycler) for name, run in PLAIN.items()}
 HALF = {f"{name}, outgoing only": replace(run, rule=Outgoing) for name, run in PLAIN.items()}
 UNTRAINED = "DQN, no learning"
-RUNS = {**PLAIN, **REDO, **HALF, UNTRAINED: Run(ratio=0.25, rate="none", steps="silent")}
+RUNS = {**PLAIN, **REDO, **HALF, UNTRAINED: Run(ratio=0.25, rate="none", steps="untrained")}
 
 
 def build(arm: str, scale: Scale) -> nn.Module:
@@ -276,14 +276,14 @@ CLAIM = Claim(
     scales={
         "smoke": {"width": 8, "awake": 2, "period": 4, "copies": 2, "warm": 20,
                   "rates": {"none": 0.0, "slow": 1e-3, "fast": 3e-3, "ppo": 1e-2},
-                  "steps": {"cartpole": 60, "fast": 40, "silent": 40, "acrobot": 60, "ppo": 512, "ppo on acrobot": 512}},
+                  "steps": {"cartpole": 60, "fast": 40, "silent": 40, "untrained": 40, "acrobot": 60, "ppo": 512, "ppo on acrobot": 512}},
         "small": {"width": 64, "awake": 2, "period": 100, "copies": 4, "warm": 500,
                   "rates": {"none": 0.0, "slow": 1e-3, "fast": 3e-3, "ppo": 1e-2},
-                  "steps": {"cartpole": 2500, "fast": 2000, "silent": 1200, "acrobot": 4000, "ppo": 8192,
-                            "ppo on acrobot": 16_384}},
+                  "steps": {"cartpole": 2500, "fast": 2000, "silent": 1200, "untrained": 1200, "acrobot": 4000,
+                            "ppo": 8192, "ppo on acrobot": 16_384}},
         "full": {"width": 64, "awake": 2, "period": 1000, "copies": 4, "warm": 1000,
                  "rates": {"none": 0.0, "slow": 3e-4, "fast": 1e-3, "ppo": 3e-3},
-                 "steps": {"cartpole": 200_000, "fast": 200_000, "silent": 100_000, "acrobot": 500_000, "ppo": 1_000_000,
+                 "steps": {"cartpole": 200_000, "fast": 200_000, "silent": 100_000, "untrained": 2000, "acrobot": 500_000, "ppo": 1_000_000,
                            "ppo on acrobot": 1_000_000}},
     },
 )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.core.auxiliary import extra_loss
+from interlayer.core import aside
 from interlayer.core.data import answer, run
 from interlayer.core.example import Example
 from interlayer.core.kinds import Rule
@@ -86,13 +86,17 @@ class ReDo(Rule):
         self.recycler = Recycler(threshold, period, draw=draw)
         self.optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
 
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimiser."""
+        return (self.optimiser,)
+
     def step(self, batch: tuple[Any, Tensor]) -> dict[str, float]:
         """Train on one batch, then recycle where it is due; ``recycled`` counts neurons."""
         inputs, target = batch
-        loss = self.loss(answer(run(self.model.train(), inputs)), target)
-        more = extra_loss(self.model)
+        with aside.collect() as told:
+            loss = self.loss(answer(run(self.model.train(), inputs)), target)
         self.optimiser.zero_grad(set_to_none=True)
-        (loss if more is None else loss + more).backward()
+        (loss if told.loss is None else loss + told.loss).backward()
         self.optimiser.step()
         self.steps += 1
         due = self.steps % self.recycler.period == 0
