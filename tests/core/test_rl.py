@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from interlayer.core import extras
+from interlayer.core import aside, extras
 from interlayer.core.rl import DQN, PPO, ActorCritic, Play, Replay, advantages, environments, evaluate, greedy, sizes
 from interlayer.models import MLP
 
@@ -47,6 +47,21 @@ def test_loss_by_hand_plain_and_double():
     assert DQN(discount=0.5).loss(q, target, batch).item() == pytest.approx((9.5 + 0.125) / 2)
     # double: Q takes action 0 in the next state, which the target values 10; goal 6
     assert DQN(discount=0.5, double=True).loss(q, target, batch).item() == pytest.approx((4.5 + 0.125) / 2)
+
+
+def test_what_layers_report_counts_once_in_a_loss():
+    """Not for the target network, nor for the choice of the next action."""
+
+    class Reports(nn.Linear):
+        def forward(self, x):
+            aside.loss(self.weight.square().sum())
+            return super().forward(x)
+
+    q, seen = Reports(3, 2), torch.zeros(4, 3)
+    batch = seen, torch.zeros(4, dtype=torch.long), torch.zeros(4), seen, torch.zeros(4)
+    with aside.collect() as told:
+        DQN(double=True).loss(q, Reports(3, 2), batch)
+    assert len(told.losses) == 1 and torch.equal(told.loss, q.weight.square().sum())
 
 
 def test_exploration_falls_linearly_and_stays():
