@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.core import aside
+from interlayer.core import aside, datasets
 from interlayer.core.data import answer, run
 from interlayer.core.example import Example
 from interlayer.core.kinds import Rule
@@ -114,12 +114,9 @@ class ReDo(Rule):
 
 
 def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
+    images, labels = datasets.digits()
     order = torch.randperm(len(labels))[:640].view(20, 32)
-    x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
-    return tuple((x[batch], y[batch]) for batch in order)
+    return tuple((images[batch] / 8 - 1, labels[batch]) for batch in order)
 
 
 def _rule() -> ReDo:
