@@ -39,12 +39,13 @@ class ReDo(Rule):
     the scores) outputs stay as they were, and else ``|change of output| <= sum_i |W_out,i| |h_i|`` for a layer whose readers are the
     outputs. A norm over the neurons, between the layer and its readers, sees the new weights: there this does not hold.
 
-    The paper takes a threshold of 0.1 and a period of 1000 gradient steps for DQN (0.025 at the default replay ratio of 0.25), which
-    the authors confirmed (google/dopamine, issue 226); the defaults of their classes, 0 and 200 000, are not overridden by their
-    configurations. Their code draws incoming weights from Xavier's uniform distribution, which also initialises most of their networks;
-    give ``draw`` where yours differ. Two differences to it: the moments of biases are cleared too; and behind a flattened convolution
-    the outgoing weights of the channel itself are zeroed, where their code repeats the mask in the order of channels first on
-    features in the order of channels last.
+    The paper's threshold is 0.1, and 0.025 at DQN's default replay ratio of 0.25 (confirmed by the authors in google/dopamine, issue
+    226). The period of 1000 gradient steps and the 64 observations for scores, of its table 1, are taken from what others report of
+    it: the table itself was not at hand. The defaults of the authors' classes, 0, 200 000 and 256, are not overridden by their
+    configurations. Their code draws incoming weights from Xavier's uniform distribution, which also initialises most of their
+    networks; give ``draw`` where yours differ. Two differences to it: the moments of biases are cleared too; and behind a flattened
+    convolution the outgoing weights of the channel itself are zeroed, where their code repeats the mask for channels first on features
+    with the channels last.
 
     What is a hidden layer is read off the wiring of the model; see ``hidden``. In a loop of reinforcement learning use
     ``Recycler``, and ``recycle`` in any other.
