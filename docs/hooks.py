@@ -10,7 +10,7 @@ PRIMITIVES = (
     "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "swap", "wiring", "weights", "options",
     "delivery", "fields", "aside", "schedule", "scan", "pairing", "equal", "recipe", "record", "cost", "nano", "kinds", "events",
     "process", "conditioning",
-    "degraded", "datasets", "speech", "experiences", "rl", "page",
+    "degraded", "datasets", "speech", "experiences", "rl", "task", "fit", "chart", "page",
 )  # fmt: skip
 PARTS = ("sparse", "nodes", "linear", "compressed", "prior", "positions", "depth", "parts")
 
