@@ -34,6 +34,7 @@ class System:
         slot: The slot of a backbone that it fills, if it is a layer that fills one.
         code: Name of the class in the system's module; empty until written.
         network: Name of a network with ``for_task`` in the same module, if a layer comes with one.
+        task: The built-in task on which the idea means something, where digits, photos and bytes do not fit.
     """
 
     slug: str
@@ -45,6 +46,7 @@ class System:
     slot: str = ""
     code: str = ""
     network: str = ""
+    task: str = ""
 
     @property
     def stem(self) -> str:

@@ -14,7 +14,7 @@ Batch = tuple[Any, Any]
 """Inputs (a tensor, a tuple of positional arguments, a mapping of keyword arguments, or one object such as a graph) and
 targets (None if the model gives its own loss)."""
 
-KINDS = ("tokens", "image", "vector", "series")
+KINDS = ("tokens", "image", "vector", "series", "seq2seq", "vectors", "states")
 OUTPUTS = ("tokens", "classes", "values", "image", "noise")
 
 
@@ -23,16 +23,21 @@ class DataShape:
     """Shape of a task's inputs and outputs; fields that a kind has no use for stay 0.
 
     Args:
-        kind: ``tokens`` (integers [B, S]), ``image`` ([B, C, H, W]), ``vector`` ([B, F]) or ``series`` ([B, S, F]).
+        kind: ``tokens`` (integers [B, S]), ``image`` ([B, C, H, W]), ``vector`` ([B, F]), ``series`` ([B, S, F]), ``seq2seq``
+            (a source [B, R] and the target so far [B, S], both integers), ``vectors`` (one [B, F] for each sense) or ``states``
+            (those of L layers of a frozen model, [B, L, S, F]).
         outputs: ``tokens`` (logits at each place), ``classes`` (logits), ``values`` (real numbers), ``image`` (an image of as
             many channels) or ``noise`` (what was added to an image ``x``, from it, its time ``t`` and its class ``y``).
         classes: Number of classes, or of values that are predicted.
         vocab: Number of token kinds.
         length: Length S of a sequence.
+        source: Length R of a source sequence.
         channels: Channels C of an image.
         height: Height H in pixels.
         width: Width W in pixels.
         features: Features F of a vector or of a step of a series.
+        senses: Features of each of several vectors.
+        layers: Number of layers L whose states are given.
         scales: Factors by which output images are larger than the inputs; a batch is of one of them.
     """
 
@@ -41,10 +46,13 @@ class DataShape:
     classes: int = 0
     vocab: int = 0
     length: int = 0
+    source: int = 0
     channels: int = 0
     height: int = 0
     width: int = 0
     features: int = 0
+    senses: tuple[int, ...] = ()
+    layers: int = 0
     scales: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 ACTIVATIONS = ("relu", "sine")
+BITS = 8  # of a stored number
 
 
 def grid(
@@ -131,6 +133,27 @@ class Implicit(nn.Module):
         torch.Size([16, 1])
     """
 
+    @classmethod
+    def within(cls, size: int, inputs: int, outputs: int, **options: Any) -> Self:
+        """The widest network that fits into ``size`` bytes; see ``stored_bytes``.
+
+        Raises:
+            ValueError: Not even a network of width 1 fits.
+        """
+
+        def bytes_of(width: int) -> int:
+            shapes = Layout(inputs, outputs, width=width, **options).shapes
+            return stored_bytes([n for o, i in shapes for n in (o * i, o)])
+
+        width = 0
+        while bytes_of(width + 1) <= size:
+            width += 1
+        if not width:
+            raise ValueError(
+                f"implicit: size {size} bytes; a network of width 1 takes {bytes_of(1)}. Allow more bytes."
+            )
+        return cls(inputs, outputs, width=width, **options)
+
     def __init__(self, inputs: int, outputs: int, **options: object) -> None:
         super().__init__()
         self.layout = Layout(inputs, outputs, **options)  # type: ignore[arg-type]
@@ -143,6 +166,15 @@ class Implicit(nn.Module):
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B C"]:
         """Values at coordinates."""
         return self.layout(x, list(zip(self.weights, self.biases, strict=True)))
+
+
+def stored_bytes(sizes: Sequence[int]) -> int:
+    """Bytes of tensors of so many numbers: ``BITS`` for a number, and minimum and step of each tensor's grid as float32.
+
+    >>> stored_bytes([100, 20])
+    136
+    """
+    return sum(n * BITS // 8 + 8 for n in sizes)
 
 
 def quantize(x: Tensor, bits: int) -> tuple[Tensor, float, float]:

@@ -1,4 +1,4 @@
-"""Plain parts of backbones: MLPs, patches, and a norm that does nothing."""
+"""Plain parts of backbones: MLPs, patches, a bridge, and a norm that does nothing."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ class Same(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``."""
         return x
+
+
+class LastLayer(nn.Module):
+    """The plain bridge of an encoder-decoder: every decoder layer reads the encoder's last states."""
+
+    def __init__(self, *, decoder_layers: int) -> None:
+        super().__init__()
+        self.decoder_layers = decoder_layers
+
+    def forward(self, states: Float[Tensor, "B L R D"]) -> Float[Tensor, "B M R D"]:
+        """Repeat the last states, without copying, for each decoder layer."""
+        return states[:, -1:].expand(-1, self.decoder_layers, -1, -1)
 
 
 class FeedForward(nn.Module):

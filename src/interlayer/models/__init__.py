@@ -8,10 +8,12 @@ from torch import nn
 
 from interlayer import catalog
 from interlayer.core.data import DataShape
+from interlayer.core.fields import Implicit
 from interlayer.core.slots import parse_spec
 from interlayer.models.classic import MobileNetV3Small, ResNet18
 from interlayer.models.convnet import ConvNet
 from interlayer.models.diffusion import DiT
+from interlayer.models.encoder_decoder import EncoderDecoder
 from interlayer.models.mlp import MLP
 from interlayer.models.transformer import Encoder, Transformer, VisionTransformer
 
@@ -21,6 +23,7 @@ __all__ = [
     "ConvNet",
     "DiT",
     "Encoder",
+    "EncoderDecoder",
     "MobileNetV3Small",
     "ResNet18",
     "Transformer",
@@ -71,6 +74,17 @@ def _dit(shape: DataShape, **options: Any) -> nn.Module:
     return DiT(shape.channels, (shape.height, shape.width), **given)
 
 
+def _field(shape: DataShape, **options: Any) -> nn.Module:
+    options = {"activation": "sine", **options}
+    if "width" in options:
+        return Implicit(shape.features, shape.classes, **options)
+    return Implicit.within(options.pop("size", 1800), shape.features, shape.classes, **options)
+
+
+def _encoder_decoder(shape: DataShape, **options: Any) -> nn.Module:
+    return EncoderDecoder(**{"vocab": shape.vocab, "source": shape.source, "length": shape.length, **options})
+
+
 BASES = {
     "transformer": (_transformer, {("tokens", "tokens")}),
     "encoder": (_encoder, {("tokens", "classes")}),
@@ -80,6 +94,8 @@ BASES = {
     "dit": (_dit, {("image", "noise")}),
     "resnet18": (_resnet18, {("image", "classes")}),
     "mobilenetv3": (_mobilenet, {("image", "classes")}),
+    "field": (_field, {("vector", "values")}),
+    "encoder-decoder": (_encoder_decoder, {("seq2seq", "tokens")}),
 }
 
 

@@ -91,6 +91,18 @@ def digits_stream() -> Task:
     )
 
 
+@cache
+def sequential_digits() -> Task:
+    """The 8x8 digits pixel by pixel, in one random order for all: which digit was shown is asked after the last pixel."""
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    train, held = ((x.flatten(1)[:, order, None], y) for x, y in datasets.split_digits())
+    about = (
+        f"scikit-learn's digits as series of 64 pixels in a fixed random order: {len(train[0])} for training, "
+        f"{len(held[0])} for validation."
+    )
+    return TensorTask("sequential-digits", train, held, base="lowrank-passthrough(transition='full')", about=about)
+
+
 def load(name: str, given: Objects | None = None) -> Task:
     """The task that a study names.
 

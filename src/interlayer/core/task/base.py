@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from interlayer.core.data import Batch, DataShape, answer, count, moved
 
@@ -199,10 +200,13 @@ class Task(ABC):
             counted = targets[targets >= 0]  # -100 says that there is nothing to predict
             counts = torch.bincount(counted, minlength=self.shape.classes or self.shape.vocab) + 1
             guess = (counts / counts.sum()).log()
-        dims = 2 if self.shape.outputs == "tokens" else 1
 
         def predict(inputs: Any) -> Tensor:
-            x = next(v for v in inputs.values() if isinstance(v, Tensor)) if isinstance(inputs, Mapping) else inputs
-            return guess.expand(*x.shape[:dims], *guess.shape)
+            tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+            x = tensors[-1 if self.shape.kind == "seq2seq" else 0]
+            lead = [len(x)]
+            if self.shape.outputs == "tokens":  # integers [B, S], or numbers [B, ..., S, F]
+                lead.append(x.shape[-2 if x.is_floating_point() else 1])
+            return guess.expand(*lead, *guess.shape)
 
         return self.evaluate(predict, 64)

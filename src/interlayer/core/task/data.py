@@ -54,7 +54,7 @@ class TensorTask(Task):
         self.shape = shape or shape_of(name, *train)
         self.base = base or {"tokens": "encoder", "image": "convnet"}.get(self.shape.kind, "mlp")
         if self.shape.outputs == "tokens":
-            self.base = "transformer"
+            self.base = base or "transformer"
         self.about = about or f"{len(train[0])} training and {len(validation[0])} validation samples."
         if self.shape.outputs == "classes":
             self.metric, self.higher = "accuracy", True

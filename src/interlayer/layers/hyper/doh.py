@@ -17,7 +17,7 @@ from interlayer.core import datasets
 from interlayer.core.config import configured
 from interlayer.core.data import DataShape
 from interlayer.core.example import Example
-from interlayer.core.fields import Layout, dequantize, grid, quantize
+from interlayer.core.fields import Layout, dequantize, grid, quantize, stored_bytes
 
 
 @configured
@@ -96,10 +96,19 @@ class DOH(nn.Module):
 
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
-        """A representation for a task with vectors of coordinates as inputs."""
+        """A representation for a task with vectors of coordinates as inputs, with sines, in 1800 bytes (``size=``)."""
         if shape.kind != "vector":
             raise ValueError(f"DOH: takes vectors of coordinates, not {shape.kind}.")
-        return cls(shape.features, shape.classes, **{"frequencies": 0, **options})
+        options = {"activation": "sine", "frequencies": 0, **options}
+        if "latent" in options:
+            return cls(shape.features, shape.classes, **options)
+        return cls.within(options.pop("size", 1800), shape.features, shape.classes, **options)
+
+    @classmethod
+    def within(cls, size: int, inputs: int, outputs: int, *, width: int = 32, depth: int = 3, **options: Any) -> Self:
+        """The network with a code that fills ``size`` bytes, its biases included; see ``core.fields.stored_bytes``."""
+        latent = size - stored_bytes([0, width * depth + outputs])
+        return cls(inputs, outputs, latent=latent, width=width, depth=depth, **options)
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Weight, as generated from the code, and bias of each layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core.config import configured
+from interlayer.core.data import DataShape
 from interlayer.core.example import Example
 
 
@@ -135,6 +136,13 @@ class MCC(nn.Module):
         whole = [sum(senses), *[len(senses) * units] * (depth - 1)]
         self.share = nn.ModuleList(nn.Linear(size, universal, bias=False) for size in whole)
         self.read = nn.Linear(len(senses) * units, outputs)
+
+    @classmethod
+    def for_task(cls, shape: DataShape, **options: Any) -> Self:
+        """A network for a task with several vectors as inputs."""
+        if shape.kind != "vectors":
+            raise ValueError(f"MCC: takes several vectors, not {shape.kind}. Take a task such as 'audiovisual'.")
+        return cls(shape.senses, outputs=shape.classes, **options)
 
     def units(self, *senses: Tensor) -> list[Tensor]:
         """Outputs of every layer, all streams side by side: [B, senses x units] each."""

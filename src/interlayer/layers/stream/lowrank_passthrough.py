@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm as normed
 
+from interlayer.core.config import configured
+from interlayer.core.data import DataShape
 from interlayer.core.example import Example
 
 GROUPS = {"highway": (2,), "gru": (2, 1), "lstm": (4,)}  # gates of a cell, by the state that they read
@@ -194,6 +197,42 @@ def _glorot(gates: int, outputs: int, inputs: int) -> Tensor:
     """One matrix [outputs, inputs] for each gate, stacked by rows, uniform within ``sqrt(6 / (outputs + inputs))``."""
     bound = (6 / (outputs + inputs)) ** 0.5
     return torch.empty(gates * outputs, inputs).uniform_(-bound, bound)
+
+
+@configured
+class PassthroughNet(nn.Module):
+    """Reads a series with a ``LowRankPassthrough`` layer and answers after its last step.
+
+    Args:
+        inputs: Features F of a step's input.
+        outputs: Classes, or predicted values, K.
+        width: State size n.
+        **options: See ``LowRankPassthrough``; ``transition="full"`` is the ordinary recurrent network.
+
+    Shapes: [B, S, F] to [B, K].
+
+    Examples:
+        >>> PassthroughNet(1, 10, width=16, rank=2)(torch.zeros(5, 40, 1)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, width: int = 64, **options: Any) -> None:
+        super().__init__()
+        self.layer = LowRankPassthrough(inputs, width, **options)
+        self.head = nn.Linear(width, outputs)
+
+    @classmethod
+    def for_task(cls, shape: DataShape, **options: Any) -> Self:
+        """A network for a task with series as inputs."""
+        if shape.kind != "series":
+            raise ValueError(
+                f"PassthroughNet: takes series, not {shape.kind}. Take a task such as 'sequential-digits'."
+            )
+        return cls(shape.features, shape.classes, **options)
+
+    def forward(self, x: Float[Tensor, "B S F"]) -> Float[Tensor, "B K"]:
+        """Logits, or values, after the last step."""
+        return self.head(self.layer(x)[0][:, -1])
 
 
 EXAMPLE = Example(

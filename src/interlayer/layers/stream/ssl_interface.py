@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import select, taps
+from interlayer.core.config import configured
+from interlayer.core.data import DataShape
 from interlayer.core.example import Example
 from interlayer.core.select import At
 
@@ -30,6 +32,20 @@ class WeightedSum(nn.Module):
     def forward(self, x_BLSD: Tensor) -> Tensor:
         """[B, L, S, D] to [B, S, D]."""
         return torch.einsum("blsd,l->bsd", x_BLSD, self.weight.softmax(0).to(x_BLSD.dtype))
+
+
+class OneLayer(nn.Module):
+    """No interface: the states of one layer, by default the last."""
+
+    def __init__(self, width: int, layers: int, *, index: int = -1) -> None:
+        super().__init__()
+        if not -layers <= index < layers:
+            raise ValueError(f"SSLInterface: index {index} for {layers} layers; give {-layers} to {layers - 1}.")
+        self.index, self.outputs = index, width
+
+    def forward(self, x_BLSD: Tensor) -> Tensor:
+        """[B, L, S, D] to [B, S, D]."""
+        return x_BLSD[:, self.index]
 
 
 class GroupedWeightedSum(nn.Module):
@@ -151,6 +167,7 @@ INTERFACES: dict[str, Callable[..., nn.Module]] = {
     "hconv": HierarchicalConv,
     "cls": CLSPooling,
     "pca": PCAConcat,
+    "one": OneLayer,
 }
 
 
@@ -169,9 +186,10 @@ class SSLInterface(nn.Module):
     Args:
         width: Features D of an upstream state.
         layers: Number of upstream states L, including the embedding's if given.
-        kind: ``weighted-sum``, ``grouped``, ``concat``, ``hconv``, ``cls`` or ``pca``.
+        kind: ``weighted-sum``, ``grouped``, ``concat``, ``hconv``, ``cls``, ``pca``, or ``one``, a single layer without an
+            interface.
         normalize: Whether to layer-normalise each state first, without gain.
-        **options: ``groups`` of ``grouped``, ``heads`` of ``cls``.
+        **options: ``groups`` of ``grouped``, ``heads`` of ``cls``, ``index`` of ``one``.
 
     Attributes:
         outputs: Features of the result: D, or near it for ``hconv`` and ``pca`` where D does not divide.
@@ -218,6 +236,57 @@ class SSLInterface(nn.Module):
                 f"{self.layers} states [batch, sequence, {self.width}]."
             )
         return F.layer_norm(x, x.shape[-1:]) if self.normalize else x
+
+
+@configured
+class InterfacedHead(nn.Module):
+    """An interface over the states of a frozen upstream, and a linear head at each position or on their mean.
+
+    Args:
+        width: Features D of an upstream state.
+        layers: Number of upstream states L.
+        classes: Classes K.
+        pooled: Whether to average over positions and answer once for the whole sequence.
+        kind: See ``SSLInterface``; not ``pca``, which is fitted before it is used.
+        **options: Further options of ``SSLInterface``.
+
+    Shapes: [B, L, S, D] to [B, S, K], or to [B, K] if pooled.
+
+    Raises:
+        ValueError: The kind ``pca``.
+
+    Examples:
+        >>> InterfacedHead(32, 4, 8, kind="weighted-sum")(torch.randn(2, 4, 9, 32)).shape
+        torch.Size([2, 9, 8])
+    """
+
+    def __init__(
+        self, width: int, layers: int, classes: int, *, pooled: bool = False, kind: str = "hconv", **options: Any
+    ) -> None:
+        super().__init__()
+        if kind == "pca":
+            raise ValueError(
+                "InterfacedHead: kind 'pca' is not trained. Fit an SSLInterface of that kind and add a head."
+            )
+        self.interface = SSLInterface(width, layers, kind=kind, **options)
+        self.head, self.pooled = nn.Linear(self.interface.outputs, classes), pooled
+
+    @classmethod
+    def for_task(cls, shape: DataShape, **options: Any) -> Self:
+        """A head for a task with the states of a frozen model's layers as inputs, which are normalised."""
+        if shape.kind != "states" or shape.outputs not in ("tokens", "classes"):
+            raise ValueError(
+                f"InterfacedHead: takes the states of a model's layers and gives classes, not {shape.kind} and {shape.outputs}. "
+                "Take a task such as 'token-kinds'."
+            )
+        pooled = shape.outputs == "classes"
+        options = {"normalize": True, **options}
+        return cls(shape.features, shape.layers, shape.classes if pooled else shape.vocab, pooled=pooled, **options)
+
+    def forward(self, states: Float[Tensor, "B L S D"]) -> Tensor:
+        """Logits."""
+        x = self.interface(states)
+        return self.head(x.mean(1) if self.pooled else x)
 
 
 def hidden_states(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +11,13 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.core import datasets
-from interlayer.core.fields import Implicit, Layout, dequantize, grid, quantize
+from interlayer.core.fields import BITS, Implicit, dequantize, grid, quantize
 from interlayer.layers.hyper.doh import DOH
 
 PHOTOS = ("camera", "coffee", "astronaut")  # one for each seed; all come inside scikit-image
-BITS = 8
-SINE = {"activation": "sine", "frequencies": 0}
-RELU = {"activation": "relu", "frequencies": 5}
-NETWORK = {"width": 32, "depth": 3}  # what D'OH makes at every rate
+SINE: dict[str, Any] = {"activation": "sine", "frequencies": 0}
+RELU: dict[str, Any] = {"activation": "relu", "frequencies": 5}
+WIDTH, DEPTH = 32, 3  # of what D'OH makes at every rate
 # Learning rates for photographs and for solids: the best of a few for each arm, within noise, chosen beforehand on a photograph
 # (coins) and a solid (two rings) that are not in the claim.
 ARMS = {
@@ -47,22 +47,6 @@ def solid(side: int) -> tuple[Tensor, Tensor]:
     return x, (torch.cdist(x, curve).amin(1, keepdim=True) < 0.22).float()
 
 
-def coded(inputs: int, budget: int, options: dict[str, object]) -> DOH:
-    """The generated network, with a code that fits so many bits: 8 for a number, 64 for each of the two grids."""
-    biases = NETWORK["width"] * NETWORK["depth"] + 1
-    return DOH(inputs, 1, latent=(budget - 128) // BITS - biases, **NETWORK, **options)  # type: ignore[arg-type]
-
-
-def layered(inputs: int, budget: int, options: dict[str, object]) -> Implicit:
-    """The widest network that holds its own layers within so many bits: 8 for a weight, 64 for the grid of each tensor."""
-    width = 1
-    while True:
-        layout = Layout(inputs, 1, width=width + 1, depth=NETWORK["depth"], **options)  # type: ignore[arg-type]
-        if BITS * layout.count + 64 * 2 * len(layout.shapes) > budget:
-            return Implicit(inputs, 1, width=width, depth=NETWORK["depth"], **options)
-        width += 1
-
-
 def build(arm: str, scale: Scale) -> nn.Module:
     """The network for photographs at the largest size."""
     return net(arm, 2, max(scale.sizes))
@@ -70,8 +54,10 @@ def build(arm: str, scale: Scale) -> nn.Module:
 
 def net(arm: str, inputs: int, size: int) -> nn.Module:
     """The network of an arm that fits ``size`` bytes."""
-    make = layered if arm in ("mlp", "coin") else coded
-    return make(inputs, 8 * size, ARMS.get(arm, ARMS["doh"])[0])
+    options = ARMS.get(arm, ARMS["doh"])[0]
+    if arm in ("mlp", "coin"):
+        return Implicit.within(size, inputs, 1, depth=DEPTH, **options)
+    return DOH.within(size, inputs, 1, width=WIDTH, depth=DEPTH, **options)
 
 
 @torch.no_grad()

@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, effect, lowest
-from interlayer.claims.training import task
 from interlayer.layers.mixing.two_point import MCC, TwoPoint, modulate
-
-RATE, SAMPLES, BINS = 8000, 512, 32
-# Two resonances in Hz for each digit, spread over the range of spoken vowels.
-FORMANTS = [(300 + 60 * d, 2300 - 150 * ((7 * d) % 10)) for d in range(10)]
-
-
-def speak(digits: Tensor, generator: torch.Generator, noise: float) -> Tensor:
-    """A synthesised sound for each digit, as log magnitudes in 32 bands: a buzz of random pitch through two resonances, in noise."""
-    time = torch.arange(SAMPLES) / RATE
-    pitch = 90 + 140 * torch.rand(len(digits), 1, 1, generator=generator)
-    harmonic = pitch * torch.arange(1, 40)[:, None]  # [digits, harmonics, 1]
-    centre = torch.tensor(FORMANTS, dtype=torch.float32)[digits]
-    gain = sum((1 / (1 + ((harmonic - c[:, None, None]) / 120) ** 2) for c in centre.unbind(1)), torch.zeros(()))
-    phase = 2 * math.pi * torch.rand(harmonic.shape, generator=generator)
-    wave = (gain * (harmonic < RATE / 2) * torch.sin(2 * math.pi * harmonic * time + phase)).sum(1)
-    wave = wave / wave.std(1, keepdim=True) + noise * torch.randn(wave.shape, generator=generator)
-    spectrum = torch.fft.rfft(wave * torch.hann_window(SAMPLES), norm="ortho").abs()[:, 1:]
-    return spectrum.unflatten(1, (BINS, -1)).mean(2).add(1e-3).log()
-
-
-@cache
-def data(split: str, seed: int, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noisy images, noisy sounds, clean images and digits; what is validated is drawn once."""
-    x, y = task("digits").data[split]  # type: ignore[attr-defined]
-    generator = torch.Generator().manual_seed(seed if split == "train" else 10_000)
-    clean = x.flatten(1)
-    return clean + noise * torch.randn(clean.shape, generator=generator), speak(y, generator, noise), clean, y
+from interlayer.study.audiovisual import BINS, senses
 
 
 def score(net: nn.Module, sight: Tensor, sound: Tensor, clean: Tensor, digit: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +56,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Reconstruction and classification, share of active units, and the error after units are removed."""
     torch.manual_seed(seed)
     net = build(arm, scale)
-    sight, sound, clean, digit = data("train", seed, scale.noise)
+    sight, sound, clean, digit = senses("train", seed, scale.noise)
     blind = arm == "sight alone"
     optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed)
@@ -97,7 +67,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         (error + 0.1 * loss).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimiser.step()
-    sight, sound, clean, digit = data("validation", seed, scale.noise)
+    sight, sound, clean, digit = senses("validation", seed, scale.noise)
     sound = sound * (not blind)
     with torch.no_grad():
         error, _ = score(net, sight, sound, clean, digit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -12,26 +11,7 @@ from torch import Tensor, nn
 from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.core.extras import need
 from interlayer.layers.stream.enc_dec_bridge import EncDecBridge
-
-PAD, END, START = 0, 1, 2
-UND, HUNDERT, UNITS, TENS = 3, 4, 5, 14  # source: 9 units from 5, 8 tens from 14
-HUNDRED, SHIFT = 22, 18  # target: hundred, units from 23, tens from 32
-VOCAB = 40
-
-
-def sentences(seed: int, count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of three numbers from 121 to 999 each, with units before tens as in German, and as English says them."""
-    draw = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        hundred, unit, ten = (torch.randint(0, top, (size, 3), generator=draw) for top in (9, 9, 8))
-        always = torch.zeros_like(unit)
-        source = [UNITS + hundred, HUNDERT + always, UNITS + unit, UND + always, TENS + ten]
-        target = [UNITS + SHIFT + hundred, HUNDRED + always, TENS + SHIFT + ten, UNITS + SHIFT + unit]
-        ends = torch.full((size, 1), END)
-        yield (
-            torch.cat([torch.stack(source, -1).flatten(1), ends], 1),
-            torch.cat([torch.stack(target, -1).flatten(1), ends], 1),
-        )
+from interlayer.study.translation import END, PAD, START, VOCAB, sentences
 
 
 def marian(depth: int, width: int) -> Any:

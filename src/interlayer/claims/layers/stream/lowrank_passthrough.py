@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from interlayer.claims import Claim, Scale, effect, highest
 from interlayer.claims.training import judge, train
 from interlayer.core import cost
-from interlayer.layers.stream.lowrank_passthrough import LowRankPassthrough
+from interlayer.layers.stream.lowrank_passthrough import LowRankPassthrough, PassthroughNet
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"width": 64, "transition": "full"},
@@ -23,23 +23,9 @@ ARMS: dict[str, dict[str, Any]] = {
 KINDS = 8  # of symbols in the copy task; two more inputs say "wait" and "recall"
 
 
-class PixelByPixel(nn.Module):
-    """Reads an image's pixels in a fixed random order and classifies it after the last."""
-
-    def __init__(self, pixels: int, **options: Any) -> None:
-        super().__init__()
-        self.order = torch.randperm(pixels, generator=torch.Generator().manual_seed(0), device="cpu")
-        self.layer = LowRankPassthrough(1, **options)
-        self.head = nn.Linear(options["width"], 10)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits of the classes."""
-        return self.head(self.layer(image.flatten(1)[:, self.order, None])[0][:, -1])
-
-
-def build(arm: str, scale: Scale) -> PixelByPixel:
+def build(arm: str, scale: Scale) -> PassthroughNet:
     """The network that reads digits."""
-    return PixelByPixel(64, **ARMS[arm])
+    return PassthroughNet(1, 10, **ARMS[arm])
 
 
 def copies(count: int, symbols: int, wait: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -72,9 +58,9 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Accuracy on both tasks, and the weights of the transitions."""
     torch.manual_seed(seed)
     model = build(arm, scale)
-    train(model, "digits", seed=seed, steps=scale.steps, lr=5e-3, batch=64)
+    train(model, "sequential-digits", seed=seed, steps=scale.steps, lr=5e-3, batch=64)
     return {
-        "digits accuracy": judge(model, "digits")["accuracy"],
+        "digits accuracy": judge(model, "sequential-digits")["accuracy"],
         "copy accuracy": copy_accuracy(scale, seed, **ARMS[arm]),
         "transition weights": cost.parameters(model.layer.transition),
         "parameters": cost.parameters(model),

@@ -1,16 +1,13 @@
-"""Parametric spans: one definition of a linear layer with dense, convolution, pooling, graph and attention layers as instances."""
+"""Spans of finite index spaces: the one construction, and the spans of the classical layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
-
-from interlayer.core.example import Example
 
 
 class Span(nn.Module):
@@ -218,67 +215,3 @@ def attention(queries: int, keys: int, *, causal: bool = False) -> Span:
     if causal:
         pair = pair[pair % keys <= pair // keys + keys - queries]
     return Span(pair % keys, pair // keys, pair, (keys, queries, queries * keys))
-
-
-class ParametricSpan(nn.Module):
-    """The linear layer of a span: pull inputs back to edges, multiply them by weights, and sum at the targets.
-
-    Paper: Bergomi and Vertechi, "Neural network layers as parametric spans", arXiv:2208.00809.
-
-    Equation: for ``X <-s- E -t-> Y`` and ``p: E -> W``, ``y = t_!(s^* x . p^* w)``, that is
-    ``y[j] = sum over e with t(e) = j of m(e) w[p(e)] x[s(e)]``, where m is the measure. The derivatives have the same
-    form with the maps exchanged: ``dx = s_!(t^* dy . p^* w')`` and ``dw = p_!(t^* dy . s^* x)``. Channels are a dense factor: each
-    weight is a matrix over them. The paper could not be read in full; notation and discrete form are this project's.
-
-    Cost: that of the cheapest of four orders (``Span.plan``); a convolution is as many products as torch's, on gathered
-    inputs.
-
-    Args:
-        span: Which inputs meet which weights and where they go: ``dense``, ``convolution``, ``pooling``, ``graph`` or your own.
-        inputs: Input channels C.
-        outputs: Output channels O.
-        bias: Whether to add a learned offset to each output channel.
-
-    Shapes: [B, C, X] to [B, O, Y].
-
-    Raises:
-        ValueError: An input with another number of channels or sites.
-
-    Examples:
-        >>> import torch
-        >>> layer = ParametricSpan(convolution((8, 8), 3, padding=1, stride=2), 1, 4)
-        >>> layer(torch.randn(2, 1, 64)).shape
-        torch.Size([2, 4, 16])
-    """
-
-    def __init__(self, span: Span, inputs: int = 1, outputs: int = 1, *, bias: bool = True) -> None:
-        super().__init__()
-        if inputs < 1 or outputs < 1:
-            raise ValueError(f"ParametricSpan: inputs {inputs} and outputs {outputs} must be at least 1.")
-        self.span = span
-        fan_in = inputs * span.edges / span.sizes[1]  # what an output sums over, on average
-        bound = fan_in**-0.5
-        self.weight = nn.Parameter(torch.empty(span.sizes[2], outputs, inputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound)) if bias else None
-        self.order = span.plan(outputs, inputs)
-
-    def forward(self, x: Float[Tensor, "B C X"]) -> Float[Tensor, "B O Y"]:
-        """Pull back, multiply, push forward."""
-        y = self.span.push(x, self.weight, self.order)
-        return y if self.bias is None else y + self.bias[:, None]
-
-
-def _wrong() -> tuple[Any, ...]:
-    return (torch.randn(2, 3, 13),)
-
-
-EXAMPLE = Example(
-    make=lambda: ParametricSpan(convolution((12,), 3, padding=1, dilation=2), 3, 2),
-    inputs=lambda: (torch.randn(2, 3, 12),),
-    odd=lambda: (torch.randn(5, 3, 12),),
-    wrong=_wrong,
-    modes={
-        "dense": lambda: ParametricSpan(dense(12, 5), 3, 2),
-        "pooling": lambda: ParametricSpan(pooling((12,), 3), 3, 2, bias=False),
-    },
-)
