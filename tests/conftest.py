@@ -47,17 +47,19 @@ def system_of(item):
 
 @pytest.fixture(scope="session", autouse=True)
 def made_once(request):
-    """Make the data sets that are kept as files, and start the compiler and the profiler, before the first test pays for them."""
+    """Make the data sets and the model that are kept as files, and start compiler and profiler, before the first test pays for it."""
     start = clock(request.config)
     import torch
     import torch._dynamo
 
     from interlayer.core.cost import peak_bytes
     from interlayer.core.datasets import mnist1d, speech
+    from interlayer.study.token_kinds import upstream
 
     mnist1d()
     if find_spec("espeakng_loader"):
         speech()
+    upstream()
     peak_bytes(lambda: torch.zeros(1) + 1)
     request.config.stash[EXEMPT] += clock(request.config) - start
 

@@ -131,6 +131,8 @@ def show(slug: Slug) -> None:
         rows["paper"] = s.paper
     if s.slot:
         rows["slot"] = s.slot
+    if s.task:
+        rows["compare"] = f"interlayer compare --task {s.task} --arms plain,{s.slug}"
     if "code" not in s.missing:
         rows["code"] = f"from {s.module} import {s.code}"
         rows["options"] = ", ".join(f"{k}={v}" for k, v in s.options.items()) or "none"

@@ -167,12 +167,3 @@ def test_clear_errors():
         VisionTransformer(1, 9, patch=2)
     with pytest.raises(ValueError, match="wanted 64"):
         MLP(64, 10)(torch.zeros(2, 63))
-
-
-def test_a_layer_may_bring_a_network_of_its_own():
-    shape = DataShape("image", "classes", classes=3, channels=1, height=8, width=8)
-    for system in catalog.load().values():
-        if system.network:
-            model = build(system.slug, shape)
-            assert type(model).__name__ == system.network
-            assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 3)

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from interlayer.core.config import configured
 from interlayer.core.mixer import Attention
-from interlayer.core.position import Learned
+from interlayer.core.position import Sinusoidal
 from interlayer.core.slots import factory, fill, norms
 from interlayer.core.stream import QKV
-from interlayer.core.trunk import initialise
 
 
 class Layer(nn.Module):
@@ -49,7 +48,9 @@ class Layer(nn.Module):
 
 @configured
 class EncoderDecoder(nn.Module):
-    """Encoder-decoder Transformer (Vaswani et al., arXiv:1706.03762) with pre-norm, learned positions and slots.
+    """Encoder-decoder Transformer (Vaswani et al., arXiv:1706.03762) with pre-norm, sinusoidal positions and slots.
+
+    Weights are normal with variance 1 / D at initialisation.
 
     The slot ``bridge`` says what each decoder layer reads of the source: a part from the states of all encoder layers, each
     after the encoder's final norm, to one set of states for each decoder layer. ``last``, the plain one, gives all of them the
@@ -101,7 +102,7 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         self.vocab = vocab
         self.embed, self.head = nn.Embedding(vocab, width), nn.Linear(width, vocab, bias=False)
-        self.positions = nn.ModuleList((Learned(width, source), Learned(width, length)))
+        self.positions = nn.ModuleList(Sinusoidal(width, n, scale=width**-0.5) for n in (source, length))
         make = norms("EncoderDecoder", norm, "features")
         inner = {"activation": factory("activation", activation)} if activation else {}
         parts = {"norm": make, "mlp": mlp, "linear": factory("linear", linear), "hidden": hidden, **inner}
@@ -110,7 +111,11 @@ class EncoderDecoder(nn.Module):
             for decodes in (False, True)
         )
         self.norms = nn.ModuleList((make(width=width), make(width=width)))
-        initialise(self)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=width**-0.5)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         self.head.weight = self.embed.weight
         self.bridge = fill("bridge", bridge, width=width, encoder_layers=depth, decoder_layers=depth)
 
@@ -147,7 +152,7 @@ class EncoderDecoder(nn.Module):
             raise TypeError(
                 f"EncoderDecoder: {which} of {tokens.dtype} {tuple(tokens.shape)}; expected int64 [batch, sequence] below {self.vocab}."
             )
-        assert isinstance(position, Learned)
+        assert isinstance(position, Sinusoidal)
         if tokens.shape[1] > len(position.table):
             raise ValueError(
                 f"EncoderDecoder: {which} of {tokens.shape[1]} tokens, but the model was built for {len(position.table)}. "

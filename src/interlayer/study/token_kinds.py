@@ -92,24 +92,30 @@ def states(model: nn.Module, count: int, *, seed: int, length: int, files: int) 
     return found
 
 
+HOW = {"seed": 0, "steps": 200, "length": 64, "files": 20}
+
+
+def upstream() -> nn.Module:
+    """A small language model of bytes, trained once (about 15 seconds) and kept in the user's cache."""
+    return nano(
+        lambda: Transformer(vocab=256, length=64, depth=9, width=64, heads=4),
+        lambda model: teach(model, **HOW),
+        task="token-kinds", kind="transformer", **HOW,
+    )  # fmt: skip
+
+
 @cache
 def token_kinds() -> Task:
     """Keyword, name, number, string, comment, operator or space: read from the layers of a small language model of bytes.
 
-    The model is trained once and kept in the user's cache; it is frozen, and only its states are given. The usual base is the
-    weighted sum of layers; ``kind=one`` is the last layer alone.
+    The model is frozen, and only its states are given. The usual base is the weighted sum of all layers; ``kind=one`` is the
+    last layer alone.
     """
-    how = {"seed": 0, "steps": 400, "length": 64, "files": 40}
-    upstream = nano(
-        lambda: Transformer(vocab=256, length=64, depth=9, width=64, heads=4),
-        lambda model: teach(model, **how),
-        task="token-kinds", kind="transformer", **how,
-    )  # fmt: skip
-    x, y, held, held_y = states(upstream, 256, seed=0, length=64, files=40)
+    x, y, held, held_y = states(upstream(), 256, seed=0, length=64, files=HOW["files"])
     of = list(PROBES).index("token")
     about = (
-        "Which kind of token a byte of Python belongs to, from the states of the 9 layers of a frozen byte model: "
-        f"{len(x)} windows of 64 bytes for training, {len(held)} of other files for validation."
+        "Which kind of token a byte of Python's standard library belongs to, from the states of the 9 layers of a frozen byte "
+        f"model: {len(x)} windows of 64 bytes for training, {len(held)} of other text for validation."
     )
     _, layers, length, width = x.shape
     shape = DataShape("states", "tokens", vocab=PROBES["token"], layers=layers, length=length, features=width)

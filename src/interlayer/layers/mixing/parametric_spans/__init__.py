@@ -78,17 +78,17 @@ class TorchConvolution(ParametricSpan):
         return F.conv2d(x.unflatten(2, self.image), kernel, self.bias, self.stride, 1).flatten(2)
 
 
-class TorchPooling(ParametricSpan):
-    """The span that averages all sites and maps channels, computed by torch's mean and linear map on the same weights."""
+class TorchDense(ParametricSpan):
+    """The span from all sites to one, computed by torch's linear map on the same weights."""
 
     def forward(self, x: Float[Tensor, "B C X"]) -> Float[Tensor, "B O 1"]:
-        """``torch.nn.functional.linear`` of the mean."""
-        return F.linear(x.mean(2), self.weight[0], self.bias).unsqueeze(2)
+        """``torch.nn.functional.linear``."""
+        return F.linear(x.flatten(1), self.weight.permute(1, 2, 0).flatten(1), self.bias).unsqueeze(2)
 
 
 @configured
 class SpanNet(nn.Module):
-    """A convolutional network whose every linear map is a span: ``depth`` convolutions of kernel 3, then one pooling span to the
+    """A convolutional network whose every linear map is a span: ``depth`` convolutions of kernel 3, then a dense span to the
     classes.
 
     Every second convolution halves the image and doubles the channels. The network ``spans=False`` is its twin with the same
@@ -144,9 +144,7 @@ class SpanNet(nn.Module):
             layers.append(nn.ReLU())
             inputs, height, breadth = outputs, -(-height // stride), -(-breadth // stride)
         self.layers = nn.Sequential(*layers)
-        self.head = (ParametricSpan if spans else TorchPooling)(
-            pooling((height, breadth), (height, breadth)), inputs, classes
-        )
+        self.head = (ParametricSpan if spans else TorchDense)(dense(height * breadth, 1), inputs, classes)
 
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:

@@ -1,0 +1,61 @@
+"""Every ready system that ``compare`` takes is an arm of a built-in task: it is built, checked, differs from plain and learns."""
+
+import math
+
+import pytest
+
+from interlayer import catalog
+from interlayer.core.equal import difference
+from interlayer.models import BASES
+from interlayer.study import tasks
+from interlayer.study.arms import parse
+from interlayer.study.train import Job, check, train
+
+KINDS = ("layer", "model", "rule", "transform", "simulator")
+READY = [s.slug for s in catalog.load().values() if s.kind in KINDS and s.state == "ready"]
+# Where a system is tried whose row names no task.
+USUAL = (
+    ("digits", "mlp(depth=2, width=32)"),
+    ("digits", "convnet(depth=8, width=4)"),
+    ("digits", "vit(depth=2, width=32, heads=2)"),
+    ("digits", "resnet18(width=8)"),
+    ("stdlib-bytes", "transformer(depth=3, width=32, heads=2)"),
+)
+
+
+def places(system):
+    """Tasks and bases that are tried one after the other."""
+    found = [(system.task, tasks.load(system.task).base)] if system.task else USUAL
+    return [(task, f"trained:{base}" if system.kind == "transform" else base) for task, base in found]
+
+
+@pytest.mark.parametrize("slug", READY)
+def test_every_system_is_an_arm_that_learns(slug, tmp_path):
+    system, refused = catalog.get(slug), []
+    job = Job(4, 1, None, 1, "cpu", tmp_path, False)
+    for name, base in places(system):
+        task = tasks.load(name)
+        arm = parse(slug, slug, base)
+        try:
+            built = check(arm, task, job)
+        except ImportError as error:
+            pytest.skip(str(error))
+        except Exception as error:  # as in a study, where what is wrong with one arm is that arm's result
+            refused.append(f"{name}, {base}: {type(error).__name__}: {error}")
+            continue
+        if system.kind in ("layer", "model") and base != slug:
+            assert difference(built.model, check(parse("plain", "plain", base), task, job).model)
+        if system.network and not system.slot:
+            assert type(built.model) is system.resolve_network()
+        record = train(arm, task, job, 0, lr=1e-3, measure=False)
+        assert record.steps == task.learns and all(math.isfinite(v) for v in record.metrics.values())
+        return
+    pytest.fail(f"{slug} is an arm of no built-in task:\n" + "\n".join(refused))
+
+
+def test_tasks_that_rows_name_exist_and_have_a_base():
+    named = {s.task for s in catalog.load().values() if s.task}
+    assert named <= set(catalog.tasks())
+    for name in catalog.tasks():
+        base = tasks.load(name).base.partition("(")[0]
+        assert base in BASES or base in catalog.load()
