@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from interlayer import catalog
+from interlayer.core.data import run
 from interlayer.core.slots import parse_spec, resolve
 from interlayer.core.trunk import Trunk
-from interlayer.models import MLP, ConvNet, Encoder, Transformer, VisionTransformer
+from interlayer.models import MLP, ConvNet, Encoder, EncoderDecoder, Transformer, VisionTransformer
 
 TINY = {"depth": 2, "width": 16, "heads": 2}
 TRUNK = ("stream", "norm", "mixer", "mlp", "activation", "position", "order", "kv_heads", "hidden")
@@ -38,6 +39,11 @@ BACKBONES = {
         lambda: torch.linspace(-1, 1, 128).view(2, 1, 8, 8),
         ("stream", "norm", "activation"),
     ),
+    "EncoderDecoder": (
+        lambda **o: EncoderDecoder(vocab=11, source=40, length=40, **TINY, **o),
+        lambda: (TOKENS, TOKENS.flip(1)),
+        ("bridge", "norm", "mlp", "activation"),
+    ),
 }
 # One or two fillings of each slot that differ from every backbone's default.
 SOME = {
@@ -48,6 +54,7 @@ SOME = {
     "activation": ("smelu",),
     "position": ("sinusoidal", "none"),
     "order": ("looped",),
+    "bridge": ("enc-dec-bridge(start='random')",),
     "kv_heads": (1,),
     "hidden": (24,),
 }
@@ -87,7 +94,7 @@ def output(backbone, fillings):
                 noise = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 parameter.normal_(generator=noise).mul_(0.3)
         torch.manual_seed(1)
-        found = model(inputs())
+        found = run(model, inputs())
         found.square().mean().backward()
         norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
         return torch.nan_to_num(torch.cat([found.detach().flatten(), norms]), 0.5)
@@ -97,7 +104,7 @@ def output(backbone, fillings):
 
 def is_default(backbone, slot, what, beside):
     """Whether a filling is what the backbone, or the part beside it, takes anyway."""
-    made = {"MLP": MLP, "ConvNet": ConvNet}.get(backbone, Trunk)
+    made = {"MLP": MLP, "ConvNet": ConvNet, "EncoderDecoder": EncoderDecoder}.get(backbone, Trunk)
     default = inspect.signature(made).parameters[slot].default
     default = {"position": "learned" if backbone == "VisionTransformer" else "rotary"}.get(slot, default)
     if slot == "activation" and default is None:

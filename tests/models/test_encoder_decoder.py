@@ -59,7 +59,7 @@ def test_generation_is_the_argmax_of_full_passes():
 
 def test_clear_errors():
     model, source, target = built()
-    with pytest.raises(TypeError, match="source of torch.float32"):
+    with pytest.raises(TypeError, match=r"source of torch\.float32"):
         model(source.float(), target)
     with pytest.raises(ValueError, match="target of 7 tokens, but the model was built for 6"):
         model(source, source)

@@ -5,7 +5,17 @@ import keyword
 import torch
 
 from interlayer.layers.stream.ssl_interface import hidden_states
-from interlayer.study.token_kinds import COMMENT, HOW, KEYWORD, OPERATOR, PROBES, labelled, token_kinds, upstream, windows
+from interlayer.study.token_kinds import (
+    COMMENT,
+    HOW,
+    KEYWORD,
+    OPERATOR,
+    PROBES,
+    labelled,
+    token_kinds,
+    upstream,
+    windows,
+)
 
 
 def words(text, where):

@@ -66,7 +66,6 @@ class EncoderDecoder(nn.Module):
         bridge: Called with those of ``width=, encoder_layers=, decoder_layers=`` that it names.
         norm: Every norm.
         mlp: What mixes channels.
-        hidden: Hidden features of the MLP.
         activation: The activation of the MLP. Defaults to the MLP's own.
         linear: Every linear map of the layers.
 
@@ -95,7 +94,6 @@ class EncoderDecoder(nn.Module):
         bridge: Any = "last",
         norm: Any = "layernorm",
         mlp: Any = "mlp",
-        hidden: int | None = None,
         activation: Any = None,
         linear: Any = "linear",
     ) -> None:
@@ -105,7 +103,7 @@ class EncoderDecoder(nn.Module):
         self.positions = nn.ModuleList(Sinusoidal(width, n, scale=width**-0.5) for n in (source, length))
         make = norms("EncoderDecoder", norm, "features")
         inner = {"activation": factory("activation", activation)} if activation else {}
-        parts = {"norm": make, "mlp": mlp, "linear": factory("linear", linear), "hidden": hidden, **inner}
+        parts = {"norm": make, "mlp": mlp, "linear": factory("linear", linear), **inner}
         self.encoder, self.decoder = (
             nn.ModuleList(Layer(width, heads, decodes=decodes, **parts) for _ in range(depth))
             for decodes in (False, True)

@@ -84,6 +84,10 @@ def test_for_task():
         2,
         3,
     )
+    sized = DOH.for_task(DataShape("vector", "values", classes=3, features=2), size=300)
+    assert sum(p.numel() + 8 for p in sized.parameters()) == 300 and sized.layout.activation == "sine"
+    with pytest.raises(ValueError, match="latent -83; wanted at least 1"):
+        DOH.within(30, 2, 1)
     with pytest.raises(ValueError, match="not tokens"):
         DOH.for_task(DataShape("tokens", "tokens", vocab=3, length=4))
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from interlayer.layers.mixing.parametric_spans import (
     ParametricSpan,
     Span,
+    SpanNet,
     attention,
     convolution,
     dense,
@@ -140,3 +141,27 @@ def test_mistakes_are_refused():
         dense(2, 2).push(torch.randn(2, 1, 2), torch.randn(4, 1, 1), "fast")
     with pytest.raises(ValueError, match="at least 1"):
         ParametricSpan(dense(2, 2), 0)
+
+
+@pytest.mark.parametrize("image", [(8, 8), (5, 7)])
+def test_a_network_of_spans_equals_its_twin_of_torchs_operators(image):
+    torch.manual_seed(0)
+    net = SpanNet(2, image, 3, width=4, depth=4).double()
+    twin = SpanNet(2, image, 3, width=4, depth=4, spans=False).double()
+    twin.load_state_dict(net.state_dict())
+    x = draw(3, 2, *image)
+    y, z = net(x), twin(x)
+    torch.testing.assert_close(y, z)
+    wanted = torch.autograd.grad(z.square().sum(), (x, *twin.parameters()))
+    for a, b in zip(torch.autograd.grad(y.square().sum(), (x, *net.parameters())), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_locally_connected_layers_share_no_weight():
+    net, shared = SpanNet(1, (6, 6), 2, width=2, depth=2, shared=False), SpanNet(1, (6, 6), 2, width=2, depth=2)
+    assert [layer.weight.shape[0] for layer in net.layers[::2]] == [36 * 9, 9 * 9]
+    assert [layer.weight.shape[0] for layer in shared.layers[::2]] == [9, 9]
+    with pytest.raises(ValueError, match="torch has no locally connected layer"):
+        SpanNet(shared=False, spans=False)
+    with pytest.raises(ValueError, match=r"image \(2, 1, 8, 8\); expected \[batch, 1, 6, 6\]"):
+        net(torch.zeros(2, 1, 8, 8))

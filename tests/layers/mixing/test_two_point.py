@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from interlayer.core.data import DataShape
 from interlayer.layers.mixing.two_point import MCC, TwoPoint, modulate, point
 
 
@@ -77,3 +78,10 @@ def test_mistakes_are_refused():
         MCC((3,))
     with pytest.raises(ValueError, match=r"senses of \[\(2, 3\), \(2, 5\)\]; wanted last sizes \[3, 4\]"):
         MCC((3, 4))(torch.randn(2, 3), torch.randn(2, 5))
+
+
+def test_for_task():
+    shape = DataShape("vectors", "values", classes=6, senses=(5, 4))
+    assert MCC.for_task(shape, units=8)(torch.randn(2, 5), torch.randn(2, 4)).shape == (2, 6)
+    with pytest.raises(ValueError, match=r"takes several vectors, not image\. Take a task such as 'audiovisual'"):
+        MCC.for_task(DataShape("image", "classes", classes=2))

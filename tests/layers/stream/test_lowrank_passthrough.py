@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from interlayer.layers.stream.lowrank_passthrough import GROUPS, TRANSITIONS, LowRankPassthrough
+from interlayer.core.data import DataShape
+from interlayer.layers.stream.lowrank_passthrough import GROUPS, TRANSITIONS, LowRankPassthrough, PassthroughNet
 
 
 def matrices(layer):
@@ -138,3 +139,11 @@ def test_wrong_options_and_shapes_are_refused():
         layer(torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"states \[\(3, 4\)\]; wanted 2 of \(3, 4\)"):
         layer(torch.zeros(3, 1, 2), (torch.zeros(3, 4),))
+
+
+def test_the_network_answers_after_the_last_step():
+    net = PassthroughNet.for_task(DataShape("series", "values", classes=4, length=5, features=3), width=6, rank=2)
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(net(x), net.head(net.layer(x)[1][0]))
+    with pytest.raises(ValueError, match=r"takes series, not image\. Take a task such as 'sequential-digits'"):
+        PassthroughNet.for_task(DataShape("image", "classes", classes=2))

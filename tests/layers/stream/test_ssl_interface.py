@@ -3,8 +3,9 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from interlayer.core.data import DataShape
 from interlayer.core.example import Example
-from interlayer.layers.stream.ssl_interface import INTERFACES, SSLInterface, hidden_states
+from interlayer.layers.stream.ssl_interface import INTERFACES, InterfacedHead, SSLInterface, hidden_states
 from interlayer.models import Encoder
 from interlayer.testing import hold
 
@@ -181,3 +182,23 @@ def test_clear_errors():
         hidden_states(nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(ValueError, match="several shapes"):
         hidden_states(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), torch.zeros(1, 2), at="*")
+
+
+def test_one_layer_alone():
+    assert torch.equal(SSLInterface(3, 4, kind="one")(STATES), STATES[:, -1])
+    assert torch.equal(SSLInterface(3, 4, kind="one", index=1)(STATES), STATES[:, 1])
+    with pytest.raises(ValueError, match="index 4 for 4 layers; give -4 to 3"):
+        SSLInterface(3, 4, kind="one", index=4)
+
+
+def test_heads_for_tasks_with_answers_at_each_place_or_one_for_all():
+    sizes = {"layers": 4, "length": 2, "features": 3}
+    each = InterfacedHead.for_task(DataShape("states", "tokens", vocab=5, **sizes), kind="weighted-sum")
+    normed = nn.functional.layer_norm(STATES, (3,)).mean(1)
+    torch.testing.assert_close(each(STATES), each.head(normed))
+    whole = InterfacedHead.for_task(DataShape("states", "classes", classes=5, **sizes), kind="one")
+    torch.testing.assert_close(whole(STATES), whole.head(nn.functional.layer_norm(STATES, (3,))[:, -1].mean(1)))
+    with pytest.raises(ValueError, match=r"not tokens and tokens\. Take a task such as 'token-kinds'"):
+        InterfacedHead.for_task(DataShape("tokens", "tokens", vocab=5, length=4))
+    with pytest.raises(ValueError, match="kind 'pca' is not trained"):
+        InterfacedHead(3, 4, 2, kind="pca")
