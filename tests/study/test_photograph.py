@@ -13,7 +13,7 @@ from interlayer.study.photograph import Photograph, china
 
 
 def subject(model):
-    return SimpleNamespace(model=model, batch_size=16, device=torch.device("cpu"))
+    return SimpleNamespace(model=model, predict=model, batch_size=16, device=torch.device("cpu"))
 
 
 def test_what_is_judged_is_the_model_after_rounding():

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from interlayer.core.data import Batch, DataShape, answer, moved
 from interlayer.core.datasets import photograph
@@ -57,12 +56,15 @@ class Photograph(Task):
 
     def judge(self, subject: Subject, seed: int) -> dict[str, float]:
         """Scores of the image as it comes back from its bytes."""
-        rounded = {
-            name: dequantize(*quantize(p.detach().cpu().float(), BITS)).to(p)
-            for name, p in subject.model.named_parameters()
-        }
-        found = self.evaluate(lambda x: functional_call(subject.model, rounded, x), subject.batch_size, subject.device)
-        return {**found, "bytes": float(stored_bytes([p.numel() for p in rounded.values()]))}
+        parameters = list(subject.model.parameters())
+        kept = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p in parameters:
+                p.copy_(dequantize(*quantize(p.cpu().float(), BITS)))
+            found = self.evaluate(subject.predict, subject.batch_size, subject.device)
+            for p, before in zip(parameters, kept, strict=True):
+                p.copy_(before)
+        return {**found, "bytes": float(stored_bytes([p.numel() for p in parameters]))}
 
     def evaluate(
         self, predict: Callable[[Any], Any], batch_size: int, device: torch.device | str = "cpu"
