@@ -1,11 +1,13 @@
 """Every ready system that ``compare`` takes is an arm of a built-in task: it is built, checked, differs from plain and learns."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from interlayer import catalog
 from interlayer.core.equal import difference
+from interlayer.core.experiences import StreamTask
 from interlayer.models import BASES
 from interlayer.study import tasks
 from interlayer.study.arms import parse
@@ -32,9 +34,10 @@ def places(system):
 @pytest.mark.parametrize("slug", READY)
 def test_every_system_is_an_arm_that_learns(slug, tmp_path):
     system, refused = catalog.get(slug), []
-    job = Job(4, 1, None, 1, "cpu", tmp_path, False)
     for name, base in places(system):
         task = tasks.load(name)
+        steps = len(task.stream) if isinstance(task, StreamTask) else int(task.learns)
+        job = Job(4, steps, None, 1, "cpu", tmp_path, False)
         arm = parse(slug, slug, base)
         try:
             built = check(arm, task, job)
@@ -48,14 +51,20 @@ def test_every_system_is_an_arm_that_learns(slug, tmp_path):
         if system.network and not system.slot:
             assert type(built.model) is system.resolve_network()
         record = train(arm, task, job, 0, lr=1e-3, measure=False)
-        assert record.steps == task.learns and all(math.isfinite(v) for v in record.metrics.values())
+        assert record.steps == steps and all(math.isfinite(v) for v in record.metrics.values())
         return
     pytest.fail(f"{slug} is an arm of no built-in task:\n" + "\n".join(refused))
 
 
-def test_tasks_that_rows_name_exist_and_have_a_base():
-    named = {s.task for s in catalog.load().values() if s.task}
-    assert named <= set(catalog.tasks())
-    for name in catalog.tasks():
-        base = tasks.load(name).base.partition("(")[0]
-        assert base in BASES or base in catalog.load()
+def test_tasks_that_rows_name_exist():
+    assert {s.task for s in catalog.load().values() if s.task} <= set(catalog.tasks())
+
+
+@pytest.mark.parametrize("name", catalog.tasks())
+def test_the_usual_base_of_a_task_is_known_and_in_the_docs(name):
+    base = tasks.load(name).base
+    assert base.partition("(")[0] in {*BASES, *catalog.load()}
+    page = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text(encoding="utf-8")
+    table = page.partition("| task | what is learned |")[2].partition("\n\n")[0]
+    rows = {row.split("|")[1].strip(" `"): row.split("|")[4] for row in table.splitlines()[2:]}
+    assert f"`{base}`" in rows[name] and set(rows) == set(catalog.tasks())

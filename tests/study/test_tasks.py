@@ -1,7 +1,5 @@
 """Tasks: real data, fixed splits, the same batches for the same seed."""
 
-from pathlib import Path
-
 import datasets
 import pytest
 import torch
@@ -49,14 +47,6 @@ def test_no_validation_sample_is_trained_on(name):
     data = tasks.load(name).data
     train, held = ({x.numpy().tobytes() for x in data[split][0]} for split in ("train", "validation"))
     assert not train & held
-
-
-def test_the_docs_list_every_task_with_its_base():
-    page = Path(__file__).parents[2] / "docs" / "concepts.md"
-    table = page.read_text(encoding="utf-8").partition("| task |")[2].partition("\n\n")[0]
-    rows = [row.split("|")[1:5] for row in table.splitlines()[2:]]
-    assert {row[0].strip(" `") for row in rows} == set(catalog.tasks())
-    assert all(f"`{tasks.load(name.strip(' `')).base}`" in base for name, _, _, base in rows)
 
 
 def test_language_targets_are_the_next_bytes():
