@@ -71,6 +71,11 @@ def test_mistakes_are_told_in_one_line(arguments, told):
     assert "Traceback" not in result.stderr
 
 
+def test_show_names_the_comparison_on_the_task_of_the_idea():
+    done = run(app, ["show", "two-point"])
+    assert "interlayer compare --task audiovisual --arms plain,two-point" in done.output
+
+
 def test_show_tells_what_there_is():
     out = run(app, ["show", "denseformer"]).stdout
     for word in (
