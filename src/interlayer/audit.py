@@ -2,9 +2,66 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
+import tomllib
+from collections.abc import Mapping
+from importlib import import_module
 
 from interlayer import catalog
+
+WORKS = catalog.CHECKOUT / "tests" / "works.toml"
+
+
+def clauses(works: str) -> list[str]:
+    """What counts as working, clause by clause.
+
+    >>> clauses("A gate at zero. Show: loss at equal steps; memory.")
+    ['A gate at zero', 'loss at equal steps', 'memory']
+    """
+    return [part.removeprefix("Show: ").rstrip(".;") for part in re.split(r"(?<=[.;])\s+", works.strip())]
+
+
+def unshown() -> list[str]:
+    """Clauses of ready systems for which ``tests/works.toml`` names no test, statement, contract or benchmark that exists."""
+    shown = tomllib.loads(WORKS.read_text(encoding="utf-8")) if WORKS.exists() else {}
+    systems = catalog.load()
+    found = [f"works.toml: no ready system {slug!r}" for slug in shown if slug not in systems]
+    for system in systems.values():
+        if system.state == "ready":
+            found += _unshown(system, shown.get(system.slug, {}))
+    return found
+
+
+def _unshown(system: catalog.System, shown: Mapping[str, list[str]]) -> list[str]:
+    wanted = clauses(system.works)
+    found = [f"{system.slug}: works.toml has {clause!r}, which its row has not" for clause in shown if clause not in wanted]
+    there = _evidence(system)
+    for clause in wanted:
+        names = shown.get(clause, [])
+        if not names:
+            found.append(f"{system.slug}: nothing shows {clause!r}")
+        for name in names:
+            kind, _, what = name.partition(": ")
+            if what not in there.get(kind, ()) and not (kind == "claim" and any(what in s for s in there["claim"])):
+                found.append(f"{system.slug}: {clause!r} names {name!r}, which is not there")
+    return found
+
+
+def _evidence(system: catalog.System) -> dict[str, set[str]]:
+    """What can show a clause: tests, statements of the claim, contracts of the kind, benchmarks."""
+    from interlayer.testing import contracts
+
+    files = sorted(system.test.parent.glob(f"test_{system.stem}*.py"))
+    trees = [ast.parse(f.read_text(encoding="utf-8")) for f in files]
+    claim = import_module(f"interlayer.claims.{system.room}.{system.stem}").CLAIM
+    return {
+        "test": {n.name for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test")},
+        "claim": {statement.says for statement in claim.statements},
+        "contract": set(contracts(system.kind)),
+        "benchmark": {p.stem for p in (catalog.CHECKOUT / "benchmarks").glob("*.py")},
+    }
 
 
 def lacking() -> list[str]:
@@ -61,7 +118,7 @@ def write_readme() -> None:
 def main() -> None:
     """Print every fault and the counts; exit with 1 if there is a fault."""
     systems = catalog.load().values()
-    found = lacking() + faults()
+    found = lacking() + faults() + unshown()
     print("\n".join(found))
     print(
         ", ".join(f"{sum(s.state == state for s in systems)} {state}" for state in catalog.STATES),
