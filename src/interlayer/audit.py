@@ -24,7 +24,7 @@ def clauses(works: str) -> list[str]:
 
 
 def unshown() -> list[str]:
-    """Clauses of ready systems for which ``tests/works.toml`` names no test, statement, contract or benchmark that exists."""
+    """Clauses of ready systems for which ``tests/works.toml`` names no test, statement, figure, contract or benchmark that exists."""
     shown = tomllib.loads(WORKS.read_text(encoding="utf-8")) if WORKS.exists() else {}
     systems = catalog.load()
     found = [f"works.toml: no ready system {slug!r}" for slug in shown if slug not in systems]
@@ -36,7 +36,7 @@ def unshown() -> list[str]:
 
 def _unshown(system: catalog.System, shown: Mapping[str, list[str]]) -> list[str]:
     wanted = clauses(system.works)
-    found = [f"{system.slug}: works.toml has {clause!r}, which its row has not" for clause in shown if clause not in wanted]
+    found = [f"{system.slug}: works.toml has {c!r}, which its row has not" for c in shown if c not in wanted]
     there = _evidence(system)
     for clause in wanted:
         names = shown.get(clause, [])
@@ -44,23 +44,30 @@ def _unshown(system: catalog.System, shown: Mapping[str, list[str]]) -> list[str
             found.append(f"{system.slug}: nothing shows {clause!r}")
         for name in names:
             kind, _, what = name.partition(": ")
-            if what not in there.get(kind, ()) and not (kind == "claim" and any(what in s for s in there["claim"])):
+            part = kind == "claim" and what and any(what in says for says in there["claim"])
+            if not part and what not in there.get(kind, ()):
                 found.append(f"{system.slug}: {clause!r} names {name!r}, which is not there")
     return found
 
 
 def _evidence(system: catalog.System) -> dict[str, set[str]]:
-    """What can show a clause: tests, statements of the claim, contracts of the kind, benchmarks."""
+    """What can show a clause: tests, the claim's statements and figures, contracts of the kind, benchmarks that name the system."""
     from interlayer.testing import contracts
 
     files = sorted(system.test.parent.glob(f"test_{system.stem}*.py"))
     trees = [ast.parse(f.read_text(encoding="utf-8")) for f in files]
     claim = import_module(f"interlayer.claims.{system.room}.{system.stem}").CLAIM
+    figures = {arm: set(metrics) for arm, metrics in (system.measured() or {"values": {}})["values"].items()}
+    timed = {p.stem: p.read_text(encoding="utf-8") for p in (catalog.CHECKOUT / "benchmarks").glob("*.py")}
     return {
-        "test": {n.name for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test")},
+        "test": {
+            n.name for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test")
+        },
         "claim": {statement.says for statement in claim.statements},
+        "measured": {f"{metric} of {arm}" for arm in figures for metric in figures[arm]}
+        | set.intersection(*(figures.get(arm, set()) for arm in claim.arms)),
         "contract": set(contracts(system.kind)),
-        "benchmark": {p.stem for p in (catalog.CHECKOUT / "benchmarks").glob("*.py")},
+        "benchmark": {name for name, text in timed.items() if system.slug in text or system.stem in text},
     }
 
 

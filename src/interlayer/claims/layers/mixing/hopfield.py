@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from interlayer.claims import Claim, Scale, effect, fits, highest
 from interlayer.claims.training import task
 from interlayer.core.fit import fit
 from interlayer.layers.mixing.hopfield import HopfieldPooling, update
+
+COUNTS = (4, 64, 1024)  # patterns that are stored where the error itself is reported
 
 
 def _recalled(arm: str, count: int, width: int, generator: torch.Generator) -> float:
@@ -84,7 +87,7 @@ def build(arm: str, scale: Scale) -> Pooled:
 
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
-    """Slope of log2 capacity against width, and accuracy of bags."""
+    """Slope of log2 capacity against width, share of patterns that are lost by their number and width, and accuracy of bags."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     if arm in ("hopfield", "classical", "cold start"):
@@ -93,6 +96,9 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         centred = widths - widths.mean()
         found["doublings for each dimension"] = float((centred * (logs - logs.mean())).sum() / centred.square().sum())
         found[f"capacity at {scale.widths[-1]}"] = 2 ** float(logs[-1])
+        own = torch.Generator().manual_seed(seed)
+        for width, count in product(scale.widths, COUNTS):
+            found[f"retrieval error of {count} patterns in {width} dimensions"] = 1 - _recalled(arm, count, width, own)
     if arm != "classical":
         (x, y), (xv, yv) = (next(iter(task("digits").batches(seed, 10**4, s))) for s in ("train", "validation"))
         torch.manual_seed(seed)

@@ -78,6 +78,12 @@ def look(model: Transformer, x: Tensor, y: Tensor) -> tuple[list[float], list[fl
     return variances, gradients
 
 
+def curves(variances: list[float], gradients: list[float], when: str) -> dict[str, float]:
+    """What ``look`` found at the first, the middle and the last block."""
+    both, blocks = {"variance after": variances, "gradient norm of": gradients}, len(variances)
+    return {f"{what} block {i}, {when}": both[what][i - 1] for what in both for i in (1, blocks // 2, blocks)}
+
+
 def unigram_loss() -> float:
     """What a predictor has that knows only how frequent the bytes are."""
     counts = torch.bincount(next(batches("stdlib-bytes", 0, 2048, 1))[0].flatten(), minlength=256).double()
@@ -85,12 +91,12 @@ def unigram_loss() -> float:
 
 
 def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
-    """Variance and gradient norm by depth before and after training; learning rates that end above unigrams."""
+    """Variance and gradient norm by depth before, in and after training; learning rates that end above unigrams."""
     (x, y) = next(batches("stdlib-bytes", 99, 16, 1))
     x, y = x[:, : scale.length], y[:, : scale.length]
     model = built(lambda: build(arm, scale), seed)
     variances, gradients = look(model, x, y)
-    found = {"gradient first/last at start": gradients[0] / gradients[-1]}
+    found = {"gradient first/last at start": gradients[0] / gradients[-1], **curves(variances, gradients, "at start")}
     start = variances[-1]
     with torch.no_grad():
         for module in model.trunk.blocks.modules():
@@ -102,13 +108,23 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
     failed, trivial = 0, unigram_loss()
     for lr in scale.rates:
         model = built(lambda: build(arm, scale), seed)
-        losses = train(model, "stdlib-bytes", seed=seed, steps=scale.steps, lr=lr, batch=8, cut=scale.length)
+
+        def halfway(step: int, _: float, model: Transformer = model, lr: float = lr, found: Any = found) -> bool:
+            if lr == scale.watched and step == scale.steps // 2:
+                found.update(curves(*look(model, x, y), "halfway"))
+            return False
+
+        losses = train(
+            model, "stdlib-bytes", seed=seed, steps=scale.steps, lr=lr, batch=8, cut=scale.length, watch=halfway
+        )
         last = losses[-5:]
         loss = sum(last) / len(last)
         found[f"loss at {lr:g}"] = loss
         failed += not loss < trivial
         if lr == scale.watched:
-            found["growth of the last variance"] = math.log10(look(model, x, y)[0][-1] / start)
+            variances, gradients = look(model, x, y)
+            found["growth of the last variance"] = math.log10(variances[-1] / start)
+            found |= curves(variances, gradients, "at the end")
     return {**found, "failed rates": failed, "unigrams": trivial}
 
 

@@ -120,14 +120,16 @@ def cache_bytes(model: nn.Module, tokens: Tensor) -> float:
 
 
 def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
-    """Validation loss after equal steps, entropy of late attention, bytes of the cache over the plain model's."""
+    """Validation loss after equal steps, entropy of attention by layer, bytes of the cache over the plain model's."""
     model = built(lambda: build(arm, scale), seed)
     tokens = next(batches("stdlib-bytes", 99, 8, 1))[0][:, : scale.length]
     plain = built(lambda: build("plain", scale), seed)
     share = cache_bytes(model, tokens) / cache_bytes(plain, tokens)
     loss = language(model, seed, scale, lr=(ARMS | TWINS)[arm][1])
-    late = concentration(model, tokens)[-max(scale.depth // 3, 1) :]
-    return {"loss": loss, "late entropy": sum(late) / len(late), "cache over plain": share}
+    layers = concentration(model, tokens)
+    late = layers[-max(scale.depth // 3, 1) :]
+    found = {"loss": loss, "late entropy": sum(late) / len(late), "cache over plain": share}
+    return found | {f"entropy of layer {i}": entropy for i, entropy in enumerate(layers, start=1)}
 
 
 CLAIM = Claim(
