@@ -1,4 +1,4 @@
-"""Training step of each stream as a multiple of the plain Transformer's."""
+"""Training step of each stream as a multiple of the plain Transformer's: time, and the most bytes that are alive."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import compare, train_step
+from interlayer.core import cost
 from interlayer.models import Transformer
 from interlayer.models.transformer import SIZES
 
@@ -46,6 +47,8 @@ def main():
                 rounds=rounds,
                 goal={"plain": GOALS[spec]} if spec in GOALS else None,
             )
+            ours, theirs = (cost.peak_bytes(step(m), [*m.parameters(), tokens]) for m in (model, plain))
+            print(f"  {spec} / plain, bytes at the fullest: {ours / theirs:.3f}")
 
 
 if __name__ == "__main__":

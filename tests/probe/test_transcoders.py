@@ -212,6 +212,41 @@ def test_the_planted_circuit_is_recovered_from_the_weights():
         assert EXAMPLE.planted(EXAMPLE.make()(model, data))
 
 
+def test_de_embeddings_name_what_a_planted_feature_reads_and_writes():
+    """Neuron 3 reads "to" directly and the years from 3 up through head 0, and lowers the logit of year 3."""
+    model, data = greater_than(), years()
+    with torch.no_grad():
+        names, coders = mlps(model, None), {}
+        for name in names:
+            mlp = model.get_submodule(name)
+            coder = coders[name] = Coder(64, 64, 12).requires_grad_(False)
+            for mine, given in (
+                (coder.encoder, mlp.up.weight),
+                (coder.bias, mlp.up.bias),
+                (coder.decoder, mlp.down.weight.T),
+            ):
+                mine.copy_(given)
+        circuit = Circuit(Decoder(model, names, data[:1]), coders)
+        to = circuit.feature(1, 3, 2)
+        tokens = torch.arange(21)
+        assert torch.equal(circuit.embedded(to.vector), (tokens == 20).float())
+        through = dict(circuit.through(to.vector, None, to.site))
+        assert torch.equal(circuit.embedded(through["attn0[0]"]), ((tokens >= 3) & (tokens < 10)).float())
+        assert not circuit.embedded(through["attn0[1]"]).any()
+        assert torch.equal(circuit.unembedded(1, 3), -2.0 * (tokens == 3))
+
+
+def test_the_frontier_trades_loss_for_sparsity():
+    torch.manual_seed(0)
+    probe = Transcoders(at="trunk.blocks.1.mlp", expansion=1, sparsity=(0.1, 10.0), steps=150, batch=64, lr=1e-2)
+    table = probe(greater_than(), years()).tables["frontier"]
+    assert table["kind"] == ["transcoder", "transcoder", "sae", "sae", "the MLP", "its mean"]
+    for at in (0, 2):
+        assert table["active features"][at] > 1.5 * table["active features"][at + 1]
+        assert table["unexplained"][at] < 0.5 * table["unexplained"][at + 1]
+    assert table["unexplained"][4:] == [0.0, 1.0]
+
+
 def test_one_feature_and_one_prompt_can_be_named():
     torch.manual_seed(0)
     found = Transcoders(expansion=1, sparsity=(0.2,), steps=20, layer=0, feature=7, position=1)(greater_than(), years())

@@ -155,8 +155,16 @@ def test_swapped_into_a_trained_model():
 
 
 def test_figure_has_a_panel_for_each_unit():
-    drawn = figure(MLP(6, 3, depth=2, width=8, activation="rational-activation"))
+    model = MLP(6, 3, depth=2, width=8, activation="rational-activation")
+    with torch.no_grad():
+        model.blocks[1][1].numerator.mul_(3.0)  # it has learned
+    drawn = figure(model)
     assert [a.get_title() for a in drawn.axes] == ["blocks.0.1", "blocks.1.1"]
+    for panel, scale in zip(drawn.axes, (1.0, 3.0), strict=True):
+        learned, initial = (torch.as_tensor(line.get_ydata()) for line in panel.lines)
+        x = torch.as_tensor(panel.lines[0].get_xdata())
+        torch.testing.assert_close(initial, Rational().double()(x).detach())
+        torch.testing.assert_close(learned, scale * initial, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="no rational unit"):
         figure(nn.Linear(2, 2))
 

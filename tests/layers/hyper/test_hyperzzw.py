@@ -105,6 +105,43 @@ def test_local_feedback_by_hand_and_it_teaches_slow_networks_alone():
     assert touched and all(".slow." in name and "local" not in name for name in touched)
 
 
+def test_a_block_compresses_ten_branches():
+    """The hidden representation written out: each branch by its own operator, side by side, through the bottleneck."""
+    torch.manual_seed(0)
+    block = Terminator(2, (4, 4), widths=(4,), hidden=3, groups=2, running=False).blocks[0]
+    x, w = torch.randn(3, 2, 4, 4), block.slow()
+
+    def by_place(t):
+        return (t - t.mean((2, 3), keepdim=True)) / (t.var((2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+
+    def by_channel(kernel, t):
+        return t.mean((2, 3), keepdim=True) ** 2 * kernel.reshape(1, 2, 1, 1)
+
+    fast = by_place(block.fast_slow(x * w) + block.fast(x))
+    mixed, gated = by_place(block.mix(x)), by_place(x * torch.sigmoid(by_channel(block.channel(), x)))
+    whole, whole_mixed, whole_gated = (x * w @ z for z in (fast, mixed, gated))
+    score = by_channel(block.channel_out(), whole) * whole.mean(1, keepdim=True) ** 2 * block.spatial()
+    branches = [whole, whole_mixed, whole_gated, F.silu(whole), fast, x * torch.sigmoid(score)]
+    for branch, (source, z) in zip(block.local, ((x, gated), (gated, x), (mixed, x), (x, mixed)), strict=True):
+        filtered = hyperzzw_local(branch.slow(source), z)
+        branches.append(F.gelu(branch.standard(branch.mix(filtered))) + branch.bias)
+    assert len(branches) == 10
+    flat = torch.einsum("oc,bcij->boij", block.bottleneck.weight[..., 0, 0], torch.cat(branches, 1))
+    wanted = F.gelu(block.grouped(flat + block.bottleneck.bias.view(1, -1, 1, 1))) + block.bias
+    torch.testing.assert_close(block(x), wanted)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (4,)])
+def test_nothing_goes_past_a_block(size):
+    """There is no residual: where the bottleneck passes nothing, no image reaches the next block."""
+    net = Terminator(2, size, widths=(2, 4), hidden=3, groups=2)
+    torch.nn.init.zeros_(net.blocks[0].bottleneck.weight)
+    x = torch.randn(3, 2, *size, requires_grad=True)
+    net(x).sum().backward()
+    assert not x.grad.any()
+    assert (net.blocks[0](x) == net.blocks[0](x)[0, 0].flatten()[0]).all()
+
+
 def test_every_place_sees_the_whole_image_in_one_block():
     torch.manual_seed(0)
     net = Terminator(2, (8, 8), widths=(4,), hidden=4, groups=2).eval()

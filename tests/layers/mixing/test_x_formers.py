@@ -1,12 +1,15 @@
 """Every leaf of the tree: it builds, learns, and is another model than the root."""
 
+import re
 import zlib
 
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
 from interlayer import catalog
+from interlayer.cli import app
 from interlayer.core.trunk import build_trunk
 from interlayer.layers.mixing.x_formers import VANILLA, XFormer, find
 
@@ -80,6 +83,20 @@ def test_image_models_use_the_position_of_the_leaf():
     assert built == ["Learned", "RelativeBias", "Alibi", "Rotary", "Conditional"]
     with pytest.raises(ValueError, match="without a causal mask nothing tells the order"):
         XFormer("of causal models", vocab=20, classes=3)
+
+
+def test_the_tree_is_shown():
+    """Every leaf below its branches, at its depth, with what fills its slots."""
+    shown = CliRunner().invoke(app, ["list", "--taxonomy"])
+    assert shown.exit_code == 0
+    path, found = [], []
+    for line in shown.stdout.splitlines():
+        level = (len(line) - len(line.lstrip())) // 2
+        name, *rest = re.split(r"\s+(?:ready|planned)\s+", line.strip())
+        path[level:] = [name]
+        found += ["/".join(path)] if rest else []
+    assert found == LEAVES
+    assert re.search(r"\n +band +ready +mixer=sliding-window.*arXiv:", shown.stdout)
 
 
 def test_names_of_leaves():

@@ -56,6 +56,18 @@ def test_gates_learn_first_then_branches():
     assert all(p.grad.abs().sum() == 0 for p in model.blocks.parameters())
 
 
-def test_there_is_no_norm_in_a_transformer():
-    model = Transformer(depth=2, width=16, heads=2, stream="rezero")
+@pytest.mark.parametrize(
+    "model",
+    [
+        MLP(6, 3, depth=2, width=6, stream="rezero"),
+        Transformer(depth=2, width=16, heads=2, stream="rezero"),
+        ConvNet(2, 3, depth=8, width=2, stream="rezero", norm="none"),
+    ],
+    ids=["mlp", "transformer", "convnet"],
+)
+def test_there_is_no_norm(model):
     assert not any("Norm" in type(m).__name__ for m in model.modules())
+    gates = next(m for m in model.modules() if isinstance(m, ReZero))
+    assert [(n, p.shape) for n, p in gates.named_parameters()] == [
+        ("gate", (len(gates.gate),))
+    ]  # a scalar for each block
