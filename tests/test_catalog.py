@@ -70,3 +70,41 @@ def test_the_layers_of_the_house_name_every_room_that_has_code():
         top = room.partition(".")[0]
         assert f"interlayer.{top}" in house.replace("|", " ").split(), room
         assert f"interlayer.{room}" in apart or f"interlayer.{room.rpartition('.')[0]}.*" in apart, room
+
+
+def test_a_clause_needs_what_shows_it():
+    rezero = catalog.get("rezero")
+    first, *others = audit.clauses(rezero.works)
+
+    def faults(*names):
+        return audit._unshown(rezero, {first: list(names), **dict.fromkeys(others, ["contract: shapes"])})
+
+    there = ["test: test_there_is_no_norm", "claim: the Jacobian of 32 layers", "measured: steps at 128"]
+    assert faults(*there, "measured: Transformer loss of rezero", "contract: shapes", "benchmark: sweeps") == []
+    assert faults() == [f"rezero: nothing shows {first!r}"]
+    assert len(audit._unshown(rezero, {})) == len(others) + 1
+    for wrong in (
+        "test: test_there_is_no_nrom",
+        "claim: the Jacobian of 33 layers",
+        "claim: ",
+        "measured: Transformer loss",  # not of every arm
+        "contract: shape",
+        "benchmark: lamp",  # which does not name ReZero
+        "test_there_is_no_norm",
+    ):
+        assert faults(*there, wrong) == [f"rezero: {first!r} names {wrong!r}, which is not there"]
+    stranger = {**dict.fromkeys([first, *others], there), "It is fast": there}
+    assert audit._unshown(rezero, stranger) == ["rezero: works.toml has 'It is fast', which its row has not"]
+
+
+def test_a_table_of_no_system_is_a_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "WORKS", tmp_path / "works.toml")
+    monkeypatch.setattr(
+        catalog, "load", lambda: {"no-such": catalog.System("no-such", "t", "probe", "probe", "It works.")}
+    )
+    audit.WORKS.write_text("[rezeor]\n", encoding="utf-8")
+    assert audit.unshown() == ["works.toml: no system 'rezeor'"]
+
+
+def test_every_clause_of_the_ready_systems_is_shown():
+    assert audit.unshown() == []

@@ -27,7 +27,7 @@ def unshown() -> list[str]:
     """Clauses of ready systems for which ``tests/works.toml`` names no test, statement, figure, contract or benchmark that exists."""
     shown = tomllib.loads(WORKS.read_text(encoding="utf-8")) if WORKS.exists() else {}
     systems = catalog.load()
-    found = [f"works.toml: no ready system {slug!r}" for slug in shown if slug not in systems]
+    found = [f"works.toml: no system {slug!r}" for slug in shown if slug not in systems]
     for system in systems.values():
         if system.state == "ready":
             found += _unshown(system, shown.get(system.slug, {}))
