@@ -77,7 +77,7 @@ def test_a_clause_needs_what_shows_it():
     first, *others = audit.clauses(rezero.works)
 
     def faults(*names):
-        return audit._unshown(rezero, {first: list(names), **dict.fromkeys(others, ["contract: shapes"])})
+        return audit._unshown(rezero, {first: list(names), **{other: ["contract: shapes"] for other in others}})
 
     there = ["test: test_there_is_no_norm", "claim: the Jacobian of 32 layers", "measured: steps at 128"]
     assert faults(*there, "measured: Transformer loss of rezero", "contract: shapes", "benchmark: sweeps") == []
@@ -93,7 +93,7 @@ def test_a_clause_needs_what_shows_it():
         "test_there_is_no_norm",
     ):
         assert faults(*there, wrong) == [f"rezero: {first!r} names {wrong!r}, which is not there"]
-    stranger = {**dict.fromkeys([first, *others], there), "It is fast": there}
+    stranger = {**dict.fromkeys((first, *others), there), "It is fast": there}
     assert audit._unshown(rezero, stranger) == ["rezero: works.toml has 'It is fast', which its row has not"]
 
 
