@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 Form = Literal["step", "parallel", "chunked"]
-CHUNK, BLOCK = 64, 16  # positions of a chunk, and of a block within it
+CHUNK = 64  # positions of a chunk
+SEGMENT = 1024  # positions whose chunks are run at once: as much as stays in a processor's cache
 
 
 def scan(
@@ -102,15 +103,16 @@ def gated(
 ) -> tuple[Float[Tensor, "*B T V"], Float[Tensor, "*B K V"]]:
     """Run ``S_t = diag(a_t) S_{t-1} + k_t v_t'`` and read ``y_t = S_t' q_t``.
 
-    ``chunked`` scores pairs within chunks of 64 and passes the state from chunk to chunk: T (64 K + 64 V + 2 K V) multiply-adds.
-    However strong the gates are, no number in it exceeds those of the recurrence: between blocks of 16 positions decays are
-    taken from the block's beginning, within a block pair by pair (secondary chunking; Yang et al., arXiv:2312.06635).
+    ``chunked`` scores pairs within chunks of 64 and passes the state from chunk to chunk: T (32 K + 64 V + 2 K V) multiply-adds.
+    Chunks are cut again (secondary chunking; Yang et al., arXiv:2312.06635, section 4.3), here into halves down to single
+    positions: a key decays until the border between two halves, a query from there on. No gate is divided by, so gates as
+    strong as you like neither overflow nor lose what follows them.
 
     Args:
         q: Queries.
         k: Keys.
         v: Values.
-        log_a: Logarithms of the gates, at most 0; minus infinity forgets everything.
+        log_a: Logarithms of the gates, at most 0; minus infinity forgets everything. Positive ones grow.
         s0: The state before; zero by default.
         form: ``step``, ``parallel`` (all pairs of positions, T^2 scores: for short sequences and for tests) or ``chunked``.
 
@@ -130,73 +132,62 @@ def gated(
             f"gated: q {tuple(q.shape)}, k {tuple(k.shape)}, log_a {tuple(log_a.shape)}, v {tuple(v.shape)}; expected "
             "q, k and log_a of one shape [..., T, K], v [..., T, V], and a length of at least 1."
         )
-    log_a = log_a.clamp(min=-1e3)  # forgets everything; infinities would give NaN in gradients
+    gate = log_a.exp()
     if form == "step":
-        return _steps(q, k, v, log_a, s0)
+        return _steps(q, k, v, gate, s0)
     if form == "parallel":
-        return _whole(q, k, v, log_a, s0)
+        return _chunks(q, k, v, gate, s0, 2 ** (q.shape[-2] - 1).bit_length())
     if form == "chunked":
-        return _chunks(q, k, v, log_a, s0)
+        parts, state = [], s0
+        for part in zip(*(t.split(SEGMENT, -2) for t in (q, k, v, gate)), strict=True):
+            y, state = _chunks(*part, state, CHUNK)
+            parts.append(y)
+        assert state is not None
+        return torch.cat(parts, -2), state
     raise ValueError(f"gated: form {form!r} is not one of 'step', 'parallel', 'chunked'.")
 
 
-def _steps(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, s0: Tensor | None) -> tuple[Tensor, Tensor]:
+def _steps(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s0: Tensor | None) -> tuple[Tensor, Tensor]:
     state = k.new_zeros(*k.shape[:-2], k.shape[-1], v.shape[-1]) if s0 is None else s0
     out = []
     for t in range(q.shape[-2]):
-        state = log_a[..., t, :, None].exp() * state + k[..., t, :, None] * v[..., t, None, :]
+        state = gate[..., t, :, None] * state + k[..., t, :, None] * v[..., t, None, :]
         out.append((q[..., t, :, None] * state).sum(-2))
     return torch.stack(out, -2), state
 
 
-def _pairs(q: Tensor, k: Tensor, log_a: Tensor) -> Tensor:
-    """``sum_K q_i k_j exp(log_a_{j+1} + ... + log_a_i)`` for j <= i, [..., n, n].
-
-    The sums are taken for each pair, not as differences of one cumulated sum, which would lose what follows a strong gate.
-    """
-    n = log_a.shape[-2]
-    after = torch.ones(n, n, dtype=torch.bool, device=log_a.device).tril(-1)[..., None]  # t > j
-    decay = (log_a[..., :, None, :] * after).cumsum(-3)
-    seen = torch.ones(n, n, dtype=torch.bool, device=log_a.device).tril()[..., None]
-    return torch.einsum("...ik,...jk,...ijk->...ij", q, k, decay.masked_fill(~seen, -torch.inf).exp())
-
-
-def _rest(log_a: Tensor) -> Tensor:
-    """The sum of the log gates after each position."""
-    return F.pad(log_a[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
-
-
-def _whole(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, s0: Tensor | None) -> tuple[Tensor, Tensor]:
-    y, state = _pairs(q, k, log_a) @ v, (k * _rest(log_a).exp()).transpose(-1, -2) @ v
-    if s0 is not None:
-        y = y + (q * log_a.cumsum(-2).exp()) @ s0
-        state = state + log_a.sum(-2)[..., None].exp() * s0
-    return y, state
-
-
-def _chunks(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, s0: Tensor | None) -> tuple[Tensor, Tensor]:
+def _chunks(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
     length = q.shape[-2]
-    more = -length % CHUNK
-    # Padding adds nothing to the state (k = 0) and does not decay it (log a = 0).
-    q, k, v, log_a = (F.pad(t, (0, 0, 0, more)).unflatten(-2, (-1, CHUNK)) for t in (q, k, v, log_a))
-    added = (k * _rest(log_a).exp()).transpose(-1, -2) @ v  # [..., chunks, K, V]
-    total = log_a.sum(-2)[..., None].exp()
-    states, last = scan(total.flatten(0, -4), added.flatten(0, -4), None if s0 is None else s0.flatten(0, -3))
-    first = torch.zeros_like(states[:, :1]) if s0 is None else s0.reshape(states[:, :1].shape)
-    before = torch.cat((first, states[:, :-1]), 1).reshape(added.shape)
-    y = _within(q, k, log_a) @ v + (q * log_a.cumsum(-2).exp()) @ before
-    return y.flatten(-3, -2)[..., :length, :], last.reshape(*added.shape[:-3], *added.shape[-2:])
+    more = -length % chunk
+    # Padding adds nothing to the state (k = 0) and does not decay it (a = 1).
+    q, k, v = (F.pad(t, (0, 0, 0, more)).unflatten(-2, (-1, chunk)) for t in (q, k, v))
+    gate = F.pad(gate, (0, 0, 0, more), value=1.0).unflatten(-2, (-1, chunk))
+    scores, late, early, total = _joined(q, k, gate)
+    added = early.transpose(-1, -2) @ v  # [..., chunks, K, V]
+    states = [torch.zeros_like(added[..., 0, :, :]) if state is None else state]
+    for factor, new in zip(total.unsqueeze(-1).unbind(-3), added.unbind(-3), strict=True):
+        states.append(factor * states[-1] + new)
+    y = scores @ v + late @ torch.stack(states[:-1], -3)
+    return y.flatten(-3, -2)[..., :length, :], states[-1]
 
 
-def _within(q: Tensor, k: Tensor, log_a: Tensor) -> Tensor:
-    """The scores of a chunk: between blocks from the beginning of the later one, within a block pair by pair."""
-    blocks = CHUNK // BLOCK
-    q, k, log_a = (t.unflatten(-2, (blocks, BLOCK)) for t in (q, k, log_a))  # [..., blocks, BLOCK, K]
-    late, early = q * log_a.cumsum(-2).exp(), k * _rest(log_a).exp()
-    index = torch.arange(blocks, device=q.device)
-    lies = (index[:, None, None] > index) & (index > index[None, :, None])  # block n lies between i and j
-    between = torch.einsum("ijn,...nk->...ijk", lies.to(q.dtype), log_a.sum(-2))
-    between = between.masked_fill((index[:, None] <= index)[..., None], -torch.inf).exp()
-    scores = torch.einsum("...ipk,...jrk,...ijk->...ipjr", late, early, between)
-    own = torch.eye(blocks, dtype=q.dtype, device=q.device)[:, None, :, None] * _pairs(q, k, log_a)[..., None, :]
-    return (scores + own).flatten(-4, -3).flatten(-2, -1)
+def _joined(q: Tensor, k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores ``q_i' diag(a_{j+1} ... a_i) k_j`` for j <= i, [..., n, n], with n a power of 2; and for what lies outside of the n
+    positions: queries decayed since before the first, keys decayed until the last, and all gates together.
+
+    Blocks of 1, 2, 4, ... positions are joined two by two. What lies between a pair in different halves is taken up to their border
+    by the keys, and from there by the queries: products of gates, nothing divided.
+    """
+    late, early, total = q * gate, k, gate  # of blocks of one position
+    scores = (q * k).sum(-1)[..., None, None]  # [..., n blocks, 1, 1]
+    while (size := scores.shape[-1]) < q.shape[-2]:
+        late0, late1 = late.unflatten(-2, (-1, 2, size)).unbind(-3)
+        early0, early1 = early.unflatten(-2, (-1, 2, size)).unbind(-3)
+        scores0, scores1 = scores.unflatten(-3, (-1, 2)).unbind(-3)
+        total0, total1 = total.unflatten(-2, (-1, 2)).unbind(-2)
+        upper = torch.cat((scores0, torch.zeros_like(scores0)), -1)
+        scores = torch.cat((upper, torch.cat((late1 @ early0.transpose(-1, -2), scores1), -1)), -2)
+        late = torch.cat((late0, late1 * total0.unsqueeze(-2)), -2).flatten(-3, -2)
+        early = torch.cat((early0 * total1.unsqueeze(-2), early1), -2).flatten(-3, -2)
+        total = total0 * total1
+    return scores.squeeze(-3), late, early, total.squeeze(-2)
