@@ -1,4 +1,4 @@
-"""Token mixers: attention, the context that a mixer gets, and the key-value cache."""
+"""Token mixers: attention, the context that a mixer gets, and the cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from interlayer.core.parts import Linear, plain_linear
 from interlayer.core.position import Position
@@ -17,14 +18,19 @@ from interlayer.core.stream import QKV
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, in growing buffers of each sublayer.
+    """What sublayers keep of the tokens seen so far: keys and values in growing buffers, and states of a fixed size.
 
     Buffers double when they are full, so n tokens cost O(n) copies in all. What several sublayers use is stored once.
+    ``states`` holds by sublayer what a recurrence carries (``core.recurrent``).
+
+    Raises:
+        ValueError: What is stored does not fit the model or batch that uses it.
     """
 
     def __init__(self) -> None:
         self.length = 0
         self.buffers: dict[tuple[str, int], Tensor] = {}
+        self.states: dict[int, Any] = {}
         self.step: tuple[int, dict[int, tuple[Tensor, tuple[str, int]]]] = (0, {})  # what was stored at which length
 
     def extend(self, part: str, layer: int, new: Tensor) -> Tensor:
@@ -39,6 +45,10 @@ class Cache:
         if owner != (part, layer):
             return self.buffers[owner][..., :end, :]
         old = self.buffers.get(owner)
+        if old is None and self.length:
+            raise self._strange(f"no {part} of sublayer {layer}")
+        if old is not None and (*old.shape[:-2], old.shape[-1]) != (*new.shape[:-2], new.shape[-1]):
+            raise self._strange(f"{part} of sublayer {layer} {tuple(old.shape)} for {tuple(new.shape)}")
         if old is None or old.shape[-2] < end:
             grown = new.new_empty(*new.shape[:-2], max(2 * self.length, end, 16), new.shape[-1])
             if old is not None:
@@ -47,10 +57,27 @@ class Cache:
         old[..., self.length : end, :] = new
         return old[..., :end, :]
 
+    def state(self, layer: int, first: Any) -> Any:
+        """The state that a sublayer left, or ``first`` before the first token."""
+        if not self.length:
+            return first
+        if layer not in self.states:
+            raise self._strange(f"no state of sublayer {layer}")
+        found, wanted = ([tuple(t.shape) for t in tree_leaves(s)] for s in (self.states[layer], first))
+        if found != wanted:
+            raise self._strange(f"a state of sublayer {layer} of shapes {found} for {wanted}")
+        return self.states[layer]
+
+    def _strange(self, what: str) -> ValueError:
+        return ValueError(
+            f"Cache: {self.length} tokens are stored, but {what}; it belongs to another model or batch. Begin with a new Cache()."
+        )
+
     @property
     def bytes(self) -> int:
-        """Bytes that the stored tokens take (not the spare room of the buffers)."""
-        return sum(b[..., : self.length, :].numel() * b.element_size() for b in self.buffers.values())
+        """Bytes that the stored tokens and states take (not the spare room of the buffers)."""
+        kept = [*(b[..., : self.length, :] for b in self.buffers.values()), *tree_leaves(self.states)]
+        return sum(t.numel() * t.element_size() for t in kept)
 
 
 @dataclass
@@ -60,7 +87,7 @@ class Context:
     Attributes:
         layer: Number of the sublayer.
         position: The position encoding, if it acts inside the mixer.
-        cache: Keys and values of earlier tokens, if decoding.
+        cache: What sublayers keep of earlier tokens, if decoding.
         mask: [B, S] with True at real tokens, if there is padding.
         share: How the stream changes keys and values: ``(layer, k, v) -> (k, v)``.
         kept: Whatever mixers keep in this pass for those of later sublayers.

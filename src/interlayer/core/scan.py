@@ -104,7 +104,7 @@ def gated(
     """Run ``S_t = diag(a_t) S_{t-1} + k_t v_t'`` and read ``y_t = S_t' q_t``.
 
     ``chunked`` scores pairs within chunks of 64 and passes the state from chunk to chunk: T (32 K + 64 V + 2 K V) multiply-adds.
-    Chunks are cut again (secondary chunking; Yang et al., arXiv:2312.06635, section 4.3), here into halves down to single
+    Chunks are cut again (secondary chunking; Yang et al., arXiv:2312.06635), here into halves down to single
     positions: a key decays until the border between two halves, a query from there on. No gate is divided by, so gates as
     strong as you like neither overflow nor lose what follows them.
 
@@ -139,8 +139,8 @@ def gated(
         return _chunks(q, k, v, gate, s0, 2 ** (q.shape[-2] - 1).bit_length())
     if form == "chunked":
         parts, state = [], s0
-        for part in zip(*(t.split(SEGMENT, -2) for t in (q, k, v, gate)), strict=True):
-            y, state = _chunks(*part, state, CHUNK)
+        for q_, k_, v_, gate_ in zip(*(t.split(SEGMENT, -2) for t in (q, k, v, gate)), strict=True):
+            y, state = _chunks(q_, k_, v_, gate_, state, CHUNK)
             parts.append(y)
         assert state is not None
         return torch.cat(parts, -2), state

@@ -27,6 +27,11 @@ class Block(nn.Module):
         self.mixer, self.mlp = mixer, mlp
 
 
+def offered(block: nn.Module) -> frozenset[str] | None:
+    """What a block's mixer offers (see ``core.mixer.Attention``); None for one that is called with its input alone."""
+    return getattr(block.mixer, "offers", None)
+
+
 class Trunk(nn.Module):
     """The stack of blocks that all Transformers here share: [B, S, D] to [B, S, D].
 
@@ -42,7 +47,7 @@ class Trunk(nn.Module):
         scale: Standard deviation of the embedded input at initialisation.
         stream: How sublayers are joined.
         norm: The norm of the stream.
-        mixer: What mixes tokens.
+        mixer: What mixes tokens; a list is gone through from block to block, again and again.
         mlp: What mixes channels.
         activation: The activation of the MLP. Defaults to the MLP's own.
         position: The position encoding. Defaults to rotary where mixer and order allow it, to none where the mixer has
@@ -81,26 +86,36 @@ class Trunk(nn.Module):
         make_norm = norms("Transformer", norm, "features")
         self.stream = fill("stream", stream, norm=make_norm, kv_heads=kv_heads, **sizes)
         self.blocks = nn.ModuleList()
+        mixers = mixer if isinstance(mixer, list | tuple) else [mixer]
+        if not 0 < len(mixers) <= depth:
+            raise ValueError(f"Transformer: {len(mixers)} mixers for {depth} blocks; expected one to {depth}.")
         for layer in range(0, 2 * depth, 2):
             attention = fill(
-                "mixer", mixer, **sizes, kv_heads=kv_heads, linear=line, layer=layer,
+                "mixer", mixers[layer // 2 % len(mixers)], **sizes, kv_heads=kv_heads, linear=line, layer=layer,
                 values=self.stream.projects(layer), norm=make_norm,
             )  # fmt: skip
             channels = fill("mlp", mlp, **sizes, hidden=hidden, linear=line, layer=layer, **inner)
             self.blocks.append(Block(attention, channels))
-        self.offers = getattr(self.blocks[0].mixer, "offers", None)
-        offers = self.offers or frozenset()
+        each = [offered(block) for block in self.blocks]
+        all_ = frozenset.intersection(*(o or frozenset() for o in each))
+        # A mixer with an order of its own needs no position encoding; in a mixture the position is for the others.
+        placed = frozenset.intersection(*([o for o in each if o is not None and "order" not in o] or [all_]))
         self.order = fill("order", order, **sizes)
-        rotary = "rotate" in offers and self.order.rotates
-        default = "rotary" if rotary else "none" if self.offers is None or "order" in offers else "learned"
+        rotary = "rotate" in placed and self.order.rotates
+        default = "rotary" if rotary else "none" if all(o is None or "order" in o for o in each) else "learned"
         self.position = fill(
             "position", default if position is None else position, **sizes, head_width=width // heads, scale=scale
         )
-        for slot, part in (("stream", self.stream), ("position", self.position), ("order", self.order)):
+        for slot, part, offers in (
+            ("stream", self.stream, all_),
+            ("position", self.position, placed),
+            ("order", self.order, all_),
+        ):
             if missing := part.needs - offers:
+                lacks = next(b.mixer for b, o in zip(self.blocks, each, strict=True) if missing - (o or frozenset()))
                 raise ValueError(
                     f"Transformer: {slot} {type(part).__name__} needs a mixer that offers {sorted(missing)}; "
-                    f"{type(self.blocks[0].mixer).__name__} does not. Take mixer='attention' or another {slot}."
+                    f"{type(lacks).__name__} does not. Take mixer='attention' or another {slot}."
                 )
         if not self.order.rotates and self.position.needs:
             raise ValueError(
@@ -149,7 +164,7 @@ class Trunk(nn.Module):
                     f"Transformer: {type(here.mixer).__name__} keeps things for later blocks, but {type(order).__name__} order gives "
                     "them another sequence. Take order='sequential' or another mixer."
                 )
-            mixed = here.mixer(inputs, context) if self.offers is not None else here.mixer(inputs)
+            mixed = here.mixer(inputs, context) if offered(here) is not None else here.mixer(inputs)
             state = stream.write(state, layer, mixed)
             state = stream.write(state, layer + 1, here.mlp(stream.read(state, layer + 1)))
             last[:] = state, state.x.shape
@@ -162,9 +177,9 @@ class Trunk(nn.Module):
 
     def check(self, cache: Cache | None, mask: Tensor | None) -> None:
         """Raise if a part cannot use the cache or the mask that it would get."""
-        mixer, order, position = self.blocks[0].mixer, self.order, self.position
+        order, position = self.order, self.position
         for slot, part, caches, masks in (
-            ("mixer", mixer, "cache" in (self.offers or ()), self.offers is not None),
+            *(("mixer", b.mixer, "cache" in (offered(b) or ()), offered(b) is not None) for b in self.blocks),
             ("order", order, order.caches, order.masks),
             ("position", position, position.caches, position.masks),
         ):
