@@ -97,9 +97,9 @@ class Trunk(nn.Module):
             channels = fill("mlp", mlp, **sizes, hidden=hidden, linear=line, layer=layer, **inner)
             self.blocks.append(Block(attention, channels))
         each = [offered(block) for block in self.blocks]
-        all_ = frozenset.intersection(*(o or frozenset() for o in each))
+        self.offers = frozenset.intersection(*(o or frozenset() for o in each))
         # A mixer with an order of its own needs no position encoding; in a mixture the position is for the others.
-        placed = frozenset.intersection(*([o for o in each if o is not None and "order" not in o] or [all_]))
+        placed = frozenset.intersection(*([o for o in each if o is not None and "order" not in o] or [self.offers]))
         self.order = fill("order", order, **sizes)
         rotary = "rotate" in placed and self.order.rotates
         default = "rotary" if rotary else "none" if all(o is None or "order" in o for o in each) else "learned"
@@ -107,9 +107,9 @@ class Trunk(nn.Module):
             "position", default if position is None else position, **sizes, head_width=width // heads, scale=scale
         )
         for slot, part, offers in (
-            ("stream", self.stream, all_),
+            ("stream", self.stream, self.offers),
             ("position", self.position, placed),
-            ("order", self.order, all_),
+            ("order", self.order, self.offers),
         ):
             if missing := part.needs - offers:
                 lacks = next(b.mixer for b, o in zip(self.blocks, each, strict=True) if missing - (o or frozenset()))

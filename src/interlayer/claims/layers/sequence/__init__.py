@@ -1,0 +1,1 @@
+"""Claims of recurrences and state spaces."""
