@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from interlayer.core import recipe
 from interlayer.core.mixer import Cache
 from interlayer.core.position import Position, Rotary
 from interlayer.core.recurrent import Recurrent
@@ -101,3 +102,9 @@ def test_a_mixture_has_the_positions_of_its_attention():
         Transformer(**SIZES, mixer=["attention", "gla"], stream="value-residual")
     with pytest.raises(ValueError, match="4 mixers for 3 blocks; expected one to 3"):
         Transformer(**SIZES, mixer=["gla"] * 4)
+
+
+def test_a_mixture_is_saved_and_loaded(tmp_path):
+    net = Transformer(**SIZES, mixer=["gla", "attention"]).eval()
+    recipe.save(net, tmp_path)
+    torch.testing.assert_close(recipe.load(tmp_path).eval()(TOKENS), net(TOKENS))
