@@ -1,4 +1,4 @@
-"""Two processes under DistributedDataParallel, forked so that modules need not be pickled."""
+"""Processes that train together, forked so that modules need not be pickled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,21 @@ SECONDS = 30
 
 
 def two_processes(module: nn.Module, step: Callable[[nn.Module, int], object]) -> dict[str, Tensor]:
-    """Run ``step(wrapped module, rank)`` in two gloo processes and return the gradients of the first.
+    """Run ``step(wrapped module, rank)`` under DistributedDataParallel in two processes; return the gradients of the first.
+
+    Raises:
+        AssertionError: As for ``processes``.
+    """
+
+    def run(rank: int) -> dict[str, Tensor]:
+        step(nn.parallel.DistributedDataParallel(module), rank)
+        return {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+    return processes(2, run)[0]
+
+
+def processes(count: int, run: Callable[[int], Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Run ``run(rank)`` in ``count`` gloo processes, and return what each gives.
 
     Raises:
         AssertionError: A process failed (with its traceback) or took longer than ``SECONDS``.
@@ -32,9 +46,9 @@ def two_processes(module: nn.Module, step: Callable[[nn.Module, int], object]) -
             warnings.simplefilter(
                 "ignore", DeprecationWarning
             )  # of fork beside threads: the children use one thread only
-            children = [_fork(module, step, rank, folder) for rank in range(2)]
+            children = [_fork(run, rank, count, folder) for rank in range(count)]
         end = time.monotonic() + SECONDS
-        done = [folder / f"done{rank}" for rank in range(2)]
+        done = [folder / f"done{rank}" for rank in range(count)]
         while time.monotonic() < end and not all(d.exists() for d in done) and not list(folder.glob("error*")):
             time.sleep(0.005)
         # The group is not destroyed in order: that sometimes hangs on a peer that has already exited.
@@ -42,18 +56,18 @@ def two_processes(module: nn.Module, step: Callable[[nn.Module, int], object]) -
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         if errors := sorted(folder.glob("error*")):
-            raise AssertionError(f"two processes failed: {errors[0].read_text()}")
+            raise AssertionError(f"{count} processes failed: {errors[0].read_text()}")
         if not all(d.exists() for d in done):
-            raise AssertionError(f"two processes did not finish within {SECONDS} s")
-        return load_file(folder / "grads.safetensors")
+            raise AssertionError(f"{count} processes did not finish within {SECONDS} s")
+        return [load_file(folder / f"result{rank}.safetensors") for rank in range(count)]
 
 
-def _fork(module: nn.Module, step: Callable[[nn.Module, int], object], rank: int, folder: Path) -> int:
+def _fork(run: Callable[[int], Mapping[str, Tensor]], rank: int, count: int, folder: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
     try:  # leave this block only by _exit: the stack above belongs to the parent
-        _child(module, step, rank, folder)
+        _child(run, rank, count, folder)
         (folder / f"done{rank}").touch()
         time.sleep(2 * SECONDS)
     except BaseException:
@@ -63,14 +77,11 @@ def _fork(module: nn.Module, step: Callable[[nn.Module, int], object], rank: int
         os._exit(1)
 
 
-def _child(module: nn.Module, step: Callable[[nn.Module, int], object], rank: int, folder: Path) -> None:
+def _child(run: Callable[[int], Mapping[str, Tensor]], rank: int, count: int, folder: Path) -> None:
     torch.set_num_threads(1)
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    wrapped = nn.parallel.DistributedDataParallel(module)
-    step(wrapped, rank)
-    if rank == 0:
-        grads = {n: p.grad.clone().contiguous() for n, p in module.named_parameters() if p.grad is not None}
-        save_file(grads, folder / "grads.safetensors")
+    store = dist.FileStore(str(folder / "store"), count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    result = {name: t.detach().clone().contiguous() for name, t in run(rank).items()}
+    save_file(result, folder / f"result{rank}.safetensors")
