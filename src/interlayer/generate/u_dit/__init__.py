@@ -188,7 +188,7 @@ def _through(stage: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
 
 def _awake(**options: Any) -> UDiT:
     """A small model whose blocks and last layer don't begin at zero, so that contracts see all of it."""
-    model = UDiT(1, 8, classes=3, width=8, heads=2, depth=(1, 0, 1, 0, 0), **options)
+    model = UDiT(1, 8, classes=3, width=4, heads=1, depth=(1, 0, 1, 0, 0), **options)
     for parameter in model.parameters():
         if not parameter.detach().any():
             nn.init.normal_(parameter, std=0.2)
@@ -196,11 +196,11 @@ def _awake(**options: Any) -> UDiT:
 
 
 def _train() -> tuple[float, float]:
-    """Squared error of the noise in held-out digits after 15 steps, and that of predicting none."""
+    """Squared error of the noise in held-out digits after 6 steps, and that of predicting none."""
     data = digit_images()
     task = DiffusionTask("digits", data["train"], data["validation"])
-    model = UDiT.for_task(task.shape, width=8, depth=(1, 0, 1, 0, 1))
-    fit(model, task.batches(0, 16), lambda m, batch: task.loss(run(m, batch[0]), batch[1]), steps=15, lr=3e-3)
+    model = UDiT.for_task(task.shape, width=8, depth=(1, 0, 0, 0, 1))
+    fit(model, task.batches(0, 16), lambda m, batch: task.loss(run(m, batch[0]), batch[1]), steps=6, lr=3e-3)
     return task.error(partial(run, model.eval())), task.error(lambda inputs: torch.zeros_like(inputs["x"]))
 
 
