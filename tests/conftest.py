@@ -80,7 +80,10 @@ def pytest_runtest_makereport(item):
     report = yield
     if report.when == "call":
         crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-        spent = (clock(item.config) - item.stash[BEGUN]) / crowd / item.config.stash[PACE]
+        spent = clock(item.config) - item.stash[BEGUN]
+        if spent > 0.5:  # a machine that others use changes its pace within minutes
+            item.config.stash[PACE] = pace()
+        spent /= crowd * item.config.stash[PACE]
         report.user_properties += [("cpu", spent), ("system", system_of(item))]
         if report.passed and spent > TEST:
             report.outcome, report.sections = "failed", []
