@@ -188,7 +188,7 @@ def _through(stage: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
 
 def _awake(**options: Any) -> UDiT:
     """A small model whose blocks and last layer don't begin at zero, so that contracts see all of it."""
-    model = UDiT(1, 8, classes=3, width=4, heads=1, depth=(1, 0, 1, 0, 0), **options)
+    model = UDiT(1, 8, classes=3, width=8, heads=2, depth=(1, 0, 1, 0, 0), **options)
     for parameter in model.parameters():
         if not parameter.detach().any():
             nn.init.normal_(parameter, std=0.2)
