@@ -16,9 +16,7 @@ import pytest
 from interlayer import catalog
 
 TEST, SYSTEM = 4.0, 9.0
-CALM = (
-    1.25  # a machine that is slower than this times the reference is shared or throttled: too rough a clock to fail by
-)
+CALM = 1.25  # a machine still slower is shared or throttled: too rough a clock to fail by
 REFERENCE = 0.0175
 BEGUN, EXEMPT, SPENT, PACE = (pytest.StashKey() for _ in range(4))
 
