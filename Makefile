@@ -7,13 +7,16 @@ SET_UP := $(VENV)/.set-up
 PYTEST_WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint audit readme claims bench docs clean set-up
+.PHONY: demo test budget lint audit readme claims bench docs clean set-up
 
 demo: set-up
 	$(BIN)/interlayer compare --out runs/demo
 
 test: set-up
 	$(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadgroup
+
+budget: set-up
+	$(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadgroup --budget
 
 lint: set-up
 	$(BIN)/ruff check .
