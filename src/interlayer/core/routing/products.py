@@ -26,7 +26,8 @@ class _Product(Function):
     """``y_r = x_r w_e`` for each row r of the run of expert e."""
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w, counts)
         if _fused(x, w):
             return F.grouped_mm(x.contiguous(), w, offs=counts.cumsum(0).int())
         out = x.new_empty(len(x), w.shape[-1])
@@ -35,10 +36,6 @@ class _Product(Function):
             if len(rows):
                 torch.mm(rows, weight, out=into)
         return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -51,7 +48,8 @@ class _Outer(Function):
     """``w_e = sum_r x_r' y_r`` over the run of expert e: the weights' gradient of ``_Product``."""
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y, counts)
         out = x.new_empty(len(counts), x.shape[-1], y.shape[-1])
         if _fused(x, out):
             return F.grouped_mm(x.contiguous().mT, y.contiguous(), offs=counts.cumsum(0).int())
@@ -59,10 +57,6 @@ class _Outer(Function):
         for left, right, into in zip(x.split(sizes), y.split(sizes), out.unbind(), strict=True):
             torch.mm(left.T, right, out=into)
         return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -74,12 +68,9 @@ class _Dispatch(Function):
     """``y_p = x_n w_e`` for the pairs p = (n, e)."""
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w, tokens, counts)
         return _Product.apply(x.index_select(0, tokens), w, counts)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -96,18 +87,15 @@ class _Combine(Function):
     """``out_n = sum_p g_p y_p w_e`` over the pairs p = (n, e) of a token."""
 
     @staticmethod
-    def forward(y: Tensor, w: Tensor, gates: Tensor, tokens: Tensor, counts: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, w: Tensor, gates: Tensor, tokens: Tensor, counts: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(y, w, gates, tokens, counts)
         parts = _Product.apply(y, w, counts).mul_(gates.to(y.dtype).unsqueeze(-1))
         return parts.new_zeros(size, w.shape[-1]).index_add_(0, tokens, parts)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:-1])
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, w, gates, tokens, counts = ctx.saved_tensors
-        rows = grad.index_select(0, tokens) * gates.to(y.dtype).unsqueeze(-1)
+        rows = grad.index_select(0, tokens).mul_(gates.to(y.dtype).unsqueeze(-1))
         dy = _Product.apply(rows, w.mT, counts)
         dw = _Outer.apply(y, rows, counts) if ctx.needs_input_grad[1] else None
         # The product of the ungated gradient with y, taken from the gated one. Where a gate is 0, so is its derivative in route's logits.

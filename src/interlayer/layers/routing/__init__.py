@@ -1,0 +1,1 @@
+"""Experts and branches: layers that choose which parameters an input meets."""
