@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Told", "collect", "loss", "metric"]
+__all__ = ["Told", "collect", "listening", "loss", "metric"]
 
 _open: list[Told] = []  # the collectors; the last one is the innermost
 
@@ -64,6 +64,11 @@ def collect() -> Iterator[Told]:
         yield told
     finally:
         _open.remove(told)
+
+
+def listening() -> bool:
+    """Whether anyone collects, so that a layer can leave out metrics that cost time."""
+    return bool(_open)
 
 
 def loss(value: Tensor) -> None:

@@ -103,6 +103,17 @@ def sequential_digits() -> Task:
     return TensorTask("sequential-digits", train, held, base="lowrank-passthrough(transition='full')", about=about)
 
 
+@cache
+def digit_events() -> Task:
+    """The 8x8 digits as an event camera sees them during three saccades: which digit it was is asked afterwards."""
+    train, held = datasets.digit_events()
+    about = (
+        f"scikit-learn's digits as events of brighter and darker pixels in {train[0].shape[1]} steps of a moving camera: "
+        f"{len(train[0])} for training, {len(held[0])} for validation."
+    )
+    return TensorTask("digit-events", train, held, base="lowrank-passthrough(transition='full')", about=about)
+
+
 def load(name: str, given: Objects | None = None) -> Task:
     """The task that a study names.
 
