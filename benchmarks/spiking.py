@@ -24,7 +24,12 @@ class Jelly(nn.Module):
     def __init__(self):
         super().__init__()
         self.lif = neuron.LIFNode(
-            tau=1 / (1 - DECAY), decay_input=False, v_threshold=1.0, v_reset=None, surrogate_function=surrogate.ATan(2.0), step_mode="m"
+            tau=1 / (1 - DECAY),
+            decay_input=False,
+            v_threshold=1.0,
+            v_reset=None,
+            surrogate_function=surrogate.ATan(2.0),
+            step_mode="m",
         )
 
     def forward(self, x):
@@ -115,8 +120,13 @@ def main():
         candidates = {"interlayer": ours[0], **theirs}
         if with_linear:
             candidates["snntorch's LeakyParallel"] = passes(Parallel(), turned(x), turned(weight))
-        compare(f"LIF, {STEPS} steps, batch {BATCH}, {INPUTS} to {NEURONS}: {title}", candidates, agree=agree, goal=goal)
-        compare(f"Soft reset with MPR: {title}", {"soft-reset-mpr": passes(layer(SoftResetMPR()), x.clone(), weight), "interlayer LIF": ours[0]})
+        compare(
+            f"LIF, {STEPS} steps, batch {BATCH}, {INPUTS} to {NEURONS}: {title}", candidates, agree=agree, goal=goal
+        )
+        compare(
+            f"Soft reset with MPR: {title}",
+            {"soft-reset-mpr": passes(layer(SoftResetMPR()), x.clone(), weight), "interlayer LIF": ours[0]},
+        )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from torch import nn
 
 from interlayer.core import aside
 from interlayer.core.cost import bytes_kept, operations
-from interlayer.core.spike import LIF, Atan, Clamp, Neuron, Sigmoid, Surrogate, Unrolled
-from interlayer.core.spike import sequence
+from interlayer.core.spike import LIF, Atan, Clamp, Neuron, Sigmoid, Surrogate, Unrolled, sequence
 
 SURROGATES = (Atan(), Atan(0.3), Clamp(), Clamp(2.5), Sigmoid(), Sigmoid(0.5))
 
@@ -33,10 +32,14 @@ def gradients(run, x, state):
     return spikes.detach(), last.detach(), torch.autograd.grad((spikes * weight).sum() + last.sin().sum(), (x, state))
 
 
-@pytest.mark.parametrize(("reset", "detach", "surrogate"), list(list(itertools.product(("soft", "hard"), (False, True), (Atan(), Clamp())))))
+@pytest.mark.parametrize(
+    ("reset", "detach", "surrogate"), list(itertools.product(("soft", "hard"), (False, True), (Atan(), Clamp())))
+)
 def test_the_fast_form_has_values_and_gradients_of_the_equations(reset, detach, surrogate, monkeypatch):
     torch.manual_seed(0)
-    neurons = LIF(decay=0.8, threshold=0.7, reset=reset, drop=0.9 if reset == "soft" else None, surrogate=surrogate, detach=detach)
+    neurons = LIF(
+        decay=0.8, threshold=0.7, reset=reset, drop=0.9 if reset == "soft" else None, surrogate=surrogate, detach=detach
+    )
     for length, shape, at_once in ((1, (3,), 1), (7, (2, 3), 1), (13, (4,), 24), (13, (), 1 << 16)):
         monkeypatch.setattr(sequence, "AT_ONCE", at_once)
         x, state = 1.5 * torch.randn(2, length, *shape).double(), torch.randn(2, *shape).double()
@@ -44,7 +47,9 @@ def test_the_fast_form_has_values_and_gradients_of_the_equations(reset, detach, 
         found = gradients(neurons.run, x, state)
         assert 0 < float(found[0].mean()) < 1 or length == 1
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(neurons.run(x.float(), state.float()), Neuron.run(neurons, x.float(), state.float()), rtol=0, atol=0)
+        torch.testing.assert_close(
+            neurons.run(x.float(), state.float()), Neuron.run(neurons, x.float(), state.float()), rtol=0, atol=0
+        )
 
 
 def test_the_equations_by_hand():
@@ -78,7 +83,10 @@ def test_a_sequence_in_parts_goes_on_from_the_state():
 
 
 def test_potentials_stay_in_single_precision():
-    neurons, x = LIF(decay=1.0), torch.full((1, 400, 2), 0.0078125, dtype=torch.bfloat16)  # 1 / 128, lost beside 1 in bfloat16
+    neurons, x = (
+        LIF(decay=1.0),
+        torch.full((1, 400, 2), 0.0078125, dtype=torch.bfloat16),
+    )  # 1 / 128, lost beside 1 in bfloat16
     spikes, state = neurons.run(x, neurons.start(1))
     assert spikes.dtype == torch.bfloat16 and state.dtype == torch.float32
     assert spikes.sum() == 6  # every 129 + 128 + 128 steps
@@ -145,15 +153,15 @@ def test_operations_are_counted_by_the_spikes_that_there_are():
 
 
 def test_clear_errors():
-    with pytest.raises(ValueError, match="decay 1.5; expected 0 to 1"):
+    with pytest.raises(ValueError, match=r"decay 1\.5; expected 0 to 1"):
         LIF(decay=1.5)
     with pytest.raises(ValueError, match="reset 'none'; expected 'soft' or 'hard'"):
         LIF(reset="none")
-    with pytest.raises(ValueError, match="drop 0.5 with a hard reset"):
+    with pytest.raises(ValueError, match=r"drop 0\.5 with a hard reset"):
         LIF(reset="hard", drop=0.5)
-    with pytest.raises(ValueError, match="steps 0; expected at least 1"):
+    with pytest.raises(ValueError, match=r"steps 0; expected at least 1"):
         LIF(steps=0)
-    with pytest.raises(ValueError, match="sharpness -1.0; expected a positive number"):
+    with pytest.raises(ValueError, match=r"sharpness -1\.0; expected a positive number"):
         Atan(-1.0)
     with pytest.raises(ValueError, match=r"a batch that is a multiple of 4 steps"):
         LIF(steps=4)(torch.zeros(6, 3))
@@ -177,5 +185,7 @@ def test_surrogates_of_ones_own_are_known_by_name():
             return (1 - v.abs()).clamp(min=0)
 
     neurons, x = LIF(surrogate=Tent()), torch.randn(2, 5, 3)
-    found, wanted = (gradients(run, x, torch.zeros(2, 3)) for run in (neurons.run, lambda *given: Neuron.run(neurons, *given)))
+    found, wanted = (
+        gradients(run, x, torch.zeros(2, 3)) for run in (neurons.run, lambda *given: Neuron.run(neurons, *given))
+    )
     torch.testing.assert_close(found, wanted)

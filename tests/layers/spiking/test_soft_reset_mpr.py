@@ -90,7 +90,9 @@ def test_a_network_of_images_vectors_and_events():
         SpikingNet((5,), 2, depth=0)
 
 
-@pytest.mark.parametrize("contract", ["autocast", "compile", "export", "per_example", "state_dict", "deepcopy", "batch"])
+@pytest.mark.parametrize(
+    "contract", ["autocast", "compile", "export", "per_example", "state_dict", "deepcopy", "batch"]
+)
 def test_the_network_keeps_the_contracts_of_layers(contract):
     example = Example(make=lambda: SpikingNet((2, 6, 6), 3, width=4), inputs=lambda: (torch.randn(2, 2, 6, 6),))
     assert hold(contract, "layer", example) == "kept"
@@ -118,5 +120,9 @@ def test_events_are_brighter_or_darker_pixels_of_a_moving_digit():
     assert set(x.unique().tolist()) == {0.0, 1.0}
     brighter, darker = x.unflatten(2, (2, 100)).unbind(2)
     assert not bool((brighter * darker).any())
-    assert 0.05 < float(x.mean()) < 0.3 and bool((x.mean((0, 2)) > 0.02).all())  # sparse, at every step of all three saccades
-    assert float(brighter.mean()) == pytest.approx(float(darker.mean()), rel=0.2)  # the camera comes back to where it started
+    assert 0.05 < float(x.mean()) < 0.3 and bool(
+        (x.mean((0, 2)) > 0.02).all()
+    )  # sparse, at every step of all three saccades
+    assert float(brighter.mean()) == pytest.approx(
+        float(darker.mean()), rel=0.2
+    )  # the camera comes back to where it started

@@ -83,7 +83,11 @@ def lif_backward(
     shape, length = Surrogate.known[surrogate](sharpness), potentials.shape[1]
     grads = torch.empty_like(potentials)
     later = torch.zeros_like(potentials[:, 0]) if on_kept is None else on_kept.to(potentials.dtype)
-    left, work, none = 1.0, torch.empty_like(later), torch.zeros_like(later)  # `left * later` is the gradient of what a step keeps
+    left, work, none = (
+        1.0,
+        torch.empty_like(later),
+        torch.zeros_like(later),
+    )  # `left * later` is the gradient of what a step keeps
     at_once = max(1, AT_ONCE // max(1, work.numel()))
     for stop in range(length, 0, -at_once):
         begin = max(0, stop - at_once)

@@ -160,7 +160,9 @@ class SpikingNet(Unrolled):
         if shape.kind == "series":
             return cls((shape.features,), shape.classes, steps=shape.length, static=False, **options)
         if shape.kind != "vector":
-            raise ValueError(f"SpikingNet: takes images, vectors or series, not {shape.kind}. Take a task such as 'digits'.")
+            raise ValueError(
+                f"SpikingNet: takes images, vectors or series, not {shape.kind}. Take a task such as 'digits'."
+            )
         return cls((shape.features,), shape.classes, **options)
 
     def forward(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B K"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,11 +24,18 @@ NETS: dict[str, dict[str, Any]] = {
     "rectifier": {"reset": "hard"},
     "soft reset and rectifier": {},
     "wider, hard reset": {"reset": "hard", "rectify": False},
-    "idle": {"reset": "hard", "rectify": False},
+    "idle": {"reset": "hard", "rectify": False},  # the control: what is said to help is not there
 }
 BOTH = "soft reset and rectifier"
 TASKS = {"digits": "digits", "events": "digit-events"}
-RATES: dict[str, dict[str, float]] = {name: dict.fromkeys(TASKS, 0.1) for name in NETS}  # see `pilots`
+RATES: dict[str, dict[str, float]] = {  # see `pilots`
+    "hard reset": {"digits": 0.2, "events": 0.2},
+    "soft reset": {"digits": 0.1, "events": 0.2},
+    "rectifier": {"digits": 0.1, "events": 0.2},
+    BOTH: {"digits": 0.2, "events": 0.1},
+    "wider, hard reset": {"digits": 0.1, "events": 0.1},
+    "idle": {"digits": 0.2, "events": 0.2},
+}
 
 RESETS: dict[str, LIF] = {
     BOTH: SoftResetMPR(),
@@ -56,13 +62,15 @@ def share_left(change: Callable[[Tensor], Tensor], potentials: Tensor) -> float:
     return float((change(potentials) - spikes).square().mean() / (potentials - spikes).square().mean())
 
 
-def build(arm: str, scale: Scale, name: str = "digits") -> SpikingNet:
-    """The network for digits (direct encoding), or for their events."""
+def build(arm: str, scale: Scale, name: str = "digits") -> nn.Module:
+    """The network for digits (direct encoding, convolutions at full scale alone), or for their events."""
     width = 2 * scale.width if arm.startswith("wider") else scale.width
-    options = {"steps": scale.steps} if name == "digits" else {}
-    with torch.device("cpu"):
-        shape = task(TASKS[name]).shape
-    return SpikingNet.for_task(shape, width=width, depth=scale.depth, **options, **NETS[arm])
+    options = {"width": width, "depth": scale.depth, **NETS[arm]}
+    if name == "events":
+        return SpikingNet((200,), 10, steps=12, static=False, **options)
+    if scale.convolutions:
+        return SpikingNet((1, 8, 8), 10, steps=scale.steps, **options)
+    return nn.Sequential(nn.Flatten(), SpikingNet((64,), 10, steps=scale.steps, **options))
 
 
 def learn(net: nn.Module, name: str, seed: int, scale: Scale, lr: float) -> None:
@@ -71,11 +79,13 @@ def learn(net: nn.Module, name: str, seed: int, scale: Scale, lr: float) -> None
     for step, (x, y) in enumerate(batches(name, seed, scale.batch, scale.updates)):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 + math.cos(math.pi * step / scale.updates)) / 2
-        descend(net.train(), optimizer, lambda x=x, y=y: task(name).loss(net(x), y), share=step / scale.updates, clip=None)
+        descend(
+            net.train(), optimizer, lambda x=x, y=y: task(name).loss(net(x), y), share=step / scale.updates, clip=None
+        )
 
 
 @torch.no_grad()
-def scores(net: SpikingNet, name: str) -> dict[str, float]:
+def scores(net: nn.Module, name: str) -> dict[str, float]:
     """Accuracy and firing rate on held-out data, picojoules an example, and quantisation error before and after the rectifier."""
     currents: list[Tensor] = []
     neurons = [m for m in net.modules() if isinstance(m, SoftResetMPR)]
@@ -85,10 +95,16 @@ def scores(net: SpikingNet, name: str) -> dict[str, float]:
         right = net.eval()(x).argmax(-1) == y
     for handle in handles:
         handle.remove()
-    lost = [m.lost(c.unflatten(0, (-1, net.steps))) for m, c in zip(neurons, currents, strict=True)]
+    lost = [m.lost(c.unflatten(0, (-1, m.steps))) for m, c in zip(neurons, currents, strict=True)]
     before, after = (float(torch.stack(each).mean()) for each in zip(*lost, strict=True))
     energy = operations(net, x[:32]).picojoules / 32
-    return {"accuracy": float(right.float().mean()), "rate": told.means()["firing rate"], "pJ": energy, "before": before, "after": after}
+    return {
+        "accuracy": float(right.float().mean()),
+        "rate": told.means()["firing rate"],
+        "pJ": energy,
+        "before": before,
+        "after": after,
+    }
 
 
 def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
@@ -103,3 +119,70 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
         learn(net, where, seed, scale, RATES[arm][name])
         found |= {f"{what} on {name}": value for what, value in scores(net, where).items()}
     return found
+
+
+CLAIM = Claim(
+    says="A soft reset fires at the rate of its current, and the rectifier brings potentials closer to their spikes. Networks with both "
+    "are more accurate than with a hard reset, on digits and on events of a camera that moves over them; so are those with one of them.",
+    measure=measure,
+    build=build,
+    arms=[arm for arm in NETS if arm != "idle"],
+    statements=(
+        mechanism(
+            "For constant currents from 0 to 1 the rate over 64 steps is within 1/128 of the current.",
+            fits("rate error", BOTH, high=1 / 128 + 1e-6),
+            control="reset to zero",
+            mutant="subtracts the threshold",
+        ),
+        mechanism(
+            "The rectifier at least halves the quantisation error of potentials drawn from a normal distribution around the threshold.",
+            fits("share left", BOTH, high=0.5),
+            control="identity",
+            mutant="cubes for cube roots",
+        ),
+        effect(
+            "On digits both together are more accurate than a hard reset.",
+            highest("accuracy on digits", BOTH, than=("hard reset",)),
+            control="idle",
+        ),
+        effect(
+            "On events both together are more accurate than a hard reset.",
+            highest("accuracy on events", BOTH, than=("hard reset",)),
+            control="idle",
+        ),
+        effect(
+            "On digits the soft reset alone is more accurate than a hard reset.",
+            highest("accuracy on digits", "soft reset", than=("hard reset",)),
+            control="idle",
+        ),
+        effect(
+            "On digits the rectifier alone, with a hard reset, is more accurate than without it.",
+            highest("accuracy on digits", "rectifier", than=("hard reset",)),
+            control="idle",
+        ),
+    ),
+    checks=(
+        check("A hard reset gets 85% of the digits right.", fits("accuracy on digits", "hard reset", low=0.85)),
+        check("A hard reset gets 75% of the events right.", fits("accuracy on events", "hard reset", low=0.75)),
+        check(
+            "There is room on digits: twice the width helps.",
+            highest("accuracy on digits", "wider, hard reset", than=("hard reset",)),
+        ),
+        check(
+            "There is room on events: twice the width helps.",
+            highest("accuracy on events", "wider, hard reset", than=("hard reset",)),
+        ),
+    ),
+    pilots="Seeds from 1000. Accuracy on digits, mean of five at rates 0.1, 0.2 and 0.4: hard reset 0.905, 0.918, 0.901; soft 0.948, 0.942, "
+    "0.948; rectifier 0.904, 0.901, 0.886; both 0.941, 0.947, 0.939; wider 0.966, 0.964, 0.954. On events: hard 0.842, 0.876, 0.850; "
+    "soft 0.939, 0.940, 0.923; rectifier 0.808, 0.843, 0.785; both 0.932, 0.926, 0.902; wider 0.949, 0.942, 0.925. The best rate of "
+    "each arm was taken. Four layers of 16, since wider or fewer ones left no room (0.95 to 0.97 with a hard reset). Convolutions of "
+    "24 and 48 channels, 250 updates, one seed, at 0.03, 0.1, 0.3: hard 0.772, 0.905, 0.947; soft 0.786, 0.928, 0.958; rectifier "
+    "0.772, 0.914, 0.944; both 0.791, 0.933, 0.958: too slow for this scale. The rectifier gained nothing at any arm's best rate; its"
+    " statement stays, as the paper's name for half of the method.",
+    scales={
+        "smoke": {"width": 4, "depth": 1, "steps": 2, "batch": 8, "updates": 2, "convolutions": False},
+        "small": {"width": 16, "depth": 4, "steps": 4, "batch": 64, "updates": 150, "convolutions": False},
+        "full": {"width": 128, "depth": 4, "steps": 4, "batch": 128, "updates": 20_000, "convolutions": True},
+    },
+)
