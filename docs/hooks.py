@@ -8,8 +8,8 @@ from interlayer import catalog
 
 PRIMITIVES = (
     "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "swap", "wiring", "weights", "options",
-    "delivery", "fields", "aside", "schedule", "scan", "recurrent", "routing", "pairing", "equal", "recipe", "record", "cost", "nano",
-    "kinds", "events", "process", "conditioning",
+    "delivery", "fields", "aside", "schedule", "scan", "recurrent", "routing", "spike", "pairing", "equal", "recipe", "record", "cost",
+    "nano", "kinds", "events", "process", "conditioning",
     "degraded", "datasets", "speech", "experiences", "rl", "task", "fit", "chart", "page",
 )  # fmt: skip
 PARTS = ("sparse", "nodes", "linear", "compressed", "prior", "positions", "depth", "parts")
