@@ -103,8 +103,8 @@ def operations(model: nn.Module, *inputs: Any) -> Operations:
     Examples:
         >>> operations(nn.Linear(3, 2), torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
         Operations(accumulates=4, multiplies=0)
-        >>> operations(nn.Linear(3, 2), torch.full((2, 3), 0.5)).picojoules
-        55.2
+        >>> operations(nn.Linear(5, 2), torch.full((1, 5), 0.5)).picojoules
+        46.0
     """
     was = model.training
     model.eval()

@@ -119,12 +119,12 @@ class LIF(Neuron):
         ValueError: A decay outside of 0 to 1, an unknown reset, or a drop for a hard reset.
 
     Examples:
-        >>> neurons, currents = LIF(decay=1.0), torch.full((1, 5, 1), 0.6)
+        >>> neurons, currents = LIF(decay=1.0), torch.full((1, 5, 1), 0.75)
         >>> neurons(currents).flatten()
-        tensor([0., 1., 0., 1., 0.])
+        tensor([0., 1., 1., 0., 1.])
         >>> spikes, state = neurons.run(currents[:, :2], neurons.start(1))
-        >>> neurons.step(currents[:, 2], state)[0]
-        tensor([[0.]])
+        >>> neurons.step(currents[:, 2], state)
+        (tensor([[1.]]), tensor([[0.2500]]))
     """
 
     def __init__(
