@@ -1,10 +1,15 @@
 """Leaky integrate-and-fire beside spikingjelly and snntorch: forward and backward over 100 steps, alone and with its linear layer.
 
-Each in its fastest form on a CPU: spikingjelly's multi-step LIF (one operator of its own), snntorch's Leaky in a loop over time,
-after one matrix product for all steps. `soft-reset-mpr` is the same operator with other constants and another slope.
+    python -m benchmarks.spiking [--compiled]
+
+Each in its fastest form on a CPU: spikingjelly's multi-step LIF (one operator of its own), snntorch's Leaky in a loop over time after
+one matrix product for all steps. `soft-reset-mpr` is the same operator with other constants and another slope. With ``--compiled``,
+spikingjelly's also by torch.compile, which needs minutes to unroll and fuse the steps; the operator here is not compiled further.
 """
 
 from __future__ import annotations
+
+import sys
 
 import snntorch
 import torch
@@ -35,6 +40,22 @@ class Jelly(nn.Module):
     def forward(self, x):
         functional.reset_net(self.lif)
         return self.lif(x)
+
+
+class Compiled(nn.Module):
+    """spikingjelly's, all steps fused by torch.compile."""
+
+    def __init__(self):
+        super().__init__()
+        slope = surrogate.ATan(2.0)
+
+        def run(x):
+            return functional.lif_multi_step(x, torch.zeros_like(x[0]), 1 / (1 - DECAY), False, 1.0, None, slope)[0]
+
+        self.run = torch.compile(run)
+
+    def forward(self, x):
+        return self.run(x)
 
 
 class Leaky(nn.Module):
@@ -93,8 +114,9 @@ def main():
         version("spikingjelly"): Jelly(),
         version("snntorch"): Leaky(),
     }
+    compiled = Compiled() if "--compiled" in sys.argv else None
     weight = torch.randn(BATCH, STEPS, NEURONS)
-    events = (torch.rand(BATCH, STEPS, INPUTS) < 0.07).float()  # about the density of spoken digits in SHD
+    events = (torch.rand(BATCH, STEPS, INPUTS) < 0.07).float()
     linear = nn.Linear(INPUTS, NEURONS)
     nn.init.normal_(linear.weight, std=0.15)
     currents = linear(events).detach()
@@ -118,6 +140,8 @@ def main():
             return all(close(mine(), run(), with_linear) for mine, run in zip(ours, theirs.values(), strict=True))
 
         candidates = {"interlayer": ours[0], **theirs}
+        if compiled:
+            candidates["spikingjelly, compiled"] = passes(layer(compiled), turned(x), turned(weight))
         if with_linear:
             candidates["snntorch's LeakyParallel"] = passes(Parallel(), turned(x), turned(weight))
         compare(

@@ -90,7 +90,9 @@ def test_a_network_of_images_vectors_and_events():
         SpikingNet((5,), 2, depth=0)
 
 
-@pytest.mark.parametrize("contract", ["autocast", "export", "per_example", "state_dict", "deepcopy", "batch"])
+@pytest.mark.parametrize(
+    "contract", ["autocast", "compile", "export", "per_example", "state_dict", "deepcopy", "batch"]
+)
 def test_the_network_keeps_the_contracts_of_layers(contract):
     example = Example(make=lambda: SpikingNet((2, 6, 6), 3, width=4), inputs=lambda: (torch.randn(2, 2, 6, 6),))
     assert hold(contract, "layer", example) == "kept"

@@ -149,6 +149,12 @@ class LIF(Neuron):
         self.decay, self.threshold, self.hard, self.detach = decay, threshold, reset == "hard", detach
         self.drop, self.surrogate = threshold if drop is None else drop, surrogate
 
+    def __init_subclass__(cls) -> None:
+        if own := {"charge", "fire", "discharge"} & vars(cls).keys():
+            raise TypeError(
+                f"{cls.__name__}: {min(own)} of its own, which the fast form of LIF would not use. Derive from Neuron."
+            )
+
     def charge(self, current: Tensor, state: Tensor) -> Tensor:
         """``decay v + x``."""
         return torch.add(current, state, alpha=self.decay)

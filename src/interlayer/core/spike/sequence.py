@@ -20,17 +20,9 @@ AT_ONCE = 1 << 16  # potentials whose slopes are computed together: as many as s
 
 @custom_op("interlayer::lif", mutates_args=())
 def lif(
-    x: Tensor,
-    start: Tensor,
-    decay: float,
-    threshold: float,
-    drop: float,
-    hard: bool,
-    detach: bool,
-    surrogate: str,
-    sharpness: float,
+    x: Tensor, start: Tensor, decay: float, threshold: float, drop: float, hard: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Charge, fire and reset at each step; see ``LIF`` for the meaning of the arguments.
+    """Charge, fire and reset at each step.
 
     Args:
         x: Currents [B, T, ...].
@@ -39,9 +31,6 @@ def lif(
         threshold: Potential above which a neuron fires.
         drop: What a soft reset subtracts.
         hard: Whether the reset is to zero instead.
-        detach: Whether the reset lets no gradient through to the spike.
-        surrogate: Name of the surrogate gradient.
-        sharpness: Its sharpness.
 
     Returns:
         Spikes and potentials before the reset [B, T, ...], and the potentials after the last reset [B, ...].
@@ -79,7 +68,10 @@ def lif_backward(
     surrogate: str,
     sharpness: float,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of currents and first potentials, from those of spikes, potentials and last potentials (None for zero)."""
+    """The gradients of currents and first potentials, from those of spikes, potentials and last potentials (None for zero).
+
+    ``surrogate`` is the name in ``Surrogate.known``; with ``detach`` the reset lets no gradient through to the spike.
+    """
     shape, length = Surrogate.known[surrogate](sharpness), potentials.shape[1]
     grads = torch.empty_like(potentials)
     later = torch.zeros_like(potentials[:, 0]) if on_kept is None else on_kept.to(potentials.dtype)
@@ -133,7 +125,7 @@ class Sequence(torch.autograd.Function):
         sharpness: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Spikes, potentials and last potentials; see ``lif``."""
-        return lif(x, start, decay, threshold, drop, hard, detach, surrogate, sharpness)
+        return lif(x, start, decay, threshold, drop, hard)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

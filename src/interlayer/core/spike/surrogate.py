@@ -74,7 +74,8 @@ class Atan(Surrogate):
 
     def slope(self, v: Tensor) -> Tensor:
         """``sharpness / (1 + (pi sharpness v)^2)``."""
-        return (v * (torch.pi * self.sharpness)).square_().add_(1).reciprocal_().mul_(self.sharpness)
+        wide = 1 / (torch.pi * self.sharpness) ** 2
+        return v.square().add_(wide).reciprocal_().mul_(self.sharpness * wide)
 
 
 class Sigmoid(Surrogate):
