@@ -171,9 +171,7 @@ def test_clear_errors():
         LIF().run(torch.zeros(2, 5, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"neurons with steps \['3'\] in a network of 4 steps"):
         Unrolled(nn.Sequential(nn.Linear(2, 2), LIF(steps=3)), 4)
-    with pytest.raises(
-        TypeError, match="fire of its own, which the fast form of LIF would not use"
-    ):
+    with pytest.raises(TypeError, match="fire of its own, which the fast form of LIF would not use"):
         type("Noisy", (LIF,), {"fire": LIF.fire})
     with pytest.raises(ValueError, match=r"expected \[batch, 4 steps, ...\]"):
         Unrolled(LIF(steps=4), 4, static=False)(torch.zeros(2, 3, 5))
