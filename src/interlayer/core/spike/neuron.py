@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import aside
-from interlayer.core.spike.sequence import Sequence
+from interlayer.core.spike.sequence import OverTime
 from interlayer.core.spike.surrogate import Atan, Surrogate
 
 
@@ -102,7 +102,8 @@ class LIF(Neuron):
     - fire: ``s_t = 1 if u_t > threshold else 0``, with the slope of ``surrogate`` at ``u_t - threshold`` as its gradient
     - reset: ``v_t = u_t - drop s_t`` (soft), or ``v_t = u_t (1 - s_t)`` (hard)
 
-    A sequence takes three operations a step in either pass, on B N numbers; for the backward pass 2 B T N numbers are kept.
+    A sequence of N neurons takes 3 T operations on B N numbers forward, as many backward beside the slopes, and keeps 2 B T N numbers for
+    the backward pass.
 
     Args:
         decay: Share of the potential that is left after a step, 0 to 1; 1 for no leak.
@@ -180,8 +181,8 @@ class LIF(Neuron):
     ) -> tuple[Float[Tensor, "B T ..."], Float[Tensor, "B T ..."], Tensor]:
         """As ``run``, with the potentials before the reset after the spikes."""
         state, kind = self._fitting(state, x[:, 0]), self.surrogate
-        return Sequence.apply(
-            x, state, self.decay, self.threshold, self.drop, self.hard, self.detach, type(kind).__qualname__, kind.sharpness
+        return OverTime.apply(
+            x, state, self.decay, self.threshold, self.drop, self.hard, self.detach, kind.name, kind.sharpness
         )  # fmt: skip
 
     def extra_repr(self) -> str:

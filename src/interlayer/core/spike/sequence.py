@@ -107,7 +107,7 @@ def _(spikes: Tensor, potentials: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(spikes), torch.empty_like(potentials[:, 0])
 
 
-class Sequence(torch.autograd.Function):
+class OverTime(torch.autograd.Function):
     """``lif`` with its gradient; the operator's own registration would not go with ``torch.func``."""
 
     generate_vmap_rule = True

@@ -29,11 +29,13 @@ class Surrogate(ABC):
     """
 
     known: ClassVar[dict[str, type[Surrogate]]] = {}
+    name: ClassVar[str]
 
     sharpness: float = 1.0
 
     def __init_subclass__(cls) -> None:
-        Surrogate.known[cls.__qualname__] = cls
+        cls.name = f"{cls.__module__}.{cls.__qualname__}"
+        Surrogate.known[cls.name] = cls
 
     def __post_init__(self) -> None:
         if not self.sharpness > 0:

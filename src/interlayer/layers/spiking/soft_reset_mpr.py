@@ -71,7 +71,7 @@ class SoftResetMPR(LIF):
 
     Examples:
         >>> x = torch.full((1, 4, 1), 0.75)
-        >>> SoftResetMPR()(x).flatten(), SoftResetMPR(reset="hard")(torch.full((1, 4, 1), 1.75)).flatten()
+        >>> SoftResetMPR()(x).flatten(), SoftResetMPR(reset="hard")(x).flatten()
         (tensor([1., 0., 1., 1.]), tensor([1., 1., 1., 1.]))
     """
 
