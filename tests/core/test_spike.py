@@ -166,7 +166,7 @@ def test_clear_errors():
     with pytest.raises(ValueError, match=r"a batch that is a multiple of 4 steps"):
         LIF(steps=4)(torch.zeros(6, 3))
     with pytest.raises(ValueError, match=r"input \(2, 0, 3\); expected \[batch, time, ...\] with a step"):
-        LIF()(torch.zeros(2, 0, 3))
+        LIF().run(torch.zeros(2, 0, 3), torch.zeros(2))
     with pytest.raises(ValueError, match=r"a state of \(2, 4\) for inputs \(2, 3\)"):
         LIF().run(torch.zeros(2, 5, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"neurons with steps \['3'\] in a network of 4 steps"):

@@ -61,6 +61,7 @@ class Neuron(nn.Module, ABC):
 
     def run(self, x: Float[Tensor, "B T ..."], state: Tensor) -> tuple[Float[Tensor, "B T ..."], Tensor]:
         """Run a sequence from a state on: the spikes and the next state."""
+        self._check(x)
         spikes = []
         for current in x.unbind(1):
             spike, state = self.step(current, state)
@@ -76,12 +77,15 @@ class Neuron(nn.Module, ABC):
                     "Give the steps of one example one after the other, or leave steps out and have time as axis 1."
                 )
             x = x.unflatten(0, (-1, self.steps))
-        if x.ndim < 2 or not x.shape[1]:
-            raise ValueError(f"{type(self).__name__}: input {tuple(x.shape)}; expected [batch, time, ...] with a step.")
+        self._check(x)
         spikes, _ = self.run(x, self.start(x.shape[0]))
         if aside.listening():
             aside.metric("firing rate", spikes.detach().float().mean())
         return spikes.flatten(0, 1) if self.steps else spikes
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim < 2 or not x.shape[1]:
+            raise ValueError(f"{type(self).__name__}: input {tuple(x.shape)}; expected [batch, time, ...] with a step.")
 
     def _fitting(self, state: Tensor, x: Tensor) -> Tensor:
         """The state in the shape of a step's inputs, and in at least single precision."""
@@ -180,6 +184,7 @@ class LIF(Neuron):
         self, x: Float[Tensor, "B T ..."], state: Tensor
     ) -> tuple[Float[Tensor, "B T ..."], Float[Tensor, "B T ..."], Tensor]:
         """As ``run``, with the potentials before the reset after the spikes."""
+        self._check(x)
         state, kind = self._fitting(state, x[:, 0]), self.surrogate
         return OverTime.apply(
             x, state, self.decay, self.threshold, self.drop, self.hard, self.detach, kind.name, kind.sharpness
