@@ -1,0 +1,1 @@
+"""Claims of layers that can be run backwards."""
