@@ -178,7 +178,9 @@ def test_streams_of_random_numbers_repeat():
 
 def test_frozen_shared_and_repeated_use():
     blocks, x = chain("one branch", 2)
-    blocks = nn.ModuleList([*blocks, blocks[0]]).eval()  # shared
+    twice = blocks[1].branches[0][4]
+    tied = Coupling(nn.Sequential(nn.Conv1d(4, 8, 1), twice, nn.ReLU(), nn.Conv1d(4, 8, 1), twice)).double()
+    blocks = nn.ModuleList([*blocks, tied, blocks[0]]).eval()  # a layer used again within a branch, and a block
     blocks[1].branches[0][0].weight.requires_grad_(False)
     leaves = [p for p in blocks.parameters() if p.requires_grad]
     found = []
@@ -225,10 +227,10 @@ def test_data_parallel_training_with_dropout_and_statistics():
 
 def test_compiled_chains_are_checkpointed():
     """Values, gradients and statistics as ordinary, and less is kept."""
-    blocks, x = chain("one branch", 2, torch.float32)
-    for module in blocks.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    torch.manual_seed(0)
+    parts = ((nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 4, 3, padding=1)) for _ in range(2))
+    blocks = nn.ModuleList(Coupling(nn.Sequential(*each)) for each in parts)
+    x = torch.randn(5, 8, 6, requires_grad=True)
     twin = copy.deepcopy(blocks)
     wanted = outcome(ordinary, twin, x)
     torch._dynamo.reset()
@@ -284,5 +286,9 @@ def test_clear_errors():
         reversible([Coupling(Penalised(2, 2))], (torch.zeros(2, 2), torch.zeros(2, 2)))
     block = Coupling(nn.Linear(2, 2))
     y = reversible([block], (torch.zeros(2, 2), torch.zeros(2, 2)))[1]
+    block.eval()
+    with pytest.raises(RuntimeError, match=r"train\(\) or eval\(\) was called between"):
+        y.sum().backward(retain_graph=True)
+    block.train()
     with pytest.raises(RuntimeError, match=r"second derivatives .* use `ordinary`"):
         torch.autograd.grad(y.sum(), block.branches[0].weight, create_graph=True)

@@ -167,7 +167,8 @@ def reversible(blocks: Iterable[Coupling], x: Pair) -> Pair:
     Raises:
         ValueError: A block with parameters outside of its branches, or a branch that reports an auxiliary loss (``core.aside``), which
             would have no gradient.
-        RuntimeError: A second derivative is asked for (``create_graph=True``).
+        RuntimeError: A second derivative is asked for (``create_graph=True``), or ``train()`` or ``eval()`` was called before the
+            backward pass.
 
     Examples:
         >>> blocks = [Coupling(nn.Linear(3, 3)) for _ in range(9)]
@@ -177,11 +178,12 @@ def reversible(blocks: Iterable[Coupling], x: Pair) -> Pair:
         torch.Size([3, 3])
     """
     blocks = list(blocks)
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting():
         for block in blocks:
             x = checkpoint(block, *x, use_reentrant=False)
         return x
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if transformed or not torch.is_grad_enabled() or x[0].is_meta:
         return ordinary(blocks, x)
     steps, weights = list[_Step](), list[Tensor]()
     for block in blocks:
@@ -204,12 +206,13 @@ class _Step:
     block: Coupling
     branch: nn.Module
     names: list[str]  # of its weights
+    training: bool = False
     random: list[Tensor] = field(default_factory=list)  # states of the generators before it, if it moved them
     buffers: dict[str, Tensor] = field(default_factory=dict)  # those that it changed, as they were before
 
     def run(self, x1: Tensor, x2: Tensor) -> Pair:
         """Run the branch and note the conditions."""
-        states = _states(x2)
+        self.training, states = self.branch.training, _states(x2)
         before = {name: buffer.clone() for name, buffer in self.branch.named_buffers()}
         y = self.block.step(self.branch, x1, x2)
         if not all(map(torch.equal, states, _states(x2))):
@@ -220,6 +223,11 @@ class _Step:
 
     def again(self, weights: Sequence[Tensor], y1: Tensor, y2: Tensor) -> tuple[Pair, Pair]:
         """The inputs as leaves, and the outputs with their graph, from one evaluation of the branch."""
+        if self.branch.training != self.training:
+            raise RuntimeError(
+                "reversible: train() or eval() was called between the forward and the backward pass, so that a branch would not run as "
+                "it did. Call it after backward()."
+            )
         tensors = dict(zip(self.names, weights, strict=True))
         tensors |= {name: buffer.clone() for name, buffer in self.buffers.items()}
         x2 = self.block.back(y1).detach().requires_grad_()
@@ -255,7 +263,7 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("reversible: second derivatives (create_graph=True) are not there; use `ordinary`.")
+            raise RuntimeError("reversible: second derivatives (create_graph=True) are not supported; use `ordinary`.")
         grads, (*weights, y1, y2) = list(given), ctx.saved_tensors
         found = list[Tensor | None]()  # from the last weight to the first
         for step in reversed(ctx.steps):

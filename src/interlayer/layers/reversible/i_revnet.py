@@ -82,13 +82,13 @@ class IRevNet(nn.Module):
 
     Where ``widths`` are None, the network is bijective: every tensor of the last layer's shape belongs to one image. Wider ones
     make it injective: channels of zeros are put before those of the image, so that the half which the first unit reads holds the image.
-    The authors' code puts them behind: there the first unit reads zeros alone and never learns, and made again from outputs these
-    would be rounding errors, which its norms blow up.
+    The authors' code puts them behind. There the first unit reads zeros alone and never learns; made again from outputs, these zeros
+    would be rounding errors, which its norms would magnify.
 
     Widths, units, dropout and the last norm's momentum are those of the authors' code (jhjacobsen/pytorch-i-revnet) for CIFAR-10,
     which trains with SGD: rate 0.1, divided by 5 after 60, 120 and 160 of 200 epochs, momentum 0.9, weight decay 5e-4, batches of
-    128. For ImageNet it has ``blocks=(6, 16, 72, 6), strides=(2, 2, 2, 2), widths=None, down=2, dropout=0``. It pads at later
-    stages too; here only the image is padded.
+    128. For ImageNet it has ``blocks=(6, 16, 72, 6), strides=(2, 2, 2, 2), widths=None, down=2, dropout=0``. The authors can
+    pad at later stages too; here only the image is padded.
 
     Cost: training keeps the activations of one unit whatever the depth (``core.reversible``), for one more evaluation of every F.
 
@@ -97,13 +97,14 @@ class IRevNet(nn.Module):
         classes: Number of classes K.
         blocks: Units in each stage.
         strides: Stride of each stage's first unit; it multiplies the channels by its square.
-        widths: Channels of each half in each stage. Defaults to those without padding.
+        widths: Channels of each half in each stage; None for those without padding.
         down: Side of the squares that become channels before the first unit.
         dropout: Probability of dropout inside units; inversion needs evaluation mode.
         ratio: Channels of a half over those of its bottleneck.
         recompute: Whether the backward pass makes activations again; without it they are kept, in less time.
 
-    Shapes: [B, C, H, W] to [B, K]; features are [B, 2 widths[-1], H', W'] with ``down`` times all strides less pixels a side.
+    Shapes: [B, C, H, W] to [B, K]; features are [B, 2 widths[-1], H', W'], whose sides are
+        those of the image divided by ``down`` and all strides.
 
     Raises:
         ValueError: Stages of different number, an odd number of channels to split, a width that does not follow from the one before,
@@ -216,7 +217,12 @@ class IRevNet(nn.Module):
 
 
 def _small(**options: Any) -> IRevNet:
-    return IRevNet(1, 10, **{"blocks": (1, 1), "strides": (1, 2), "widths": (4, 16), "ratio": 2, **options})
+    """Norms with biases: where a ReLU before gives zeros alone, padded channels would lie exactly on the kink of the next."""
+    net = IRevNet(1, 10, **{"blocks": (1, 1), "strides": (1, 2), "widths": (4, 16), "ratio": 2, **options})
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, 0.1, 0.5)
+    return net
 
 
 EXAMPLE = Example(
