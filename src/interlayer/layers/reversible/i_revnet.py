@@ -173,7 +173,7 @@ class IRevNet(nn.Module):
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
         """A small net for a task of images and classes."""
         shape.require("IRevNet", "image", "classes")
-        small = {"blocks": (3, 3, 3), "strides": (1, 2, 2), "widths": (16, 64, 256), "dropout": 0.0}
+        small = {"blocks": (3, 3), "strides": (1, 2), "widths": (16, 64), "down": 2, "ratio": 2, "dropout": 0.0}
         return cls(shape.channels, shape.classes, **{**small, **options})
 
     def split(self, image: Float[Tensor, "B C H W"]) -> Pair:
