@@ -77,7 +77,7 @@ class Cache:
     def bytes(self) -> int:
         """Bytes that the stored tokens and states take (not the spare room of the buffers)."""
         kept = [*(b[..., : self.length, :] for b in self.buffers.values()), *tree_leaves(self.states)]
-        return sum(t.numel() * t.element_size() for t in kept)
+        return sum(t.bytes if isinstance(t, Cache) else t.numel() * t.element_size() for t in kept)
 
 
 @dataclass
