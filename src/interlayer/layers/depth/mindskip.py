@@ -68,8 +68,8 @@ class MindSkip(Transform):
         mindskip {'capacity': 0.5, 'weight': 1.0, 'threshold': 0.5, 'layers': 2, 'of': 'attention', 'per': 'sequence', 'learn': 'routers'}
           + 1.blocks.1.mixer  Attention  (8 weights of a router are trained)
           + 1.blocks.2.mixer  Attention  (8 weights of a router are trained)
-          - 1.blocks.0        Block       (outside of the 2 layers with a router)
-          - 1.blocks.3        Block       (the last layer always runs)
+          - 1.blocks.0        Block  (outside of the 2 layers with a router)
+          - 1.blocks.3        Block  (the last layer always runs)
     """
 
     slug: ClassVar[str] = "mindskip"
