@@ -181,6 +181,7 @@ class MindSkip(Transform):
             )
         return name if self.of == "block" else f"{name}.{part_name}", width
 
+    @torch.enable_grad()
     def _train(self, model: nn.Module, batches: Sequence[Any]) -> None:
         """Train the routers, or all weights, and leave modes and gradients as they were."""
         modes = [(m, m.training) for m in model.modules()]
