@@ -9,7 +9,7 @@ from interlayer import catalog
 PRIMITIVES = (
     "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "swap", "wiring", "weights", "options",
     "delivery", "fields", "aside", "schedule", "scan", "recurrent", "reversible",
-    "routing", "spike", "pairing", "equal", "recipe", "record", "cost",
+    "routing", "spike", "skipping.skip", "skipping.decoder", "skipping.kept", "tune", "pairing", "equal", "recipe", "record", "cost",
     "nano", "kinds", "events", "process", "conditioning",
     "degraded", "datasets", "speech", "experiences", "rl", "task", "fit", "chart", "page",
 )  # fmt: skip

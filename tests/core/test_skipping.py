@@ -232,6 +232,17 @@ def test_a_strange_cache_is_an_error():
         SkipDecoder(nn.Linear(2, 2), 2)
 
 
+@torch.no_grad()
+def test_scores_of_what_skips_are_refused():
+    ids = text(2)
+    model, _ = decoder("gpt2", attention="eager")
+    assert len(model(ids, output_hidden_states=True).hidden_states) == 4
+    with pytest.raises(ValueError, match="output_attentions was asked for"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="output_hidden_states was asked for"):
+        decoder("gpt2", of="block")[0](ids, output_hidden_states=True)
+
+
 def own(seed=0):
     torch.manual_seed(seed)
     model = Transformer(32, 32, 3, 16, 2).eval()

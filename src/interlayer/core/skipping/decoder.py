@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -44,9 +45,12 @@ class SkipDecoder(Skip):
 
     Shapes: as the module's: [B, S, D] to [B, S, D], and what else it returns (0 where it was skipped).
 
+    Costs what the module costs on what is kept, and O(B S D) for the mean, for gathering and putting back. Where the tokens of a
+    batch differ in what they keep, the cache has holes: its length is that of what any sequence keeps.
+
     Raises:
-        ValueError: A cache of another model or batch or one that does not grow, an argument that is not understood, or a mask that
-            is not [B, 1, S, T] where tokens skip.
+        ValueError: A cache of another model or batch or one that does not grow, an argument that is not understood, a mask that is
+            not [B, 1, S, T] where tokens skip, or attention scores (around a block, hidden states too) that transformers is to return.
 
     Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -84,6 +88,10 @@ class SkipDecoder(Skip):
             if tokens:
                 named[MASK] = _among(keep, mask, x)
             return self.gated(self.module(x, **named), x, gate)
+        if asked := _recorded() & ({"attentions", "hidden_states"} if self.passes else {"attentions"}):
+            raise ValueError(
+                f"SkipDecoder: output_{min(asked)} was asked for, but what skips has none. Leave it out, or read with core.taps."
+            )
         name = next((c for c in CACHES if named.get(c) is not None), "")
         layer = None
         if name:
@@ -161,6 +169,12 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _index(module: nn.Module) -> int | None:
     """The number of a module's layer in a cache."""
     return next((i for m in module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), None)
+
+
+def _recorded() -> set[str]:
+    """What transformers collects in this pass from inside the modules, such as ``attentions``."""
+    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    return set((collector.get() if collector else None) or ())
 
 
 def _real(mask: Tensor | None, x: Tensor) -> Bool[Tensor, "B S"] | None:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.core import delivery, recipe, taps
-from interlayer.core.data import answer
+from interlayer.core import delivery, recipe
 from interlayer.core.example import Example
 from interlayer.core.extras import need
-from interlayer.core.fit import descend
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.mixer import Attention
-from interlayer.core.pairing import Streams
 from interlayer.core.select import blocks, put
 from interlayer.core.skipping import Per, Skip, SkipDecoder, SkipMixer, attention_of
 from interlayer.core.stream import Stream
 from interlayer.core.trunk import Trunk, build_trunk
+from interlayer.core.tune import listed, tune
 
 Of = Literal["attention", "block"]
 Learn = Literal["routers", "all"]
@@ -118,7 +114,7 @@ class MindSkip(Transform):
         many = min(many, len(found) - 1)
         chosen = range(len(found) - 1 - many, len(found) - 1)
         places = [self._place(model, at, i) for i in chosen]
-        batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data or ())
+        batches = listed(data)
         if not batches:
             raise ValueError("mindskip: no data; expected batches that the routers learn from. Pass plan(model, data).")
         names = [name for name, _ in places]
@@ -140,7 +136,9 @@ class MindSkip(Transform):
         def build() -> nn.Module:
             new = copy.deepcopy(model)
             recipe.record(new, self.slug, options, structure)
-            self._train(self.restore(new, structure), batches)
+            skips = [m for m in self.restore(new, structure).modules() if isinstance(m, Skip)]
+            weights = [p for s in skips for p in s.router.parameters()] if self.learn == "routers" else None
+            tune(new, batches, weights=weights, modules=skips, lr=self.lr, epochs=self.epochs, seed=self.seed)
             return new
 
         return Plan(self.slug, options, touched, left, build)
@@ -181,65 +179,10 @@ class MindSkip(Transform):
             )
         return name if self.of == "block" else f"{name}.{part_name}", width
 
-    @torch.enable_grad()
-    def _train(self, model: nn.Module, batches: Sequence[Any]) -> None:
-        """Train the routers, or all weights, and leave modes and gradients as they were."""
-        modes = [(m, m.training) for m in model.modules()]
-        asked = [(p, p.requires_grad) for p in model.parameters()]
-        skips = [m for m in model.modules() if isinstance(m, Skip)]
-        model.train(self.learn == "all").requires_grad_(self.learn == "all")
-        for skip in skips:
-            skip.training = True  # the frozen model inside stays in eval mode
-            skip.router.requires_grad_(True)
-        weights = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=self.lr, weight_decay=0.0)
-        steps, noise = self.epochs * len(batches), Streams(model, self.seed)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-        for step in range(steps):
-            batch = batches[step % len(batches)]
-            with noise.step(step):
-                found, _ = descend(model, optimizer, lambda batch=batch: _loss(model, batch), share=step / steps)
-            if not math.isfinite(found):
-                raise ValueError(
-                    f"mindskip: the loss of step {step} is {found}; expected a number. Lower lr, or look at the data."
-                )
-            schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        for module, mode in modes:
-            module.training = mode
-        for p, asks in asked:
-            p.requires_grad_(asks)
-
 
 def _config(model: nn.Module) -> Any:
     found: Any = getattr(model, "config", None)
     return found.get_text_config() if hasattr(found, "get_text_config") else None
-
-
-def _rate(step: int, steps: int) -> float:
-    """Warm-up over 3% of the steps, then a cosine from 1 to 0."""
-    warmup = math.ceil(0.03 * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-def _loss(model: nn.Module, batch: Any) -> Tensor:
-    """Cross-entropy of the targets, the labels, or else the next tokens."""
-    args, named = taps.arguments(batch)
-    out = model(*args, **named, **({"use_cache": False} if _config(model) is not None else {}))
-    if getattr(out, "loss", None) is not None:
-        return out.loss
-    logits, targets = answer(out), batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-    if targets is None:
-        tokens, mask = named.get("input_ids", args[0] if args else None), named.get("attention_mask")
-        if tokens is None or tokens.is_floating_point():
-            raise ValueError(
-                "mindskip: a batch without targets or tokens; expected tokens, pairs with targets, or labels."
-            )
-        targets = tokens[:, 1:] if mask is None else tokens[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-        logits = logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
 def _plain() -> tuple[nn.Module, Tensor]:
