@@ -45,8 +45,8 @@ class MindSkip(Transform):
         of: What is skipped: ``"attention"``, or the whole ``"block"``.
         per: One decision for each ``"sequence"`` or each ``"token"`` (Hugging Face models only).
         learn: Train the ``"routers"`` alone, or ``"all"`` weights.
-        lr: Highest learning rate: AdamW, warm-up over 3% of the steps, then a cosine to 0. A router needs one in proportion to 1 / width;
-            the authors take 1e-5 at width 4096.
+        lr: Highest learning rate: AdamW, warm-up over 3% of the steps, then a cosine to 0. Routers begin at 0 and decide by the sign of
+            w' x, so theirs matters little; the authors take 1e-5 at width 4096. All weights need one of their own.
         epochs: Passes over the data.
         seed: Of draws in training, such as dropout.
 
