@@ -126,7 +126,7 @@ def test_what_skips_costs_nothing_and_has_no_keys():
         for skip in skips:
             skip.decide = lambda x, real=None, kept=kept: (torch.arange(len(x)) < kept, None)
         calls.clear()
-        cache = model(input_ids=ids).past_key_values
+        cache = model(input_ids=ids, past_key_values=DynamicCache()).past_key_values
         assert calls == [kept] * 2 * (kept > 0)
         assert [0 if x.inner.keys is None else len(x.inner.keys) for x in cache.layers[:2]] == [kept, kept]
         assert cache.get_seq_length() == ids.shape[1] and len(cache.layers[2].keys) == 8
@@ -208,7 +208,7 @@ def test_a_strange_cache_is_an_error():
         ValueError, match=r"layer 0 of the cache holds 12 tokens, but not which of them skipped; .*another model"
     ):
         go(model, plain(input_ids=ids).past_key_values)
-    with pytest.raises(ValueError, match=r"belongs to a model that skips, and one that does not skip here"):
+    with pytest.raises(ValueError, match=r"belongs to a model with skipping, but a layer without it writes to it"):
         go(plain, model(input_ids=ids).past_key_values)
     with pytest.raises(ValueError, match=r"2 sequences of a model where sequences skip, for a batch of 1"):
         go(model, model(input_ids=ids).past_key_values, rows=1)
@@ -224,7 +224,7 @@ def test_a_strange_cache_is_an_error():
     cache.layers[0].inner.keys = torch.zeros(2, 5, 12, 8)
     with pytest.raises(ValueError, match=r"keys \(2, 5, 12, 8\) are stored, \(2, 1, 1, 8\) come"):
         go(wide, cache)
-    with pytest.raises(ValueError, match="'encoder_hidden_states', which is not understood"):
+    with pytest.raises(ValueError, match="'encoder_hidden_states', which skipping does not support"):
         decoder("gpt2", of="block")[1][0](torch.zeros(1, 2, 16), encoder_hidden_states=torch.zeros(1, 2, 16))
     with pytest.raises(ValueError, match=r"mask \(2, 12\); expected \[batch, 1, new, all\]"):
         decoder(per="token")[1][0](torch.zeros(2, 12, 16), attention_mask=torch.ones(2, 12))

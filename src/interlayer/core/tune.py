@@ -78,10 +78,10 @@ def tune(
         model: Trained in place.
         batches: See ``loss_of``; in this order, ``epochs`` times.
         weights: What learns; the model is in eval mode. Defaults to all weights, in train mode.
-        modules: Modules that are in train mode all the same, without the modules inside them.
-        lr: Highest learning rate.
+        modules: Modules that are in train mode nevertheless; modules inside them are not.
+        lr: Peak learning rate.
         epochs: Passes over the batches.
-        seed: Of draws in training, such as dropout.
+        seed: Seed of random draws in training, such as dropout.
 
     Returns:
         The loss before each step.

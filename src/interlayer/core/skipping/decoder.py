@@ -43,13 +43,13 @@ class SkipDecoder(Skip):
         width: Features D.
         **options: See ``Skip``.
 
-    Shapes: as the module's: [B, S, D] to [B, S, D], and what else it returns (0 where it was skipped).
+    Shapes: as the module's, [B, S, D] to [B, S, D].
 
-    Costs what the module costs on what is kept, and O(B S D) for the mean, for gathering and putting back. Where the tokens of a
+    Costs what the module costs on what is kept, and O(B S D) for the mean, gathering and scattering. Where the tokens of a
     batch differ in what they keep, the cache has holes: its length is that of what any sequence keeps.
 
     Raises:
-        ValueError: A cache of another model or batch or one that does not grow, an argument that is not understood, a mask that is
+        ValueError: A cache of another model or batch or one that does not grow, a tensor argument that it does not support, a mask that is
             not [B, 1, S, T] where tokens skip, or attention scores (around a block, hidden states too) that transformers is to return.
 
     Examples:
@@ -64,7 +64,7 @@ class SkipDecoder(Skip):
 
     def __init__(self, module: nn.Module, width: int, **options: Any) -> None:
         super().__init__(module, width, **options)
-        if _index(module) is None:
+        if _index(module) < 0:
             raise ValueError(
                 f"SkipDecoder: {type(module).__name__} has no layer_idx; expected an attention or a block of a Hugging Face decoder."
             )
@@ -76,7 +76,7 @@ class SkipDecoder(Skip):
         mask, tokens = named.get(MASK), self.per == "token"
         if odd := [n for n, v in named.items() if isinstance(v, Tensor) and n not in (MASK, *PLACES)]:
             raise ValueError(
-                f"SkipDecoder: {type(self.module).__name__} gets the tensor {odd[0]!r}, which is not understood."
+                f"SkipDecoder: {type(self.module).__name__} gets the tensor {odd[0]!r}, which skipping does not support."
             )
         if tokens and mask is not None and mask.ndim != 4:
             raise ValueError(
@@ -97,7 +97,7 @@ class SkipDecoder(Skip):
         if name:
             from interlayer.core.skipping.kept import layer_of
 
-            layer = layer_of(named[name], _index(self.module) or 0, tokens=tokens, batch=len(x), who="SkipDecoder")
+            layer = layer_of(named[name], _index(self.module), tokens=tokens, batch=len(x))
             named[name] = layer
         out = self._tokens(x, named, layer) if tokens else self._sequences(x, named, layer)
         if layer is not None:
@@ -166,9 +166,9 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return named[names[1]], {n: named[n] for n in names[2:]}
 
 
-def _index(module: nn.Module) -> int | None:
-    """The number of a module's layer in a cache."""
-    return next((i for m in module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), None)
+def _index(module: nn.Module) -> int:
+    """The number of a module's layer in a cache; -1 if it has none."""
+    return next((i for m in module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), -1)
 
 
 def _recorded() -> set[str]:

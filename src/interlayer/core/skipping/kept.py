@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from interlayer.core.skipping.skip import scatter
+
 
 class KeptLayer(CacheLayerMixin):
     """Keys and values of what is kept, and the number of tokens of all.
@@ -43,11 +45,11 @@ class KeptLayer(CacheLayerMixin):
         """Append, and return all that these rows have."""
         if self.rows is None:
             raise ValueError(
-                "KeptLayer: this cache belongs to a model that skips, and one that does not skip here uses it. Begin with a new cache."
+                "KeptLayer: the cache belongs to a model with skipping, but a layer without it writes to it. Begin with a new cache."
             )
         rows, self.rows = self.rows, None
         size = len(self.spots) if self.spots is not None else len(rows)
-        new = [_spread(t, rows, size) for t in (key_states, value_states)]
+        new = [scatter(t, rows, size) for t in (key_states, value_states)]
         old = self.inner.keys
         if old is not None and old.numel() and (*old.shape[:2], old.shape[3]) != (*new[0].shape[:2], new[0].shape[3]):
             raise ValueError(
@@ -114,11 +116,7 @@ class KeptLayer(CacheLayerMixin):
             self._take(torch.arange(len(held), device=held.device).repeat_interleave(repeats))
 
 
-def _spread(t: Tensor, rows: Tensor, size: int) -> Tensor:
-    return t if len(t) == size else t.new_zeros(size, *t.shape[1:]).index_copy(0, rows, t)
-
-
-def layer_of(cache: Any, index: int, *, tokens: bool, batch: int, who: str) -> KeptLayer:
+def layer_of(cache: Any, index: int, *, tokens: bool, batch: int) -> KeptLayer:
     """The layer of a cache for a module that skips; put there before the first token.
 
     Raises:
@@ -126,26 +124,26 @@ def layer_of(cache: Any, index: int, *, tokens: bool, batch: int, who: str) -> K
     """
     if not isinstance(cache, Cache) or cache.offloading:
         found = "an offloaded cache" if isinstance(cache, Cache) else type(cache).__name__
-        raise ValueError(f"{who}: the cache is {found}; expected a DynamicCache. Leave out cache_implementation.")
+        raise ValueError(f"SkipDecoder: the cache is {found}; expected a DynamicCache. Leave out cache_implementation.")
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
     layer: Any = cache.layers[index] if index < len(cache.layers) else None
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         if layer.get_seq_length():
             raise ValueError(
-                f"{who}: layer {index} of the cache holds {layer.get_seq_length()} tokens, but not which of them skipped; it belongs to "
-                "another model. Begin with a new cache."
+                f"SkipDecoder: layer {index} of the cache holds {layer.get_seq_length()} tokens, but not which of them skipped; it "
+                "belongs to another model. Begin with a new cache."
             )
         layer = cache.layers[index] = KeptLayer(layer, tokens=tokens)
     if not isinstance(layer, KeptLayer):
         raise ValueError(
-            f"{who}: layer {index} of the cache is {type(layer).__name__}; expected one that grows. Leave out cache_implementation."
+            f"SkipDecoder: layer {index} of the cache is {type(layer).__name__}; expected one that grows. Leave out cache_implementation."
         )
     held = layer.keep if layer.keep is not None else layer.spots
     if layer.tokens != tokens or (held is not None and len(held) != batch):
         kind, size = "tokens" if layer.tokens else "sequences", batch if held is None else len(held)
         raise ValueError(
-            f"{who}: the cache holds {size} sequences of a model where {kind} skip, for a batch of {batch}; it belongs to another model "
-            "or batch. Begin with a new cache."
+            f"SkipDecoder: the cache holds {size} sequences of a model where {kind} skip, for a batch of {batch}; it "
+            "belongs to another model or batch. Begin with a new cache."
         )
     return layer

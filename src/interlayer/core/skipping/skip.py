@@ -21,11 +21,11 @@ class Skip(nn.Module):
     """A module that runs only for the sequences, or the tokens, that a linear router keeps.
 
     The router scores the mean of a sequence's real tokens, or each token: ``score = sigmoid(w x)``. What is kept follows from a
-    threshold, or from a capacity: of B sequences the ``ceil(capacity B)`` with the highest scores. ``w`` is zero at first, so that a
-    threshold of 0.5 keeps everything.
+    threshold, or from a capacity: of B sequences the ``ceil(capacity B)`` with the highest scores. ``w`` is initialised to zero, so that a
+    threshold of 0.5 keeps everything at first.
 
     In eval mode only what is kept is computed: cost falls in proportion. In training everything is computed and multiplied by
-    the gate, 1 or 0, whose gradient is that of the score (straight-through), so that what is skipped learns too.
+    the gate, 1 or 0, whose gradient is that of the score (straight-through), so that the router learns from what skips too.
 
     Reports the metric ``skip kept`` (the share that is kept), with a capacity ``skip dropped`` (the share of sequences with a score of at
     least 0.5 that find no room), and in training the loss ``weight * relu(kept - capacity)``, through ``core.aside``.
@@ -33,11 +33,11 @@ class Skip(nn.Module):
     Args:
         module: The sublayer or block.
         width: Features D of its input.
-        per: What is kept or skipped as one: a ``"sequence"`` or a ``"token"``. A token that skips is not seen by later ones.
-        threshold: Scores from here on are kept; None keeps by capacity, where sequences of a batch compete.
-        capacity: Share that is to be kept, above 0 and at most 1.
-        weight: Of the loss.
-        passes: Whether what skips passes on its input, as around a whole block, or 0, as around a sublayer whose output is added.
+        per: One decision for each ``"sequence"`` or each ``"token"``. Later tokens do not attend to one that skips.
+        threshold: Lowest score that is kept. None keeps by capacity; the sequences of a batch then compete.
+        capacity: Share to keep, above 0 and at most 1.
+        weight: Weight of the loss.
+        passes: Whether what skips keeps its input (around a whole block). By default it gets 0 (around a sublayer whose output is added).
 
     Raises:
         ValueError: An option out of range.
@@ -73,7 +73,7 @@ class Skip(nn.Module):
         nn.init.zeros_(self.router.weight)
 
     def __getattr__(self, name: str) -> Any:
-        """What the model reads of the module that was here before, such as ``layer_idx``."""
+        """Attributes that the model reads from the wrapped module, such as ``layer_idx``."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -30,7 +30,7 @@ class MindSkip(Transform):
     He et al., Router-Tuning: A Simple and Effective Approach for Enabling Dynamic-Depth in Transformers, EMNLP 2025,
     arXiv:2410.13184. A layer computes ``x + g attention(norm(x))``, where ``g = 1`` if ``sigmoid(w' mean_s norm(x_s)) >= 0.5`` and
     otherwise 0, one decision for a sequence. The gradient of g is that of the sigmoid (straight-through). Training adds
-    ``weight * relu(mean g - capacity)`` of each layer to the model's own loss; w begins at 0, so the model begins as it was.
+    ``weight * relu(mean g - capacity)`` of each layer to the model's own loss; w is initialised to 0, so the model is at first as it was.
     What skips is not computed: see ``core.skipping``, also for what the cache holds in decoding.
 
     Works on Hugging Face decoders whose blocks hold their attention as a part (Llama, Mistral, Qwen, GPT-2, GPT-NeoX, OPT, ...) and
@@ -38,17 +38,17 @@ class MindSkip(Transform):
     training of a mixture of depths.
 
     Args:
-        capacity: Share of the sequences (or tokens) that shall be kept, above 0 and at most 1.
-        weight: Of the loss above.
-        threshold: Least score that is kept. None keeps ``ceil(capacity B)`` sequences of each batch instead.
+        capacity: Share of the sequences (or tokens) to keep, above 0 and at most 1.
+        weight: Weight of the loss above.
+        threshold: Lowest score that is kept. None keeps ``ceil(capacity B)`` sequences of each batch instead.
         layers: How many layers get a router: the last ones before the last of all. Defaults to half of them, as in the authors' script.
-        of: What is skipped: ``"attention"``, or the whole ``"block"``.
+        of: What can be skipped: ``"attention"``, or the whole ``"block"``.
         per: One decision for each ``"sequence"`` or each ``"token"`` (Hugging Face models only).
         learn: Train the ``"routers"`` alone, or ``"all"`` weights.
-        lr: Highest learning rate: AdamW, warm-up over 3% of the steps, then a cosine to 0. Routers begin at 0 and decide by the sign of
-            w' x, so theirs matters little; the authors take 1e-5 at width 4096. All weights need one of their own.
+        lr: Peak learning rate of AdamW, with a warm-up over 3% of the steps and a cosine to 0. Routers are initialised to 0 and decide by
+            the sign of w' x, so that it matters little (the authors take 1e-5 at width 4096). To train all weights, choose it anew.
         epochs: Passes over the data.
-        seed: Of draws in training, such as dropout.
+        seed: Seed of random draws in training, such as dropout.
 
     Shapes: as the model's.
 
@@ -107,11 +107,10 @@ class MindSkip(Transform):
         self.take(others)
         at, found = blocks(model)
         many = (len(found) + 1) // 2 if self.layers is None else self.layers
-        if len(found) < 2 or many > len(found) - 1:
+        if many > len(found) - 1:
             raise ValueError(
-                f"mindskip: {at!r} has {len(found)} blocks, of which the last always runs; {many} were to get a router. Lower layers."
+                f"mindskip: {at!r} has {len(found)} blocks, of which the last always runs; {many} were to get a router. Lower `layers`."
             )
-        many = min(many, len(found) - 1)
         chosen = range(len(found) - 1 - many, len(found) - 1)
         places = [self._place(model, at, i) for i in chosen]
         batches = listed(data)
