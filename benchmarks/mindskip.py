@@ -1,7 +1,7 @@
 """Router-Tuning's skipping at batch 16: wall-clock gain against FLOP gain, against computing and masking, and what a cache keeps.
 
 Half of the sequences skip the attention, or the whole block, of every layer but the last. The routers are set by hand, since only the
-number that skips matters to the clock.
+number that skips matters to the clock. Then speed-up against loss, by capacity, on the claim's trained model.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import compare
+from interlayer.claims.layers.depth.mindskip import trained
 from interlayer.core import cost
 from interlayer.core.skipping import Skip
 from interlayer.layers.depth.mindskip import MindSkip
@@ -37,10 +39,34 @@ def models(of):
     return plain, skipping, masked
 
 
-@torch.no_grad()
+def curve():
+    """Time, FLOPs and loss by the share of sequences that keep the attention of three of four layers."""
+    plain, texts = trained(96, 4, 500, 1000)
+    data = [texts.batch(32)[0] for _ in range(32)]
+    x = texts.batch(512)[0]
+    print("a trained Llama of 4 layers, width 96: half of its sequences need attention")
+    for capacity in (1.0, 0.75, 0.5, 0.25):
+        new = MindSkip(capacity=capacity, threshold=None, layers=3, lr=0.1).plan(plain, data).apply().eval()
+        with torch.no_grad():
+            loss = [F.cross_entropy(m(x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten()).item() for m in (new, plain)]
+            compare(
+                f"  capacity {capacity}: loss {loss[0]:.3f}, plain {loss[1]:.3f}; FLOPs over plain "
+                f"{cost.flops(new, x[:, :-1]) / cost.flops(plain, x[:, :-1]):.3f}",
+                {"mindskip": lambda m=new: m(x[:, :-1]), "plain": lambda: plain(x[:, :-1])},
+                rounds=7,
+            )  # fmt: skip
+
+
 def main():
-    """Forward passes, and decoding after a prompt."""
+    """All of it."""
     torch.set_num_threads(1)
+    speed()
+    curve()
+
+
+@torch.no_grad()
+def speed():
+    """Forward passes, and decoding after a prompt."""
     tokens = torch.randint(256, (BATCH, LENGTH))
     for of in ("attention", "block"):
         plain, skipping, masked = models(of)
