@@ -141,9 +141,8 @@ class SkipDecoder(Skip):
             layer.spots = new if layer.spots is None else torch.cat((layer.spots, new), 1)
             spots = layer.spots[rows]
         named[MASK] = _visible(named.get(MASK), rows, at, spots, start, length, bool(valid.all()))
-        for n in PLACES:
-            named[n] = tree_map(lambda t: _at(_rows(t, rows), at), named[n]) if named.get(n) is not None else None
-        named = {n: v for n, v in named.items() if v is not None or n == MASK}
+        there = [n for n in PLACES if named.get(n) is not None]
+        named |= {n: tree_map(lambda t: _at(_rows(t, rows), at), named[n]) for n in there}
         out = self.module(_at(x[rows], at), **named)
         y = taps.first(out)[valid]
         whole = (x.to(y.dtype) if self.passes else y.new_zeros(x.shape)).reshape(batch * length, width)
