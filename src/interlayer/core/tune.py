@@ -108,21 +108,23 @@ def tune(
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(learning, lr=lr, weight_decay=0.0)
     steps, noise, losses = epochs * len(batches), Streams(model, seed), list[float]()
-    for step in range(steps):
-        batch = batches[step % len(batches)]
-        optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
-        with noise.step(step):
-            found, _ = descend(model, optimizer, lambda batch=batch: loss_of(model, batch), share=step / steps)
-        if not math.isfinite(found):
-            raise ValueError(
-                f"tune: the loss of step {step} is {found}; expected a number. Lower lr, or look at the data."
-            )
-        losses.append(found)
-    optimizer.zero_grad(set_to_none=True)
-    for module, mode in modes:
-        module.training = mode
-    for p, asks in asked:
-        p.requires_grad_(asks)
+    try:
+        for step in range(steps):
+            batch = batches[step % len(batches)]
+            optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
+            with noise.step(step):
+                found, _ = descend(model, optimizer, lambda batch=batch: loss_of(model, batch), share=step / steps)
+            if not math.isfinite(found):
+                raise ValueError(
+                    f"tune: the loss of step {step} is {found}; expected a number. Lower lr, or look at the data."
+                )
+            losses.append(found)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        for module, mode in modes:
+            module.training = mode
+        for p, asks in asked:
+            p.requires_grad_(asks)
     return losses
 
 
