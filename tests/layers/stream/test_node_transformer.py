@@ -6,8 +6,9 @@ from scipy.integrate import RK23, RK45
 from torch import nn
 
 from interlayer.core.mixer import Cache
+from interlayer.core.solve import TABLEAUS, Tableau
 from interlayer.core.stream import State
-from interlayer.layers.stream.node_transformer import SOLVERS, Integrate, NODETransformer, Tableau
+from interlayer.layers.stream.node_transformer import Integrate, NODETransformer
 from interlayer.models import ConvNet, Transformer, VisionTransformer
 
 
@@ -36,7 +37,7 @@ def test_sublayers_are_parallel():
     assert state.kept == {}
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", TABLEAUS)
 def test_order_of_convergence(name):
     """Of damped pendulums, fitted over halved steps."""
     torch.manual_seed(0)
@@ -49,12 +50,12 @@ def test_order_of_convergence(name):
     counts = torch.tensor([16.0, 32.0, 64.0], dtype=torch.double)
     errors = torch.stack([(solve(x, f, solver=name, steps=int(n))[0] - exact).norm() for n in counts])
     slope = torch.linalg.lstsq(torch.stack((counts.log(), torch.ones(3)), 1), -errors.log()[:, None]).solution[0, 0]
-    assert slope.item() == pytest.approx(SOLVERS[name].order, abs=0.1)
+    assert slope.item() == pytest.approx(TABLEAUS[name].order, abs=0.1)
 
 
 @pytest.mark.parametrize(("name", "reference"), [("bogacki-shampine", RK23), ("dormand-prince", RK45)])
 def test_pairs_are_scipys(name, reference):
-    t = SOLVERS[name]
+    t = TABLEAUS[name]
     for i, row in enumerate(t.a[:-1], start=1):
         assert row == pytest.approx(reference.A[i, :i], abs=1e-15)
     assert t.a[-1] == pytest.approx(reference.B, abs=1e-15)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from interlayer.core.example import Backbone, Example
 from interlayer.core.order import Sequential, Step
+from interlayer.core.solve import TABLEAUS, Tableau, combine
 from interlayer.core.stream import PreNorm, State
 
 Slope = Callable[[Tensor], Tensor]
@@ -61,70 +61,6 @@ class NODETransformer(PreNorm):
         return state
 
 
-@dataclass(frozen=True)
-class Tableau:
-    """An explicit Runge-Kutta method for autonomous equations; with ``low``, an embedded pair that estimates its error.
-
-    Args:
-        a: Rows of the strictly lower triangle: the weights of earlier stages in stage i + 1.
-        b: Weights of the stages.
-        c: Times of the stages.
-        order: Order of ``b``.
-        low: Weights of the embedded solution, one order lower.
-
-    Raises:
-        ValueError: Weights that do not sum to one, rows that do not sum to their times, or a pair that is not FSAL.
-    """
-
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    c: tuple[float, ...]
-    order: int
-    low: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        rows = [0.0, *map(sum, self.a)]
-        off = max(abs(row - time) for row, time in zip(rows, self.c, strict=True))
-        off = max(off, *(abs(sum(w) - 1) for w in (self.b, self.low) if w))
-        sizes = [len(row) for row in self.a] == list(range(1, len(self.b)))
-        if off > 1e-12 or not sizes:
-            raise ValueError(
-                f"Tableau: sums are off by {off:.2g}, or rows are not of lengths 1, 2, ...; check the constants."
-            )
-        if self.low and (*self.a[-1], 0.0) != self.b:
-            raise ValueError("Tableau: the last stage of an embedded pair must be the new state (first same as last).")
-
-
-SOLVERS = {
-    "euler": Tableau((), (1.0,), (0.0,), 1),
-    "midpoint": Tableau(((1 / 2,),), (0.0, 1.0), (0.0, 1 / 2), 2),
-    "rk4": Tableau(
-        ((1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0.0, 1 / 2, 1 / 2, 1.0), 4
-    ),
-    "bogacki-shampine": Tableau(
-        ((1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
-        (2 / 9, 1 / 3, 4 / 9, 0.0),
-        (0.0, 1 / 2, 3 / 4, 1.0),
-        3,
-        (7 / 24, 1 / 4, 1 / 3, 1 / 8),
-    ),
-    "dormand-prince": Tableau(
-        (
-            (1 / 5,),
-            (3 / 40, 9 / 40),
-            (44 / 45, -56 / 15, 32 / 9),
-            (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-            (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-            (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-        ),
-        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0),
-        (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
-        5,
-        (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40),
-    ),
-}
-
-
 class Integrate(Sequential):
     """Integrate each block's right-hand side, what it adds to the state, over one unit of depth; for the slot ``order``.
 
@@ -137,7 +73,7 @@ class Integrate(Sequential):
 
     Args:
         depth: Number of blocks.
-        solver: One of ``SOLVERS``, or a ``Tableau``.
+        solver: One of ``core.solve.TABLEAUS``, or a ``Tableau``.
         steps: Equal steps in a block; the first guess with a tolerance.
         tolerance: Relative and absolute error of a step. Defaults to fixed steps.
         limit: Largest number of steps tried in a block, with a tolerance. Defaults to 100.
@@ -160,11 +96,11 @@ class Integrate(Sequential):
         causal: bool = False,
     ) -> None:
         super().__init__(depth)
-        if isinstance(solver, str) and solver not in SOLVERS:
-            raise ValueError(f"Integrate: solver {solver!r} is not one of {list(SOLVERS)}.")
+        if isinstance(solver, str) and solver not in TABLEAUS:
+            raise ValueError(f"Integrate: solver {solver!r} is not one of {list(TABLEAUS)}.")
         if steps < 1:
             raise ValueError(f"Integrate: steps {steps} must be at least 1.")
-        self.tableau = SOLVERS[solver] if isinstance(solver, str) else solver
+        self.tableau = TABLEAUS[solver] if isinstance(solver, str) else solver
         if tolerance is None and limit is not None:
             raise ValueError(
                 f"Integrate: limit={limit} has no effect on fixed steps; give a tolerance, or leave it out."
@@ -172,7 +108,7 @@ class Integrate(Sequential):
         if tolerance is not None and causal:
             raise ValueError("Integrate: adapted steps see the whole sequence; a causal model needs fixed steps.")
         if tolerance is not None and not self.tableau.low:
-            pairs = [name for name, t in SOLVERS.items() if t.low]
+            pairs = [name for name, t in TABLEAUS.items() if t.low]
             raise ValueError(
                 f"Integrate: {solver!r} does not estimate its error; with a tolerance take one of {pairs}."
             )
@@ -241,12 +177,6 @@ class Integrate(Sequential):
             f"Integrate: {self.limit} steps did not reach the end of a block at tolerance {self.tolerance:g}. Raise "
             "limit= or the tolerance."
         )
-
-
-def combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
-    """The weighted sum of the slopes; a weight of zero costs nothing."""
-    terms = [w * k for w, k in zip(weights, slopes, strict=False) if w]
-    return sum(terms[1:], terms[0])
 
 
 EXAMPLE = Example(

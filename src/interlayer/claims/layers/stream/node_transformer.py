@@ -11,8 +11,9 @@ from torch import Tensor
 
 from interlayer.claims import Claim, Scale, effect, lowest
 from interlayer.claims.training import judge, task, train
+from interlayer.core.solve import TABLEAUS, Tableau
 from interlayer.core.stream import State
-from interlayer.layers.stream.node_transformer import SOLVERS, Integrate, NODETransformer, Tableau
+from interlayer.layers.stream.node_transformer import Integrate, NODETransformer
 from interlayer.models import Transformer, VisionTransformer
 
 
@@ -26,7 +27,7 @@ class Late(NODETransformer):
 
 
 # A control: the stages of RK4 weighted so that the method is consistent but of first order.
-FIRST = Tableau(SOLVERS["rk4"].a, (0.4, 0.3, 0.2, 0.1), SOLVERS["rk4"].c, 1)
+FIRST = Tableau(TABLEAUS["rk4"].a, (0.4, 0.3, 0.2, 0.1), TABLEAUS["rk4"].c, 1)
 
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sequential": ("pre-norm", {"solver": "euler", "steps": 4}),
