@@ -1,0 +1,1 @@
+"""Layers defined by an equation."""
