@@ -25,8 +25,8 @@ class Streams:
     The first step puts hooks on all modules and notes which of them draw; later steps put them only on modules of the same
     classes, and on none if nothing draws. Hooks are there only during a step. If something new draws in a later step,
     the next step looks at all modules again. Activation checkpointing computes a call again with the numbers of the
-    first time. Inside a region compiled by ``torch.compile`` hooks don't act: it draws from the stream of the innermost
-    module around it, or of the step.
+    first time. Inside a region compiled by ``torch.compile`` or transformed by ``torch.func`` hooks don't act: it draws from
+    the stream of the innermost module around it, or of the step.
 
     Args:
         model: The model that is trained.
@@ -95,7 +95,7 @@ class _Step:
 
     def enter(self, name: str, module: nn.Module, args: Any) -> None:
         """Go over to the module's stream."""
-        if torch.compiler.is_compiling():
+        if _transformed():
             return
         outer = self.states()
         self.notice(outer)
@@ -112,10 +112,15 @@ class _Step:
         The state must still differ from that before the call, or the next call would be taken for the same one. A generator's
         state begins with the seed that it was given, which has no influence on what is drawn afterwards: it is counted up.
         """
-        if torch.compiler.is_compiling() or not self.running or self.running[-1][0] is not module:
+        if _transformed() or not self.running or self.running[-1][0] is not module:
             return
         self.notice(self.states())
         self.last = self.running.pop()[1]
         self.last[0].numpy().view(np.uint64)[0] += 1
         for generator, state in zip(self.generators, self.last, strict=True):
             generator.set_state(state)
+
+
+def _transformed() -> bool:
+    """Whether the code runs in ``torch.compile``, or in ``torch.func``, where the states of generators cannot be read."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

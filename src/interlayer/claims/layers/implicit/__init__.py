@@ -1,0 +1,1 @@
+"""Claims of layers defined by an equation."""
