@@ -74,6 +74,28 @@ def test_adjoint_gradients_equal_those_through_the_steps(solver):
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("solver", [Solver(steps=8), Solver(tolerance=1e-8)])
+def test_gradients_reach_parameters_that_functional_call_puts_in(solver):
+    field, y = setting()
+    other = {name: (p.detach() * 1.1).requires_grad_() for name, p in field.named_parameters()}
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.field = field
+
+        def forward(self, y):
+            return odeint(self.field, y, (0.0, 1.0), solver=solver).value[-1]
+
+    value = torch.func.functional_call(Block(), {f"field.{n}": p for n, p in other.items()}, (y,))
+    found = torch.autograd.grad(uneven(value), list(other.values()))
+    with torch.no_grad():
+        for p in field.parameters():
+            p.mul_(1.1)
+    wanted = torch.autograd.grad(uneven(Block()(y)), list(field.parameters()))
+    torch.testing.assert_close(found, wanted)
+
+
 def test_figures_of_torchdiffeq():
     """odeint_adjoint of torchdiffeq 0.2.5 (dopri5, tolerances 1e-9), on the same field: values, gradients of state and bias."""
     field, y = setting(batch=1)
@@ -240,3 +262,14 @@ def test_errors_of_fixed_point():
         fixed_point(torch.cos, z, tolerance=0, limit=5)
     with pytest.raises(ValueError, match=r"f gives \(2, 2\) for \(2, 3\)"):
         fixed_point(lambda z: z[:, :2], z)
+
+
+def test_a_function_that_would_lose_gradients_is_refused():
+    weight, y = torch.ones(3, requires_grad=True), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="f captures tensors that require gradients"):
+        odeint(lambda t, y: -weight * y, y, (0.0, 1.0), solver=Solver(steps=2))
+    with pytest.raises(ValueError, match="f captures tensors that require gradients"):
+        fixed_point(lambda z: torch.cos(weight * z), y)
+    found = odeint(lambda t, y: -weight * y, y, (0.0, 1.0), solver=Solver(steps=2, adjoint=False)).value[-1]
+    given = odeint(lambda t, y, w: -w * y, y, (0.0, 1.0), weight, solver=Solver(steps=2)).value[-1]
+    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), weight) for v in (found, given)), rtol=0.02, atol=0)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from interlayer.core import aside
+from interlayer.core.traced import traced
 
 __all__ = ["Coupling", "Pair", "halves", "inverse", "ordinary", "reversible"]
 
@@ -182,8 +183,7 @@ def reversible(blocks: Iterable[Coupling], x: Pair) -> Pair:
         for block in blocks:
             x = checkpoint(block, *x, use_reentrant=False)
         return x
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if transformed or not torch.is_grad_enabled() or x[0].is_meta:
+    if traced() or not torch.is_grad_enabled() or x[0].is_meta:
         return ordinary(blocks, x)
     steps, weights = list[_Step](), list[Tensor]()
     for block in blocks:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.core.pairing.seeds import generators, kept, seed_all, seed_of
+from interlayer.core.traced import traced
 
 
 class Streams:
@@ -95,7 +96,7 @@ class _Step:
 
     def enter(self, name: str, module: nn.Module, args: Any) -> None:
         """Go over to the module's stream."""
-        if _transformed():
+        if traced():
             return
         outer = self.states()
         self.notice(outer)
@@ -112,15 +113,10 @@ class _Step:
         The state must still differ from that before the call, or the next call would be taken for the same one. A generator's
         state begins with the seed that it was given, which has no influence on what is drawn afterwards: it is counted up.
         """
-        if _transformed() or not self.running or self.running[-1][0] is not module:
+        if traced() or not self.running or self.running[-1][0] is not module:
             return
         self.notice(self.states())
         self.last = self.running.pop()[1]
         self.last[0].numpy().view(np.uint64)[0] += 1
         for generator, state in zip(self.generators, self.last, strict=True):
             generator.set_state(state)
-
-
-def _transformed() -> bool:
-    """Whether the code runs in ``torch.compile``, or in ``torch.func``, where the states of generators cannot be read."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

@@ -47,6 +47,11 @@ class Explicit:
         device = like.device.type
         self.cast: tuple[Any, ...] = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
+    def own(self) -> bool:
+        """Whether the module still has the parameters that it had; not after ``torch.func.functional_call``."""
+        now = dict(self.f.named_parameters()) if self.names and isinstance(self.f, nn.Module) else {}
+        return all(now[name] is tensor for name, tensor in zip(self.names, self.tensors, strict=False))
+
     def __call__(self, tensors: Sequence[Tensor] | None, *state: Tensor) -> Tensor:
         """Evaluate with these tensors; None for its own. Low-precision states are kept, and solved, in float32."""
         if not (self.cast[2] or torch.is_autocast_enabled(self.cast[0])):
@@ -65,6 +70,20 @@ class Explicit:
         assert isinstance(self.f, nn.Module)
         weights = dict(zip(self.names, tensors[: len(self.names)], strict=True))
         return functional_call(self.f, weights, (*given, *inputs)).to(self.exact)
+
+    def closed(self, *state: Tensor) -> None:
+        """Raise ValueError if a plain function captures tensors that would lose their gradients; evaluates it once.
+
+        A module's own parameters are known.
+        """
+        if isinstance(self.f, nn.Module) or not torch.is_grad_enabled() or not state[-1].numel():
+            return
+        given = [x.detach().to(self.given) for x in state]
+        if self.f(*given, *(x.detach() for x in self.inputs)).requires_grad:
+            raise ValueError(
+                "solve: f captures tensors that require gradients, which would get none. Make f a module that owns them, or give "
+                "them as further arguments."
+            )
 
     def wants(self, *state: Tensor) -> bool:
         """Whether anything here, or in the state, gets gradients."""

@@ -30,7 +30,7 @@ def fixed_point(
     An item whose relative residual ``|f(z) - z| / |f(z)|`` is at most ``tolerance`` stays as it is, so its solution does not depend
     on the rest of its batch. The gradient is that of the implicit function theorem: with the Jacobian J of f at the solution,
     ``u = gradient + J' u`` is solved in the same way, and goes on through one evaluation of f. It reaches ``inputs`` and the
-    parameters of ``f`` if it is a module; what a function captures gets none.
+    parameters of ``f`` if it is a module; a function that captures others is refused.
 
     Cost: one evaluation of f an iteration, and with N numbers an item 5 N (``anderson``) or 2 k N (``broyden``, at iteration k)
     multiply-adds and numbers kept; the backward pass as many, each with a vector-Jacobian product. No evaluation is recorded.
@@ -45,7 +45,8 @@ def fixed_point(
         limit: Most evaluations.
 
     Raises:
-        ValueError: An unknown method, a tolerance or limit that is not positive, or f of another shape than z.
+        ValueError: An unknown method, a tolerance or limit that is not positive, f of another shape than z, or a function that
+            captures tensors with gradients.
         SolverError: The tolerance was not met; says with which residual.
 
     Examples:
@@ -59,8 +60,9 @@ def fixed_point(
         raise ValueError(f"fixed_point: tolerance {tolerance} and limit {limit}; expected positive numbers.")
     explicit, options = Explicit(f, inputs, z), {"method": method, "tolerance": tolerance, "limit": limit}
     start = z.detach().to(explicit.exact)
+    explicit.closed(start)
     with torch.no_grad():
-        value, count, residual = iterate(lambda z: explicit(None, z), start, **options)  # type: ignore[arg-type]
+        value, count, residual = iterate(lambda z: explicit(None, z), start, **options)
     aside.metric("evaluations", torch.tensor(float(count)))
     aside.metric("residual", torch.tensor(residual))
     if explicit.wants():
@@ -91,6 +93,7 @@ class _Implicit(torch.autograd.Function):
         return None, None, None, *pull(found)[1:]
 
 
+@torch.compiler.disable
 def iterate(
     f: Callable[[Tensor], Tensor], z: Tensor, *, method: Method, tolerance: float, limit: int, what: str = "z"
 ) -> tuple[Tensor, int, float]:

@@ -17,6 +17,7 @@ from interlayer.core import aside
 from interlayer.core.extras import need
 from interlayer.core.solve.common import Explicit, Solved, SolverError
 from interlayer.core.solve.tableau import TABLEAUS, combine
+from interlayer.core.traced import traced
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")  # names of torchdiffeq
 State = tuple[Tensor, ...]
@@ -81,7 +82,7 @@ def odeint(
     """Solve ``dy/dt = f(t, y, *inputs)`` from ``y`` at the first time.
 
     Gradients reach ``y``, the times where they are a tensor, ``inputs``, and the parameters of ``f`` if it is a module. With the
-    adjoint, nothing else gets any: give what a function would capture as ``inputs``. States in bfloat16 or float16 are solved in
+    adjoint, a function that captures others is refused: give them as ``inputs``. States in bfloat16 or float16 are solved in
     float32. Cost: stages x steps evaluations of f; the adjoint's backward pass as many again, each with its gradient, and memory
     for the states at ``times`` alone.
 
@@ -96,7 +97,8 @@ def odeint(
         The states at all times, [T, ...].
 
     Raises:
-        ValueError: Times that are fewer than two or not in order, a tolerance below what the dtype holds.
+        ValueError: Times that are fewer than two or not in order, a tolerance below what the dtype holds, a function that
+            captures tensors with gradients.
         SolverError: The tolerance cannot be met, or the steps were not enough; says how far it came, and the error.
         ImportError: Adaptive steps without torchdiffeq.
 
@@ -105,23 +107,30 @@ def odeint(
         >>> round(found.value[-1].item(), 4), found.evaluations
         (0.3679, 40)
     """
-    explicit = Explicit(f, inputs, y)
+    if not (isinstance(times, Tensor) and torch.compiler.is_compiling()):
+        _check(times, solver, torch.promote_types(y.dtype, torch.float32))
+    solve = _solve if solver.steps is not None else torch.compiler.disable(_solve)
+    value, count, residual = solve(
+        Explicit(f, inputs, y), y, times if isinstance(times, Tensor) else tuple(times), solver
+    )
+    aside.metric("evaluations", torch.tensor(float(count)))
+    if solver.steps is None:
+        aside.metric("residual", torch.tensor(residual))
+    return Solved(value, count, residual)
+
+
+def _solve(explicit: Explicit, y: Tensor, times: Any, solver: Solver) -> tuple[Tensor, int, float]:
     problem, start = _Problem(explicit, solver), y.to(explicit.exact)
-    _check(times, start.dtype, solver)
-    times = times if isinstance(times, Tensor) else tuple(times)
+    if solver.adjoint:
+        explicit.closed(_time(times[0], start), start)
     moving = isinstance(times, Tensor) and times.requires_grad and torch.is_grad_enabled()
     if solver.adjoint and (explicit.wants(start) or moving):
-        solve = _Adjoint.apply if solver.steps is not None else torch.compiler.disable(_Adjoint.apply)
-        value = solve(problem, times, start, *explicit.tensors)
+        value = _Adjoint.apply(problem, times, start, *explicit.tensors)
     else:
         value = problem.forward(times, start, None)
-    if solver.steps is not None:
-        count, residual = len(TABLEAUS[solver.method or "rk4"].b) * solver.steps * (len(times) - 1), 0.0
-    else:
-        count, residual = problem.evaluations, problem.residual
-        aside.metric("residual", torch.tensor(residual))
-    aside.metric("evaluations", torch.tensor(float(count)))
-    return Solved(value.to(y.dtype), count, residual)
+    if solver.steps is None:
+        return value.to(y.dtype), problem.evaluations, problem.residual
+    return value.to(y.dtype), len(TABLEAUS[solver.method or "rk4"].b) * solver.steps * (len(times) - 1), 0.0
 
 
 class _Problem:
@@ -148,7 +157,6 @@ class _Problem:
             return [state] * len(times)  # an empty batch: nothing to integrate
         return self.adapted(slope, state, times, controlled, note)
 
-    @torch.compiler.disable
     def adapted(self, slope: Slope, state: State, times: Any, controlled: int, note: bool) -> list[State]:
         """Adaptive steps, by torchdiffeq."""
         library = need("torchdiffeq", "ode", "odeint with adaptive steps")
@@ -172,19 +180,23 @@ class _Problem:
         the state and ``a``: ``g`` is an integral that nothing depends on (Kidger et al., arXiv:2009.09457).
         """
 
+        plain = not traced()  # then autograd itself is enough, and faster than torch.func
+        if plain:
+            tensors = self.explicit.tensors
+        weights = None if plain and self.explicit.own() else tensors
+
         def slope(t: Tensor, state: State) -> State:
             y, a, *_ = state
-            if self.solver.steps is not None:
+            if not plain:
                 out, pull = vjp(lambda y, *w: self.explicit(w, t, y), y, *tensors)
                 return (out, *pull(-a))
-            with torch.enable_grad():  # faster, and enough: adaptive steps are never traced
+            with torch.enable_grad():
                 y = y.detach().requires_grad_()
-                out = self.explicit(None, t, y)
-            wanted = (y, *self.explicit.tensors)
-            return (out, *torch.autograd.grad(out, wanted, -a, allow_unused=True, materialize_grads=True))
+                out = self.explicit(weights, t, y)
+            return (out, *torch.autograd.grad(out, (y, *tensors), -a, allow_unused=True, materialize_grads=True))
 
         def along(i: int, a: Tensor) -> Tensor:
-            return (self.explicit(tensors, _time(times[i], values), values[i]) * a).sum()
+            return (self.explicit(weights, _time(times[i], values), values[i]) * a).sum()
 
         a, sums, shifts = grads[-1], tuple(map(torch.zeros_like, tensors)), []
         for i in range(len(times) - 1, 0, -1):
@@ -206,7 +218,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(problem: _Problem, times: Any, start: Tensor, *tensors: Tensor) -> Tensor:
         """Solve; autograd records nothing here."""
-        return problem.forward(times, start, tensors if problem.solver.steps is not None else None)
+        return problem.forward(times, start, tensors if traced() else None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -284,14 +296,13 @@ class _Watched:
         self.worst = max(self.worst, self.error)
 
 
-def _check(times: Sequence[float] | Tensor, dtype: torch.dtype, solver: Solver) -> None:
+def _check(times: Sequence[float] | Tensor, solver: Solver, dtype: torch.dtype) -> None:
     if len(times) < 2 or (isinstance(times, Tensor) and times.ndim != 1):
         raise ValueError(f"odeint: {len(times)} times; expected at least two, in one dimension.")
-    if not (isinstance(times, Tensor) and torch.compiler.is_compiling()):
-        at = times.tolist() if isinstance(times, Tensor) else times
-        steps = [b - a for a, b in pairwise(at)]
-        if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
-            raise ValueError("odeint: times are not strictly in order; expected them to rise or fall throughout.")
+    at = times.tolist() if isinstance(times, Tensor) else times
+    steps = [b - a for a, b in pairwise(at)]
+    if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
+        raise ValueError("odeint: times are not strictly in order; expected them to rise or fall throughout.")
     least = torch.finfo(dtype).eps
     if solver.steps is None and solver.error < least:
         raise ValueError(

@@ -50,7 +50,7 @@ class LatentODE(nn.Module):
         noise: Standard deviation of the observations.
         field: Slope of the latent state. Defaults to ``LatentField``.
         solver: Defaults to adaptive steps at 1e-4 with gradients through them: with the adjoint, every time of a batch would be a
-            solution of its own.
+            solution of its own. Fixed steps go from each time of the batch to the next, however far that is.
 
     Shapes: series [B, N, F] with times [B, N], both padded at the end where ``lengths`` [B] says so, and times asked for [B, M]
     to predictions [B, M, F].
