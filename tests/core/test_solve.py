@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from interlayer.core import aside
+from interlayer.core import aside, extras
 from interlayer.core.cost import bytes_kept
 from interlayer.core.solve import TABLEAUS, Solver, SolverError, fixed_point, odeint
 
@@ -186,6 +186,18 @@ def test_errors_of_a_solver(options, match):
         Solver(**options)
 
 
+def test_adaptive_steps_say_what_they_need(monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(extras, "import_module", missing)
+    with pytest.raises(
+        ImportError, match=r"odeint with adaptive steps needs 'torchdiffeq': pip install \"interlayer\[ode\]\""
+    ):
+        odeint(lambda t, y: -y, torch.ones(2), (0.0, 1.0))
+    assert odeint(lambda t, y: -y, torch.ones(2), (0.0, 1.0), solver=Solver(steps=1)).evaluations == 4
+
+
 class Cell(nn.Module):
     """A map that contracts."""
 
@@ -250,9 +262,13 @@ def test_the_solution_of_an_item_does_not_depend_on_its_batch(method):
 def test_errors_of_fixed_point():
     z = torch.ones(2, 3)
     with pytest.raises(
-        SolverError, match=r"by anderson left z with a relative residual of .*; wanted 1e-12 in torch.float32"
+        SolverError, match=r"3 evaluations by anderson left z with a relative residual of .*; wanted 1e-06 in"
     ):
-        fixed_point(lambda z: torch.cos(3 * z) + 0.1, z, tolerance=1e-12, limit=30)
+        fixed_point(lambda z: torch.cos(30 * z) + 0.1, z, tolerance=1e-6, limit=3)
+    with pytest.raises(
+        ValueError, match=r"tolerance 0.0001 cannot be met in torch.bfloat16, whose rounding error is 0.0078"
+    ):
+        fixed_point(torch.cos, z.bfloat16())
     with pytest.raises(SolverError, match="left the gradient with a relative residual"):
         x = torch.ones(2, 3, requires_grad=True)
         fixed_point(lambda z, x: 1.5 * z - x * 0.5, z, x, method="iteration").value.sum().backward()

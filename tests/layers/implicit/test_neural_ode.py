@@ -184,6 +184,18 @@ def test_hutchinsons_trace_is_right_on_average():
     assert abs(found.mean() - exact).item() < 4 * found.std().item() / 4000**0.5
 
 
+def test_a_flow_compiles_with_gradients_through_its_steps():
+    torch.manual_seed(0)
+    field, x = DenseField(2, hidden=4), torch.randn(3, 2)
+    flow = CNF(2, field=field, solver=Solver(steps=1, method="euler", adjoint=False))
+    compiled = torch.compile(flow, fullgraph=True, backend="aot_eager", dynamic=False)
+    found = [torch.autograd.grad(f(x).sum(), list(flow.parameters())) for f in (flow, compiled)]
+    torch.testing.assert_close(*found)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = flow(x)
+    torch.testing.assert_close(low, flow(x), rtol=0.02, atol=0.02)
+
+
 def test_numbers_of_the_authors_latent_model():
     """torchdiffeq's examples/latent_ode.py at commit 657943a: its RNN, slope, decoder, likelihood and divergence; no gaps there."""
     model = filled(LatentODE(2, latent=3, hidden=5, memory=4, solver=Solver(tolerance=1e-8)))

@@ -45,8 +45,8 @@ def fixed_point(
         limit: Most evaluations.
 
     Raises:
-        ValueError: An unknown method, a tolerance or limit that is not positive, f of another shape than z, or a function that
-            captures tensors with gradients.
+        ValueError: An unknown method, a tolerance or limit that is not positive or too small for the dtype, f of another shape
+            than z, or a function that captures tensors with gradients.
         SolverError: The tolerance was not met; says with which residual.
 
     Examples:
@@ -58,6 +58,11 @@ def fixed_point(
         raise ValueError(f"fixed_point: method {method!r}; expected one of {list(METHODS)}.")
     if not tolerance > 0 or limit < 1:
         raise ValueError(f"fixed_point: tolerance {tolerance} and limit {limit}; expected positive numbers.")
+    if tolerance < (least := torch.finfo(z.dtype).eps):
+        raise ValueError(
+            f"fixed_point: tolerance {tolerance:g} cannot be met in {z.dtype}, whose rounding error is {least:.2g}. Raise it, or "
+            "use a wider dtype."
+        )
     explicit, options = Explicit(f, inputs, z), {"method": method, "tolerance": tolerance, "limit": limit}
     start = z.detach().to(explicit.exact)
     explicit.closed(start)
@@ -119,7 +124,8 @@ def iterate(
         flat = torch.where((residual > tolerance)[:, None], step(flat, image), flat)
     raise SolverError(
         f"fixed_point: {count} evaluations by {method} left {what} with a relative residual of {worst:.3g}; wanted {tolerance:g} in "
-        f"{z.dtype}. Raise limit= or tolerance=, or make f contract: with smaller weights, a norm or damping."
+        f"{z.dtype}. Raise limit= or tolerance=, or make f contract: with smaller weights, a norm or damping. Under "
+        "autocast f rounds to about 0.01."
     )
 
 

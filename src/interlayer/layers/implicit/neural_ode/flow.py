@@ -49,7 +49,8 @@ class CNF(nn.Module):
     Equation: along ``dz/dt = f(z, t)`` the density changes by ``d log p(z(t)) / dt = -tr(df/dz)``; so ``log p(x) = log N(z(t_0)) -
     int_{t_0}^{t_1} tr(df/dz) dt`` with ``z(t_1) = x``. The trace is exact (D vector-Jacobian products), or estimated without bias from one
     product with a random sign vector v, ``v' (df/dz) v`` (Hutchinson), the same v along a whole solution; the estimate is of FFJORD
-    (Grathwohl et al., arXiv:1810.01367).
+    (Grathwohl et al., arXiv:1810.01367). ``torch.compile`` makes one graph of fixed steps without the adjoint; ``torch.export``
+    does not take the Jacobian.
 
     Args:
         width: Features D.
