@@ -30,7 +30,8 @@ class NeuralODE(nn.Module):
     training.
 
     Steps, tolerance and evaluations are those of ``core.solve``; ``evaluations`` and ``residual`` are reported through
-    ``core.aside``. Authors' code: rtqichen/torchdiffeq. The number of (2) was checked, those of the others could not be.
+    ``core.aside``. Beside this block stand ``CNF``, flows of densities, and ``LatentODE``, for irregular series. Authors' code:
+    rtqichen/torchdiffeq. The number of (2) was checked, those of the others could not be.
 
     Args:
         field: The slope, called with a scalar time and the state: ``DenseField``, ``ConvField``, or any module.
