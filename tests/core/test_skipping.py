@@ -216,8 +216,10 @@ def test_a_strange_cache_is_an_error():
         go(model, other(input_ids=ids).past_key_values)
     with pytest.raises(ValueError, match=r"StaticLayer; expected one that grows"):
         go(model, StaticCache(config=model.config, max_cache_len=8))
+    offloaded = DynamicCache(config=model.config)
+    offloaded.offloading = True  # asked for in the constructor, it wants a device to offload from
     with pytest.raises(ValueError, match=r"offloaded cache"):
-        go(model, DynamicCache(config=model.config, offloading=True))
+        go(model, offloaded)
     wide, _ = decoder("qwen2")
     cache = wide(input_ids=ids).past_key_values
     cache.layers[0].keep = torch.ones(2, dtype=torch.bool)
