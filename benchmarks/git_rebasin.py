@@ -19,7 +19,7 @@ from torch import nn
 
 from interlayer.core.wiring import Wiring, trace
 from interlayer.transform.merge.git_rebasin import agreement, match_weights, match_weights_naive
-from interlayer.transform.merge.git_rebasin.matching import ROUNDING, assign, rows
+from interlayer.transform.merge.git_rebasin.matching import ROUNDING, assign
 
 
 class Block(nn.Module):
@@ -68,7 +68,7 @@ def from_scratch(wiring: Wiring, target, moving, *, names, seed=0):
             similarity, size = torch.zeros(group.size, group.size), 0.0
             for m in group.members:
                 if m.name in counted:
-                    a, b = rows(target[m.name], m), rows(permuted(m.name, m.dim), m)
+                    a, b = m.rows(target[m.name]), m.rows(permuted(m.name, m.dim))
                     similarity, size = similarity + a @ b.T, size + float(a.norm() * b.norm())
             perm, place = assign(similarity), torch.arange(group.size)
             gain = similarity[place, perm].sum() - similarity[place, perms[group.name]].sum()

@@ -63,6 +63,8 @@ class Transform(ABC):
     slug: ClassVar[str]
     merges: ClassVar[int] = 0
     """How many other models ``plan`` takes."""
+    more: ClassVar[bool] = False
+    """Whether it takes any number above that too."""
 
     @abstractmethod
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
@@ -84,9 +86,9 @@ class Transform(ABC):
         Raises:
             ValueError: There are more or fewer.
         """
-        if len(others) != self.merges:
+        if len(others) < self.merges or (len(others) > self.merges and not self.more):
             raise ValueError(
-                f"{self.slug}: {len(others)} other models; expected {self.merges or 'none'}. "
+                f"{self.slug}: {len(others)} other models; expected {self.merges or 'none'}{' or more' if self.more else ''}. "
                 + (
                     "Pass them as others=(model, ...), or with --other on the command line."
                     if self.merges

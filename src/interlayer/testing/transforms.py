@@ -158,14 +158,16 @@ def carried(result: nn.Module, data: Any) -> str:
 
 
 def others(example: Example) -> None:
-    """Other models that the transform does not take are a ValueError, not ignored."""
+    """Other models than the transform takes, more or fewer, are a ValueError, not ignored."""
     model, data = _given(example.inputs)
     given = make(lambda: example.others(model))
+    transform = make(example.make)
+    wrong = () if transform.more else (*given, copy.deepcopy(model))
     try:
-        make(example.make).plan(model, data, others=(*given, copy.deepcopy(model)))
+        transform.plan(model, data, others=wrong)
     except ValueError:
         return
-    raise AssertionError(f"a plan with {len(given) + 1} other models instead of {len(given)} raises no ValueError")
+    raise AssertionError(f"a plan with {len(wrong)} other models instead of {len(given)} raises no ValueError")
 
 
 def seed(example: Example) -> None:

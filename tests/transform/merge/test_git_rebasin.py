@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from interlayer.core import recipe
+from interlayer.core.paths import barrier
 from interlayer.core.wiring import trace
 from interlayer.transform.merge.git_rebasin import (
     GitRebasin,
     agreement,
-    barrier,
-    estimate_statistics,
-    interpolate,
     match_weights,
     match_weights_naive,
 )
@@ -160,29 +158,6 @@ def test_straight_through_returns_the_least_midpoint_loss_met():
     assert midpoint("straight-through", steps=1) == pytest.approx(midpoint("weights"))  # it starts from weight matching
 
 
-def test_interpolation_ends_middle_and_barrier():
-    a, b = mlp(4, 6, 3, seed=0), mlp(4, 6, 3, seed=1)
-    x = torch.randn(10, 4)
-    assert torch.allclose(interpolate(a, b, 0.0)(x), a(x)) and torch.allclose(interpolate(a, b, 1.0)(x), b(x))
-    assert torch.allclose(interpolate(a, b, 0.25)[0].bias, 0.75 * a[0].bias + 0.25 * b[0].bias)
-
-    def parabola(model):  # of the weight of b
-        w = (model[0].bias - a[0].bias).norm() / (b[0].bias - a[0].bias).norm()
-        return 1 - (2 * w.item() - 1) ** 2
-
-    assert barrier(a, b, parabola, points=11) == pytest.approx(1.0, abs=1e-5)
-    assert barrier(a, b, lambda m: -parabola(m)) == pytest.approx(0.0, abs=1e-5)
-
-
-def test_batch_statistics_are_those_of_the_data():
-    model = nn.Sequential(nn.BatchNorm1d(3))
-    data = [torch.randn(50, 3) * 2 + 1 for _ in range(4)]
-    estimate_statistics(model.eval(), data)
-    assert torch.allclose(model[0].running_mean, torch.cat(data).mean(0), atol=1e-5)
-    assert torch.allclose(model[0].running_var, torch.stack([d.var(0) for d in data]).mean(0), atol=1e-5)
-    assert not model.training and model[0].momentum == 0.1
-
-
 def test_counterexample_of_the_paper_has_a_barrier_under_every_permutation():
     """Two networks that both classify a quadrant perfectly; between them is a worse one, however units are permuted.
 
@@ -215,16 +190,6 @@ def test_counterexample_of_the_paper_has_a_barrier_under_every_permutation():
     assert len(found) == 4
     for ends_a, ends_b, gap in found.values():
         assert ends_a == ends_b == 0 and gap > 0.1
-
-
-def test_barrier_subtracts_the_mean_of_both_ends():
-    a, b = (nn.Linear(1, 1, bias=False) for _ in range(2))
-    with torch.no_grad():
-        a.weight.fill_(0.0), b.weight.fill_(1.0)
-    assert barrier(a, b, lambda m: 1 + 4 * m.weight.item()) == pytest.approx(2.0)
-    assert barrier(b, a, lambda m: 1 + 4 * m.weight.item()) == pytest.approx(2.0)
-    bump = barrier(a, b, lambda m: m.weight.item() + 10 * (0.4 < m.weight.item() < 0.6), points=3)
-    assert bump == pytest.approx(0.5 + 10 - 0.5)
 
 
 def test_straight_through_compares_candidates_on_the_first_batch():

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.core import taps
+from interlayer.core.wiring.bridge import Bridge, Maps
 from interlayer.core.wiring.groups import Group, Member, Wiring, checked, collect, run
 from interlayer.core.wiring.labels import tensors
 from interlayer.core.wiring.tracer import Tracer
 
-__all__ = ["Group", "Member", "Wiring", "counted", "run", "trace"]
+__all__ = ["Bridge", "Group", "Maps", "Member", "Wiring", "counted", "run", "trace"]
 
 
 def trace(model: nn.Module, *inputs: Any, output: str | Callable[[Any], Any] | None = None, **kwargs: Any) -> Wiring:

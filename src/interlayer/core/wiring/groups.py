@@ -22,6 +22,12 @@ class Member:
     dim: int
     index: Tensor  # [units, positions of each unit]
 
+    def rows(self, weight: Tensor) -> Tensor:
+        """The part of a weight, or of an activation, that each unit owns: ``[units, values]``."""
+        units = weight.movedim(self.dim, 0)
+        whole = self.index.shape == (len(units), 1) and torch.equal(self.index[:, 0], torch.arange(len(units)))
+        return (units if whole else units[self.index.to(weight.device)]).reshape(len(self.index), -1)
+
 
 @dataclass(frozen=True, eq=False)
 class Group:

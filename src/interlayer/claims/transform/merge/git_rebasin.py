@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from interlayer.claims import Claim, effect, fits, lowest
 from interlayer.claims.training import judge, task
 from interlayer.core.fit import fit
+from interlayer.core.paths import barrier, interpolate
 from interlayer.core.wiring import trace
-from interlayer.transform.merge.git_rebasin import GitRebasin, barrier, interpolate
+from interlayer.transform.merge.git_rebasin import GitRebasin
 
 METHODS = ("weights", "activations", "straight-through")
 Data = tuple[Tensor, Tensor]

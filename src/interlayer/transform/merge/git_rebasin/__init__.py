@@ -14,8 +14,8 @@ from interlayer.core import recipe, taps
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
+from interlayer.core.paths import interpolate
 from interlayer.core.wiring import trace
-from interlayer.transform.merge.git_rebasin.interpolation import barrier, estimate_statistics, interpolate
 from interlayer.transform.merge.git_rebasin.matching import (
     Loss,
     agreement,
@@ -28,9 +28,6 @@ from interlayer.transform.merge.git_rebasin.matching import (
 __all__ = [
     "GitRebasin",
     "agreement",
-    "barrier",
-    "estimate_statistics",
-    "interpolate",
     "match_activations",
     "match_straight_through",
     "match_weights",

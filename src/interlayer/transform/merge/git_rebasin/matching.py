@@ -11,18 +11,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from interlayer.core import taps
-from interlayer.core.wiring import Group, Member, Wiring, counted, run
+from interlayer.core.wiring import Group, Wiring, counted, run
 
 State = Mapping[str, Tensor]
 Loss = Callable[[Any, Any], Tensor]
 ROUNDING = 1e-6  # a gain below this share of the product of the norms may be rounding, and could go in circles
-
-
-def rows(weight: Tensor, member: Member) -> Tensor:
-    """The part of a weight that each unit of a group owns: ``[units, values]``."""
-    units = weight.movedim(member.dim, 0)
-    whole = member.index.shape == (len(units), 1) and torch.equal(member.index[:, 0], torch.arange(len(units)))
-    return (units if whole else units[member.index.to(weight.device)]).reshape(len(member.index), -1)
 
 
 def assign(similarity: Tensor) -> Tensor:
@@ -55,10 +48,10 @@ def match_weights(
     state, generator = dict(moving), torch.Generator().manual_seed(seed)
     groups = [g for g in wiring.groups.values() if any(m.name in counted for m in g.members)]
     members = [[m for m in g.members if m.name in counted] for g in groups]
-    ours = [[rows(target[m.name], m) for m in ms] for ms in members]
+    ours = [[m.rows(target[m.name]) for m in ms] for ms in members]
     # neither norm changes when units are permuted
     least = [
-        ROUNDING * sum(float(a.norm() * rows(state[m.name], m).norm()) for a, m in zip(own, ms, strict=True))
+        ROUNDING * sum(float(a.norm() * m.rows(state[m.name]).norm()) for a, m in zip(own, ms, strict=True))
         for own, ms in zip(ours, members, strict=True)
     ]
     waiting = set(range(len(groups)))  # a group is solved again only after a weight of it has changed
@@ -70,7 +63,7 @@ def match_weights(
             group, place = groups[n], torch.arange(groups[n].size)
             similarity = torch.zeros(group.size, group.size, dtype=ours[n][0].dtype, device=ours[n][0].device)
             for a, m in zip(ours[n], members[n], strict=True):
-                similarity.addmm_(a, rows(state[m.name], m).T)
+                similarity.addmm_(a, m.rows(state[m.name]).T)
             perm = assign(similarity)
             if similarity[place, perm].sum() - similarity.trace() <= least[n]:
                 continue
@@ -117,7 +110,7 @@ def correlations(groups: Sequence[Group], model: nn.Module, other: nn.Module, da
                         pass
         for n, group in enumerate(groups):
             for place, m in enumerate(group.outputs):
-                a, b = (rows(x[m.name].double(), m) for x in (left, right))  # every other axis holds samples
+                a, b = (m.rows(x[m.name].double()) for x in (left, right))  # every other axis holds samples
                 count = torch.tensor(a.shape[1])
                 now = [count, a.sum(1), b.sum(1), a.square().sum(1), b.square().sum(1), a @ b.T]
                 old = sums.get((n, place), [torch.zeros(())] * len(now))
@@ -207,7 +200,7 @@ def match_weights_naive(
             similarity, size = torch.zeros(group.size, group.size), 0.0
             for m in group.members:
                 if m.name in counted:
-                    a, b = rows(target[m.name], m), rows(permuted(m.name, (group.name, m.dim)), m)
+                    a, b = m.rows(target[m.name]), m.rows(permuted(m.name, (group.name, m.dim)))
                     size += float(a.norm() * b.norm())
                     for unit in range(group.size):
                         similarity[unit] += b @ a[unit]

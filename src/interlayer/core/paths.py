@@ -1,9 +1,9 @@
-"""The straight line between two networks."""
+"""Between trained models: their weighted mean, the straight line from one to another, and the barrier on it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,20 +12,44 @@ from torch import Tensor, nn
 from interlayer.core import taps
 
 
-def interpolate(model: nn.Module, other: nn.Module, weight: float, data: Any = None) -> nn.Module:
-    """A new model at ``(1 - weight) * model + weight * other``.
+def blend(
+    model: nn.Module, states: Sequence[Mapping[str, Any]], weights: Sequence[float], data: Any = None
+) -> nn.Module:
+    """A copy of ``model`` with the weighted mean of several states of its shapes.
 
-    Running statistics of batch norms don't interpolate; with ``data`` they are estimated anew.
+    Integers and other entries that are no floating-point tensor stay the model's own. Running statistics of batch norms are
+    no mean of those of the states: with ``data`` they are estimated anew.
+
+    Args:
+        model: Gives the structure.
+        states: State dictionaries with the model's names and shapes.
+        weights: One for each state.
+        data: Batches as ``taps.feed`` takes them, for the statistics of batch norms.
+
+    Raises:
+        ValueError: Not one weight for each state.
+
+    Examples:
+        >>> a, b = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> middle = blend(a, (a.state_dict(), b.state_dict()), (0.5, 0.5))
+        >>> torch.equal(middle.weight, (0.5 * a.weight + 0.5 * b.weight))
+        True
     """
+    if len(states) != len(weights) or not states:
+        raise ValueError(f"blend: {len(states)} states and {len(weights)} weights; expected one weight for each state.")
     out = copy.deepcopy(model)
-    others = other.state_dict()
     with torch.no_grad():
         for name, value in out.state_dict().items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                value.copy_((1 - weight) * model.state_dict()[name] + weight * others[name])
+                value.copy_(sum(w * state[name] for w, state in zip(weights, states, strict=True)))
     if data is not None:
         estimate_statistics(out, data)
     return out
+
+
+def interpolate(model: nn.Module, other: nn.Module, weight: float, data: Any = None) -> nn.Module:
+    """A new model at ``(1 - weight) * model + weight * other``; see ``blend``."""
+    return blend(model, (model.state_dict(), other.state_dict()), (1 - weight, weight), data)
 
 
 def estimate_statistics(model: nn.Module, data: Any) -> None:
