@@ -112,6 +112,20 @@ def test_heads_and_what_is_inside_them():
     assert inner.size == 20
 
 
+def test_groups_that_cross_each_other():
+    """Query heads that share values: heads and features lie across each other on the axis of the output projection."""
+    import families
+
+    a, b, given = families.model("llama"), families.other("llama"), families.batch("llama")
+    wirings = [trace(m, output="logits", **given) for m in (a, b)]
+    bri = Bridge(a, b, *wirings)
+    assert bri.inner and not any(g.parent for g in bri.ours.groups.values())
+    maps = {n: torch.eye(g.size)[torch.randperm(g.size)] for n, g in bri.ours.groups.items()}
+    moved = copy.deepcopy(b)
+    moved.load_state_dict(bri.carry(b.state_dict(), maps))
+    torch.testing.assert_close(families.output(moved, given), families.output(b, given), rtol=1e-3, atol=1e-3)
+
+
 def test_clear_errors():
     a, x = chain(3, 5, 2), torch.randn(2, 3).double()
     with pytest.raises(

@@ -27,8 +27,8 @@ class Move(NamedTuple):
 class Bridge:
     """Carries weights of a second model over to the widths and the order of units of a first.
 
-    Groups correspond if they sit on the same axes of the same weights. Groups inside a unit of another one (features inside
-    attention heads) need the same sizes in both models.
+    Groups correspond if they sit on the same axes of the same weights. Groups inside the units of another one, or across
+    them (features of attention heads), need the same sizes in both models.
 
     Args:
         model: The first model.
@@ -62,7 +62,8 @@ class Bridge:
                 f"{others.get(odd[0], 'nothing')} in the other. Both need the same layers."
             )
         self.shapes = shapes
-        self.theirs = _paired(ours, theirs)
+        self.inner, bound = _bound(ours)
+        self.theirs = _paired(ours, theirs, bound)
         self.axes: dict[tuple[str, int], list[Move]] = defaultdict(list)
         for group in ours.groups.values():
             for mine, yours in _members(group, self.theirs[group.name]):
@@ -80,7 +81,7 @@ class Bridge:
 
     def _moves(self, name: str, dim: int, *, nested: bool) -> list[Move]:
         at = self.axes.get((self.aliases.get(name, name), dim), [])
-        return [move for move in at if (move.group.parent is not None) == nested]
+        return [move for move in at if (move.group.name in self.inner) == nested]
 
     def carry(self, state: Mapping[str, Tensor], maps: Maps) -> dict[str, Tensor]:
         """The second model's weights in the shapes of the first: each axis mixed by the maps of the groups on it.
@@ -157,7 +158,23 @@ def _others(size: int, taken: Tensor) -> Tensor:
     return free.nonzero().flatten()
 
 
-def _paired(ours: Wiring, theirs: Wiring) -> dict[str, Group]:
+def _bound(wiring: Wiring) -> tuple[set[str], set[str]]:
+    """Groups whose units lie in units of another or cross them, such as features and query heads that share values; and these
+    with all others that they lie in or cross."""
+    inner = {g.name for g in wiring.groups.values() if g.parent}
+    bound = inner | {g.parent[0] for g in wiring.groups.values() if g.parent}
+    met: dict[tuple[str, int], list[tuple[str, set[int]]]] = defaultdict(list)
+    for group in wiring.groups.values():
+        for m in group.members:
+            at = set(m.index.flatten().tolist())
+            if crossed := {name for name, taken in met[m.name, m.dim] if taken & at}:
+                inner.add(group.name)
+                bound |= {group.name, *crossed}
+            met[m.name, m.dim].append((group.name, at))
+    return inner, bound
+
+
+def _paired(ours: Wiring, theirs: Wiring, bound: set[str]) -> dict[str, Group]:
     """For each group of the first model that of the second: on the same axes, and in the same order there."""
 
     def keyed(wiring: Wiring) -> dict[tuple[object, ...], list[Group]]:
@@ -177,9 +194,8 @@ def _paired(ours: Wiring, theirs: Wiring) -> dict[str, Group]:
     pairs = {a.name: b for key, groups in mine.items() for a, b in zip(groups, yours[key], strict=True)}
     for group in ours.groups.values():
         other = pairs[group.name]
-        holds = any(g.parent and g.parent[0] == group.name for g in ours.groups.values())
         alike = group.size == other.size and all(torch.equal(a.index, b.index) for a, b in _members(group, other))
-        if (holds or group.parent) and not alike:
+        if group.name in bound and not alike:
             raise ValueError(
                 f"Bridge: {group.name!r} has {group.size} units here and {other.size} in the other model, or of other sizes, "
                 "and units lie in units (heads). Those need the same number and size in both models."
