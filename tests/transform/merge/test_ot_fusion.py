@@ -164,13 +164,16 @@ def test_batch_norms_follow_and_their_statistics_are_estimated_anew():
     assert b[1].weight.min() <= aligned[1].weight.min() and aligned[1].weight.max() <= b[1].weight.max()
 
 
-# Families whose units no module gives out.
-UNSEEN = ("unnamed",)
+UNSEEN = ("unnamed",)  # families whose units no module gives out
+DEAR = ("unet", "t5")  # the groups of these are permuted by Git Re-Basin's test
 
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [*(("weights", n) for n in families.NAMES), *(("activations", n) for n in (*families.PLAIN, "gpt2", "vit"))],
+    [
+        *(("weights", n) for n in families.NAMES if n not in DEAR),
+        *(("activations", n) for n in (*families.PLAIN, "gpt2", "vit")),
+    ],
 )
 def test_families(method, name, tmp_path):
     """With exact transport between equal widths, the aligned other is the same function, batch statistics aside."""

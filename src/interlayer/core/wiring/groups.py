@@ -22,11 +22,15 @@ class Member:
     dim: int
     index: Tensor  # [units, positions of each unit]
 
+    def whole(self, size: int) -> bool:
+        """Whether unit i is position i of an axis of that size, for all of them."""
+        return self.index.shape == (size, 1) and torch.equal(self.index[:, 0], torch.arange(size))
+
     def rows(self, weight: Tensor) -> Tensor:
         """The part of a weight, or of an activation, that each unit owns: ``[units, values]``."""
         units = weight.movedim(self.dim, 0)
-        whole = self.index.shape == (len(units), 1) and torch.equal(self.index[:, 0], torch.arange(len(units)))
-        return (units if whole else units[self.index.to(weight.device)]).reshape(len(self.index), -1)
+        owned = units if self.whole(len(units)) else units[self.index.to(weight.device)]
+        return owned.reshape(len(self.index), -1)
 
 
 @dataclass(frozen=True, eq=False)

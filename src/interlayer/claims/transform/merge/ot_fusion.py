@@ -213,7 +213,7 @@ CLAIM = Claim(
     "at 3e-4 leaves the plain average far behind (.63 against .18), 100 steps at 1e-3 less (.195 against .133), 200 steps hardly "
     "(.153 against .144): 100 were kept; a network alone that is tuned as much reached .11. Pruning half of the units leaves .56.",
     scales={
-        "smoke": {"width": 16, "steps": 40, "tuning": 10},
+        "smoke": {"width": 8, "steps": 20, "tuning": 5},
         "small": {"width": 64, "steps": 300, "tuning": 100},
         "full": {"width": 400, "steps": 3000, "tuning": 1000},
     },
