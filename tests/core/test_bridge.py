@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from interlayer.core.wiring import Bridge, trace
+from interlayer.core.wiring import Bridge, in_order, trace
 
 
 def chain(*widths: int, seed: int = 0) -> nn.Sequential:
@@ -124,6 +124,21 @@ def test_groups_that_cross_each_other():
     moved = copy.deepcopy(b)
     moved.load_state_dict(bri.carry(b.state_dict(), maps))
     torch.testing.assert_close(families.output(moved, given), families.output(b, given), rtol=1e-3, atol=1e-3)
+
+
+def test_groups_come_in_the_order_of_the_pass():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.middle, self.first = nn.Linear(4, 2), nn.Linear(5, 4), nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.last(self.middle(self.first(x).relu()).relu())
+
+    model, x = Backwards(), torch.randn(2, 3)
+    wiring = trace(model, x)
+    assert [g.size for g in wiring.groups.values()] == [4, 5]
+    assert [g.size for g in in_order(wiring, model, x)] == [5, 4]
 
 
 def test_clear_errors():

@@ -21,7 +21,7 @@ def transport(cost: Float[Tensor, "n m"], *, reg: float = 0.0) -> Float[Tensor, 
     ``T[i, j]`` is how much of point i goes to point j. Without entropy, T has at most n + m - 1 nonzero entries, and with
     n = m it is a permutation divided by n.
 
-    The exact solver is POT's network simplex; its time grows about as n^3 on problems of this kind. Sinkhorn takes n m
+    The exact solver is POT's network simplex; its time grows between n^2 and n^3 here. Sinkhorn takes n m
     multiply-adds twice in each iteration; the smaller ``reg``, the more iterations.
 
     Args:

@@ -29,7 +29,7 @@ from interlayer.core.wiring.groups import Group, Member, Wiring, checked, collec
 from interlayer.core.wiring.labels import tensors
 from interlayer.core.wiring.tracer import Tracer
 
-__all__ = ["Bridge", "Group", "Maps", "Member", "Wiring", "counted", "run", "trace"]
+__all__ = ["Bridge", "Group", "Maps", "Member", "Wiring", "counted", "in_order", "run", "trace"]
 
 
 def trace(model: nn.Module, *inputs: Any, output: str | Callable[[Any], Any] | None = None, **kwargs: Any) -> Wiring:
@@ -76,6 +76,24 @@ def trace(model: nn.Module, *inputs: Any, output: str | Callable[[Any], Any] | N
         return checked(
             collect(tracer), model, lambda state: counted(run(model, state, *inputs, **kwargs), output), expected
         )
+
+
+def in_order(wiring: Wiring, model: nn.Module, *inputs: Any, **kwargs: Any) -> list[Group]:
+    """The groups in the order in which the forward pass first shows their units in a module's output.
+
+    Groups come before those inside their units, and those that show nowhere come last.
+    """
+    names = sorted({m.name for g in wiring.groups.values() for m in g.outputs})
+    met: list[str] = []
+    if names:
+        with taps.read(model, names) as seen, taps.at_rest(model), torch.no_grad():
+            model(*inputs, **kwargs)
+        met = list(seen)
+    first: dict[str, int] = {}
+    for g in wiring.groups.values():  # parents come first
+        own = min((met.index(m.name) for m in g.outputs), default=len(met))
+        first[g.name] = max(own, first[g.parent[0]] if g.parent else 0)
+    return sorted(wiring.groups.values(), key=lambda g: first[g.name])
 
 
 def _whole(tracer: Tracer, model: nn.Module) -> None:

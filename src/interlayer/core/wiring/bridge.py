@@ -107,7 +107,7 @@ class Bridge:
         parent = self.ours.groups[group.parent[0]] if group.parent else None
         return [*self.above(parent), parent] if parent else []
 
-    def ready(self, group: Group, member: Member, maps: Maps | set[str]) -> bool:
+    def ready(self, group: Group, member: Member, maps: set[str]) -> bool:
         """Whether all axes of a weight beside that of the group are fixed or have maps."""
         others = (self.axes.get((member.name, d), []) for d in range(len(self.shapes[member.name])) if d != member.dim)
         return all(g.name in maps for moves in others for g, _, _ in moves)

@@ -16,7 +16,7 @@ from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.paths import blend
 from interlayer.core.transport import transport
-from interlayer.core.wiring import Bridge, Group, Member, trace
+from interlayer.core.wiring import Bridge, Group, Member, in_order, trace
 
 Method = Literal["weights", "activations"]
 METHODS = get_args(Method)
@@ -33,7 +33,8 @@ class OTFusion(Transform):
 
     and the fused network is the mean of the one that stays and all others so aligned. The cost of moving a unit to another is
     the Euclidean distance of their incoming weights, those already aligned with the layers before, or of their activations on
-    the same data, before the nonlinearity. Inputs and outputs of the network stay as they are.
+    the same data, before the nonlinearity. Inputs and outputs of the network stay as they are. Incoming weights are averaged over
+    units like everything else, so that what a network of twice the width brings to a layer is halved, as in the authors' code.
 
     ``plan(model, data, others=(other, ...))`` takes any number of others, of the same layers but of any widths: the result has the
     widths of ``model``. So a wide network is fused into a small or pruned one. Which axes belong together is found by
@@ -91,7 +92,8 @@ class OTFusion(Transform):
             why = "; ".join(sorted(set(wiring.fixed.values())))
             raise ValueError(f"ot-fusion: no units to move in {type(model).__name__}: {why}.")
         bridges = [Bridge(model, o, wiring, trace(o, *args, output=self.output, **kwargs)) for o in others]
-        chosen = [_order(bridge, model, batches[0], self.method) for bridge in bridges]
+        groups, trained = in_order(wiring, model, *args, **kwargs), {n for n, _ in model.named_parameters()}
+        chosen = [_order(bridge, groups, trained, self.method) for bridge in bridges]
         share = 1 / (1 + len(others)) if self.weight is None else self.weight
         shares = (share, *[(1 - share) / len(others)] * len(others))
         touched, skipped = [], [Row(n, f"axis {dim} stays", why) for (n, dim), why in wiring.fixed.items()]
@@ -159,33 +161,22 @@ def _squares(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.stack([torch.cdist(a.double(), b.double()).square() for a, b in pairs]).sum(0).cpu()
 
 
-def _order(bridge: Bridge, model: nn.Module, batch: Any, method: Method) -> dict[Group, list[Any]]:
-    """The groups in the order in which the forward pass meets them, each with what its units are compared by.
+def _order(bridge: Bridge, groups: Sequence[Group], trained: set[str], method: Method) -> dict[Group, list[Any]]:
+    """What the units of each group are compared by, layer after layer.
 
     For weights: incoming weights, those of modules that give out the units, whose other axes are aligned by then. For
     activations: the outputs of these modules.
     """
-    groups = bridge.ours.groups
-    names = sorted({m.name for g in groups.values() for m in g.outputs})
-    met: list[str] = []
-    if names:
-        with taps.read(model, names) as seen, taps.at_rest(model), torch.no_grad():
-            next(taps.feed(model, batch))
-        met = list(seen)
-    first: dict[str, int] = {}
-    for group in groups.values():  # parents come first
-        own = min((met.index(m.name) for m in group.outputs if m.name in met), default=len(met))
-        first[group.name] = max(own, first[group.parent[0]] if group.parent else 0)
-    trained, order, known = {n for n, _ in model.named_parameters()}, dict[Group, list[Any]](), set[str]()
-    for group in sorted(groups.values(), key=lambda g: first[g.name]):
+    order, known = dict[Group, list[Any]](), set[str]()
+    for group in groups:
         owners = {m.name.rpartition(".")[0] for m in group.members}
         found: list[Any] = []
         if method == "activations":
             shown = bridge.shown(group)
             found = [pair for pair in shown if pair[0].name in owners] or shown
         else:
-            producers = {m.name for m in group.outputs} & owners
             mine = [m for m in group.members if m.name in trained and bridge.ready(group, m, known)]
+            producers = {m.name for m in group.outputs} & owners
             found = [m for m in mine if m.name.rpartition(".")[0] in producers] or mine
         if found:
             order[group] = found
