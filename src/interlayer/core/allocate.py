@@ -96,7 +96,7 @@ def allocate(curves: Sequence[Curve], budget: float | Sequence[float], *, method
             the method takes one, or an unknown method.
 
     Examples:
-        >>> bits = [Curve(cost=[2, 4, 8], loss=[9.0, 1.0, 0.0]), Curve(cost=[2, 4, 8], loss=[3.0, 2.0, 0.0])]
+        >>> bits = [Curve(cost=[2, 4, 8], loss=[9.0, 1.0, 0.0]), Curve(cost=[2, 4, 8], loss=[4.0, 2.0, 0.0])]
         >>> allocate(bits, 10)
         Allocation(choice=(1, 1), cost=(8.0,), loss=3.0)
     """

@@ -40,7 +40,8 @@ class RdPrune(Pruning):
     Args:
         sparsity: Share of the selected weights that is zero in the end, above 0 and below 1.
         levels: Points of a layer's curve, evenly spaced in the share of its weights that are left.
-        worst: Take the worst example's distortion, as the authors' code does by the arguments in its README. False takes the mean.
+        worst: Take the worst example's distortion, as the authors' code does with the arguments in its README. By default the mean,
+            as in the equation.
         rounds: Prune in this many rounds, each the same share of what remains; curves are measured anew in each.
         train: Trains the pruned model in place, after every round. Bring your own loop; the plan shows what would be kept
             if nothing were trained.
@@ -70,7 +71,7 @@ class RdPrune(Pruning):
         *,
         sparsity: float = 0.9,
         levels: int = 100,
-        worst: bool = True,
+        worst: bool = False,
         rounds: int = 1,
         train: Callable[[nn.Module], Any] | None = None,
         rewind: Mapping[str, Tensor] | None = None,
@@ -149,6 +150,7 @@ def measured(model: nn.Module, names: Sequence[str], data: Any, *, levels: int, 
     return curves
 
 
+@torch.no_grad()
 def distortion(whole: Sequence[Tensor], outputs: Any, *, worst: bool) -> float:
     """Mean square by which outputs differ: of all examples, or of the worst one. Outputs that overflow are infinitely bad."""
     errors = [(taps.first(new).float() - old).square() for old, new in zip(whole, outputs, strict=True)]
