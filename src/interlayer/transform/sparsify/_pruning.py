@@ -80,6 +80,7 @@ class Pruning(Transform):
                 f"{self.slug}: {keep} weights were to be kept, of {left} in {len(there)} tensors, each of which keeps at "
                 "least one. Choose another sparsity."
             )
+        options = dict(self.options)
         goals = [round(left * (keep / left) ** (r / self.rounds)) for r in range(1, self.rounds + 1)]
         first = self.choose(model, names, keep, data)
         touched = [
@@ -89,7 +90,7 @@ class Pruning(Transform):
 
         def build() -> nn.Module:
             new = copy.deepcopy(model)
-            recipe.record(new, self.slug, self.options, {"masks": [] if self.bake else names})
+            recipe.record(new, self.slug, options, {"masks": [] if self.bake else names})
             for goal in goals:
                 kept = first if self.rounds == 1 else self.choose(new, names, goal, data)
                 for name, mask in zip(names, _joined(new, names, kept), strict=True):
@@ -104,7 +105,7 @@ class Pruning(Transform):
                     self.train(new)
             return weights.strip(new) if self.bake else delivery.guard(new)
 
-        return Plan(self.slug, self.options, touched, skipped, build)
+        return Plan(self.slug, options, touched, skipped, build)
 
     def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         """Put masks that keep everything where the saved ones belong; with ``bake`` there are none."""
