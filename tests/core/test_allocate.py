@@ -77,6 +77,13 @@ def test_a_fine_budget_is_rounded_and_always_holds():
     assert exact.loss <= rounded.loss <= smaller.loss
 
 
+def test_the_integer_programme_holds_a_budget_to_the_last_unit():
+    curves = [Curve([10**8 - 50, 10**8 + 3], [1.0, 0.0]), Curve([0, 40], [0.5, 0.0])]
+    for method in ("integer", "every"):
+        assert allocate(curves, 10**8, method=method) == Allocation((0, 1), (10**8 - 10,), 1.0)
+        assert allocate([Curve([10**8, 10**8 + 3], [1.0, 0.0])], 10**8, method=method).choice == (0,)
+
+
 def test_forbidden_levels_keep_their_numbers():
     curves = [Curve([1, 2, 3], [math.inf, 5.0, 1.0]), Curve([1, 2, 3], [4.0, math.inf, 0.0])]
     for method in ("dynamic", "integer", "bisection", "every"):

@@ -78,13 +78,14 @@ def allocate(curves: Sequence[Curve], budget: float | Sequence[float], *, method
 
     | method | finds | time | budgets |
     | --- | --- | --- | --- |
-    | `dynamic` | the optimum; where costs are rounded, at least that of a budget smaller by L units | L K units | one |
+    | `dynamic` | the optimum; where costs are rounded, nothing worse than that of a budget smaller by L units | L K units | one |
     | `integer` | the optimum, by SciPy's HiGHS | exponential at worst, mostly far less | several |
     | `bisection` | the optimum for what it spends, which is nearly all where curves are convex | L K log(1 / precision) | one |
     | `every` | the optimum, by trying all choices | K^L | several |
 
-    The units of ``dynamic`` are the largest common divisor of the costs. Where costs are no whole numbers, or the budget has more than
-    10000 of these units after the cheapest levels are paid for, it is divided into 10000, and costs are rounded up to them.
+    The units of ``dynamic`` are the largest common divisor of a layer's differences in cost. Where these are no whole numbers, or the
+    budget has more than 10000 units after the cheapest levels are paid for, it is divided into 10000, and costs are rounded up to
+    them. Every method holds the budget.
 
     Args:
         curves: One for each layer.
@@ -188,7 +189,7 @@ def _bisection(curves: Sequence[Curve], budgets: Floats) -> list[int]:
 def _integer(curves: Sequence[Curve], budgets: Floats) -> list[int] | None:
     """A variable of 0 or 1 for each level; one level for each layer."""
     costs, losses = np.concatenate([c.cost for c in curves]), np.concatenate([c.loss for c in curves])
-    scale = np.maximum(np.abs(budgets), 1.0)
+    scale = np.where(budgets > 0, budgets, 1.0) / 1e7  # the solver lets a limit be passed by 1e-6, now a 1e-13th of it
     solved = milp(
         losses,
         integrality=np.ones(len(losses), int),
