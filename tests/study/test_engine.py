@@ -19,15 +19,26 @@ from optuna.trial import TrialState, create_trial
 
 from interlayer.study import StudyError, StudySpec, compare, report
 from interlayer.study import engine as module
-from interlayer.study.engine import Engine, open_storage
+from interlayer.study.engine import Engine, close_storage, open_storage
 from interlayer.study.train import Job
 
 KEY = ("plain", 0, None)
 ATTRS = {"phase": "run", "arm": "plain", "seed": 0, "lr": None}
 
 
+OPEN = []
+
+
 def records(spec):
-    return Engine(spec.url, spec.identity, spec.folder, {a.name: a.use for a in spec.arms}, higher=True)
+    OPEN.append(Engine(spec.url, spec.identity, spec.folder, {a.name: a.use for a in spec.arms}, higher=True))
+    return OPEN[-1]
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    while OPEN:
+        OPEN.pop().__exit__()
 
 
 @pytest.fixture
@@ -120,7 +131,7 @@ def enter(url, out, count=4):
         engine = records(spec)
         engine.queue("run", [(f"arm{number}", 0, None)])
         taken = engine.claim({f"arm{number}"}) is not None
-        engine.storage.engine.dispose()
+        close_storage(engine.storage)  # a session belongs to its thread
         return taken
 
     with ThreadPoolExecutor(count) as pool:
@@ -220,7 +231,7 @@ def test_a_run_is_taken_once_at_the_same_moment(spec):
         barrier.wait(60)
         while (trial := engine.claim({"plain"})) is not None:
             taken.append(trial.number)
-        engine.storage.engine.dispose()
+        close_storage(engine.storage)  # a session belongs to its thread
         return taken
 
     with ThreadPoolExecutor(4) as pool:

@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import optuna
 import pytest
 from rich.console import Console
 
 from interlayer.study import StudyError, StudySpec, compare, report
+from interlayer.study.engine import close_storage, open_storage
 
 HERE = Path(__file__).parent
 
@@ -44,9 +44,11 @@ def losses(result):
 
 
 def trials(out):
-    storage = f"sqlite:///{out / 'study.db'}"
-    (name,) = optuna.get_all_study_names(storage)
-    return optuna.load_study(study_name=name, storage=storage).get_trials()
+    storage = open_storage(f"sqlite:///{out / 'study.db'}")
+    (found,) = storage.get_all_studies()
+    done = storage.get_all_trials(found._study_id)
+    close_storage(storage)
+    return done
 
 
 def test_arms_of_a_seed_see_the_same_batches(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import csv
 import io
 
-import optuna
 import pytest
 import torch
 from rich.console import Console
@@ -11,6 +10,7 @@ from torch import nn
 
 from interlayer.models import MLP
 from interlayer.study import StudyError, StudySpec, compare
+from interlayer.study.engine import close_storage, open_storage
 
 SETTINGS = {"task": "digits", "base": "trained:mlp(depth=2, width=16)", "seeds": 2, "steps": 20, "lr": 3e-3}
 
@@ -22,9 +22,10 @@ def study(out, **options):
 
 
 def phases(out):
-    storage = f"sqlite:///{out / 'study.db'}"
-    (name,) = optuna.get_all_study_names(storage)
-    done = optuna.load_study(study_name=name, storage=storage).get_trials()
+    storage = open_storage(f"sqlite:///{out / 'study.db'}")
+    (found,) = storage.get_all_studies()
+    done = storage.get_all_trials(found._study_id)
+    close_storage(storage)
     return [(t.user_attrs["phase"], t.user_attrs["arm"], t.user_attrs["seed"]) for t in done]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
@@ -53,6 +53,12 @@ def open_storage(url: str) -> RDBStorage:
                 raise
             time.sleep(0.1 * (tried + 1))  # another process is making the tables of a new database
     raise AssertionError
+
+
+def close_storage(storage: RDBStorage) -> None:
+    """Give its connections back."""
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 def _open(url: str) -> RDBStorage:
@@ -135,6 +141,12 @@ class Engine:
                 study_name=self.name, storage=self.storage, direction=direction, load_if_exists=True
             )
         self.closed: set[int] = set()  # trials whose worker died under this very process
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        close_storage(self.storage)
 
     def checkpoint(self, trial: FrozenTrial) -> Path:
         """Where a run keeps its state, so that one that is cut off goes on from there."""

@@ -18,7 +18,7 @@ from interlayer.core.pairing import Paired, shared
 from interlayer.core.task import Task
 from interlayer.study import tasks
 from interlayer.study.arms import TRAINED, Arm, Training, parse, resolve
-from interlayer.study.engine import Engine, open_storage, plain_errors
+from interlayer.study.engine import Engine, close_storage, open_storage, plain_errors
 from interlayer.study.loaders import LoaderTask
 from interlayer.study.objects import Objects, shown
 from interlayer.study.outputs import check_exports, write
@@ -202,7 +202,14 @@ def _compare(study: Study, console: Console, resume: bool) -> Result:
         "uses": {**{a.name: a.use for a in spec.arms}, **({BASE: study.base} if BASE in study.arms else {})},
         "higher": task.higher,
     }  # fmt: skip
-    engine = Engine(**records, resume=resume)
+    with Engine(**records, resume=resume) as engine:
+        result = _run(study, engine, records, console)
+    write(result, console)
+    return result
+
+
+def _run(study: Study, engine: Engine, records: dict[str, Any], console: Console) -> Result:
+    spec, task = study.spec, study.task
     engine.write("spec", spec.model_dump(mode="json", exclude={"storage"}))  # its URL may hold a password
     engine.write(
         "about", {k: getattr(task, k) for k in ("name", "metric", "higher", "unit", "item", "about", "learns")}
@@ -227,9 +234,7 @@ def _compare(study: Study, console: Console, resume: bool) -> Result:
             why = {"error": "every learning rate diverged or failed", "traceback": "", "kind": "diverged"}
             _refuse(name, why, engine, spec, progress)
         _judge(rates, arms, engine, workers, study, progress)
-    result = _result(engine, spec)
-    write(result, console)
-    return result
+    return _result(engine, spec)
 
 
 def _refuse(name: str, why: Refusal, engine: Engine, spec: StudySpec, progress: Progress) -> None:
@@ -338,7 +343,9 @@ def _report(source: str | Path, console: Console, out: str | Path | None, export
         if not path.is_file():
             raise StudyError(f"report: there are no records in {source}; wanted a study's folder or a database URL.")
         url = f"sqlite:///{path.absolute()}"
-    studies = [s for s in open_storage(url).get_all_studies() if "spec" in s.user_attrs]
+    storage = open_storage(url)
+    studies = [s for s in storage.get_all_studies() if "spec" in s.user_attrs]
+    close_storage(storage)
     if not studies:
         raise StudyError(f"report: {source} holds no study of Interlayer.")
     last = max(studies, key=lambda s: s.user_attrs.get("started", 0))
@@ -347,7 +354,7 @@ def _report(source: str | Path, console: Console, out: str | Path | None, export
     check_exports(spec.export)
     folder = Path(out) if out else Path(source) if Path(str(source)).is_dir() else spec.folder
     folder.mkdir(parents=True, exist_ok=True)
-    engine = Engine(url, last.study_name, folder, {a.name: a.use for a in spec.arms})
-    result = replace(_result(engine, spec), out=folder)
+    with Engine(url, last.study_name, folder, {a.name: a.use for a in spec.arms}) as engine:
+        result = replace(_result(engine, spec), out=folder)
     write(result, console)
     return result

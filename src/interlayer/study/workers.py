@@ -259,9 +259,8 @@ def _worker(pipe: Connection, content: bytes) -> None:
     if parent is not None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     torch.set_num_threads(work.threads)
-    engine = Engine(**work.engine)
     say: Callable[[Any], None] = pipe.send
-    with suppress(EOFError):  # the study is over
+    with Engine(**work.engine) as engine, suppress(EOFError):  # the study is over
         while True:
             serve(engine, work, say)
             say(IDLE)
