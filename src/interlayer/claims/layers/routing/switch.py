@@ -181,7 +181,7 @@ CLAIM = Claim(
     says="With room for all tokens a switch layer is each token's own expert, weighted by its probability; its FLOPs do not grow with the "
     "number of experts, and bfloat16 moves no token to another one. At equal steps and FLOPs for a token, 64 experts have a lower loss "
     "than a dense Transformer and than fewer experts, also at equal time; the balance loss keeps tokens from being dropped, and "
-    "training in bfloat16 costs less than {MARGIN} nats a byte.".replace("{MARGIN}", f"{MARGIN:g}"),
+    f"training in bfloat16 costs less than {MARGIN:g} nats a byte.",
     measure=measure,
     build=build,
     arms=("dense", "dense, twice the steps", "2 experts", "8 experts", "64 experts", "8 in bfloat16"),
