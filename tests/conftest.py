@@ -34,18 +34,20 @@ def system_of(item):
 
 @pytest.fixture(scope="session", autouse=True)
 def made_once(request):
-    """Make the data sets and the model that are kept as files, and start compiler and profiler, before the first test pays for it."""
+    """Make the data sets and the model that are kept, and start compiler and profiler, before the first test pays for it."""
     start = clock(request.config)
     import torch
 
     from interlayer.core.cost import peak_bytes
-    from interlayer.core.datasets import mnist1d, speech
+    from interlayer.core.datasets import mnist1d, photographs, speech
     from interlayer.study.token_kinds import upstream
 
     mnist1d()
     if find_spec("espeakng_loader"):
         speech()
     upstream()
+    if find_spec("skimage"):
+        photographs()
     peak_bytes(lambda: torch.zeros(1) + 1)
     x = torch.ones(2, requires_grad=True)
     x.sum().backward()  # an engine that a compiled graph has started is of no use in forked processes

@@ -92,10 +92,9 @@ def _exact(example: Example) -> None:
         out = functional_call(module, dict(zip(names, values[: len(names)], strict=True)), tuple(given))
         return tuple(t for t in tensors(out) if t.is_floating_point())
 
-    # First along one line for each tensor: torch answers a mismatch with a full Jacobian, which can take minutes.
+    # Along one line for each tensor: torch's `gradcheck` answers a mismatch with a full Jacobian, which can take minutes.
     with seeded():
         _directions(f, leaves, [*names, *(f"input {i}" for i in where)])
-        require(torch.autograd.gradcheck(f, tuple(leaves), fast_mode=True, atol=1e-5, rtol=1e-4), "gradcheck")
 
 
 def _directions(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor], names: list[str]) -> None:

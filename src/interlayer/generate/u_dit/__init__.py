@@ -142,7 +142,11 @@ class UDiT(nn.Module):
         xavier(self.down1, self.down2, self.up1, self.up2, self.reduce1, self.reduce2, self.output)
         nn.init.xavier_uniform_(self.embed.weight.detach().flatten(1))
         nn.init.zeros_(self.embed.bias)  # type: ignore[arg-type]
-        self.conditions = nn.ModuleList(Condition(classes, f * d, dropout=dropout) for f in (1, 2, 4))
+        needed = (depth[0], True, depth[2])  # a stage without blocks needs no condition; the head needs the second
+        self.conditions = nn.ModuleList(
+            Condition(classes, f * d, dropout=dropout) if n else nn.Identity()
+            for n, f in zip(needed, (1, 2, 4), strict=True)
+        )
         self.head = AdaLNHead(2 * d, nn.Conv2d(2 * d, channels * (1 + learned_variance), 3, padding=1))
 
     @classmethod
@@ -157,7 +161,7 @@ class UDiT(nn.Module):
     ) -> Float[Tensor, "B E H W"]:
         """What the process wants to know of the noised images."""
         check("UDiT", self.shape, self.classes, x, t, y)
-        c1, c2, c3 = (condition(t, y) for condition in self.conditions)
+        c1, c2, c3 = (condition(t, y) if isinstance(condition, Condition) else x for condition in self.conditions)
         first = _through(self.encoder1, self.embed(x).movedim(1, -1), c1)
         second = _through(self.encoder2, self.down1(first), c2)
         x = _through(self.middle, self.down2(second), c3)
@@ -188,7 +192,7 @@ def _through(stage: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
 
 def _awake(**options: Any) -> UDiT:
     """A small model whose blocks and last layer don't begin at zero, so that contracts see all of it."""
-    model = UDiT(1, 8, classes=3, width=8, heads=2, depth=(1, 0, 1, 0, 0), **options)
+    model = UDiT(1, 8, classes=3, width=8, heads=2, depth=(1, 0, 0, 0, 0), **options)
     for parameter in model.parameters():
         if not parameter.detach().any():
             nn.init.normal_(parameter, std=0.2)
