@@ -27,6 +27,7 @@ from optuna.storages._rdb.models import TrialModel
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url, update
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from interlayer.study.machine import alive, this_process, where
 from interlayer.study.result import Run
@@ -62,13 +63,14 @@ def close_storage(storage: RDBStorage) -> None:
 
 
 def _open(url: str) -> RDBStorage:
-    arguments = {}
+    arguments: dict[str, Any] = {}
     if url.startswith("sqlite:///"):
         path = Path(url.removeprefix("sqlite:///"))
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=60)) as file:
             file.execute("PRAGMA journal_mode=WAL")
-        arguments = {"connect_args": {"timeout": 60}}
+        # Each session closes its connection at its end, also where opening fails halfway.
+        arguments = {"connect_args": {"timeout": 60}, "poolclass": NullPool}
     try:
         with quiet():
             return RDBStorage(url, engine_kwargs=arguments, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
