@@ -443,10 +443,18 @@ class Branch(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "chooses", [lambda x, h: h.sum() > 0, lambda x, h: x.max().item() > 0.5, lambda x, h: torch.equal(h, h.relu())]
+    ("operator", "chooses"),
+    [
+        ("_local_scalar_dense", lambda x, h: h.sum() > 0),
+        ("_local_scalar_dense", lambda x, h: x.max().item() > 0.5),
+        ("equal", lambda x, h: torch.equal(h, h.relu())),
+        ("nonzero", lambda x, h: len(h.relu().nonzero()) > 2),
+        ("index", lambda x, h: h[h > 0].numel() > 2),
+        ("masked_select", lambda x, h: len(h.masked_select(h > 0)) > 2),
+    ],
 )
-def test_a_choice_by_data_is_refused(chooses):
-    with pytest.raises(ValueError, match=r"reads a Python value off its activations \(aten.(_local_scalar|equal)"):
+def test_a_choice_by_data_is_refused(operator, chooses):
+    with pytest.raises(ValueError, match=rf"reads a Python value or a size off its activations \(aten.{operator}\."):
         trace(Branch(chooses), torch.randn(3, 4))
 
 

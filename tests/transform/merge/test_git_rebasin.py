@@ -251,7 +251,7 @@ def test_a_choice_by_data_is_refused():
             h = self.enter(x)
             return self.a(h) if h.sum() > 0 else self.b(h)
 
-    with pytest.raises(ValueError, match="reads a Python value off its activations"):
+    with pytest.raises(ValueError, match="reads a Python value or a size off its activations"):
         GitRebasin().plan(Branch(), torch.randn(3, 4), others=(Branch(),))
 
 

@@ -101,7 +101,7 @@ def _whole(tracer: Tracer, model: nn.Module) -> None:
     name = type(model).__name__
     if tracer.decisions:
         raise ValueError(
-            f"trace: {name} reads a Python value off its activations ({', '.join(sorted(tracer.decisions))}), so what it "
+            f"trace: {name} reads a Python value or a size off its activations ({', '.join(sorted(tracer.decisions))}), so what it "
             "computes depends on the data; wanted the same operators for every input. Make the choice with tensor "
             "operations (torch.where), or trace the part of the model that makes none."
         )

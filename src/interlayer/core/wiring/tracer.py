@@ -45,7 +45,7 @@ class Tracer(Labelling, TorchDispatchMode):
             if name is not None:
                 self.used.add(name)
         rule = rule_of(func)
-        if torch.Tag.data_dependent_output in func.tags and any(self.data.get(id(t)) for t in given):
+        if _tells(func, args) and any(self.data.get(id(t)) for t in given):
             self.decisions.add(str(func))
         busy = any(lab is not None for t in given for lab in self.get(t))
         before = [(t, self.get(t)) for t in given] if func._schema.is_mutable else []
@@ -94,3 +94,12 @@ class Tracer(Labelling, TorchDispatchMode):
                 self.labels[id(u)] = list(self.labels[id(t)])
         for u in others:
             self.labels[id(u)] = [None if isinstance(label, str) else label for label in self.labels[id(u)]]
+
+
+def _tells(func: Any, args: Any) -> bool:
+    """Whether Python sees numbers in what comes out: as a value, or as a size."""
+    if torch.Tag.data_dependent_output in func.tags:
+        return True
+    if func is torch.ops.aten.index.Tensor:  # of integers it takes as many as it is given
+        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1:]))
+    return torch.Tag.dynamic_output_shape in func.tags
