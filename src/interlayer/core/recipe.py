@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from interlayer import catalog
-from interlayer.core import select, weights
+from interlayer.core import quantizer, select, weights
 from interlayer.core.extras import need
 from interlayer.core.kinds import Transform
-from interlayer.core.record import BAKE, REPLACE, note, notes_on, own_class, rebase, record, scrub, steps
+from interlayer.core.record import BAKE, QUANTIZE, REPLACE, note, notes_on, own_class, rebase, record, scrub, steps
 from interlayer.core.swap import Swap
 from interlayer.version import __version__
 
@@ -190,7 +190,8 @@ def _build(content: dict[str, Any], shapes: Shapes) -> nn.Module:
     if cls is None:
         raise ValueError(f"recipe.load: {kind} has no model class {name!r}.")
     try:
-        room = max(sum(map(math.prod, shapes.values())), COMMON)
+        packed = any(step["system"] == QUANTIZE for step in content["steps"])
+        room = max(sum(map(math.prod, shapes.values())) * (64 if packed else 1), COMMON)
         _sizes(config, room)
         with _offline(), _within(shapes, room, exact=not content["steps"]):
             if kind == "interlayer":
@@ -277,14 +278,20 @@ def _restore(model: nn.Module, step: dict[str, Any]) -> nn.Module:
         return weights.strip(model)
     if slug == REPLACE:
         return _replaced(model, structure)
+    if slug == QUANTIZE:
+        return _fits(slug, model, lambda: quantizer.restore(model, structure))
     system = catalog.load().get(slug)
     cls = system.resolve() if system and system.kind == "transform" and system.state != "planned" else None
     if not (isinstance(cls, type) and issubclass(cls, Transform)):
         raise ValueError(
             f"recipe.load: the catalogue has no transform {slug!r}. `interlayer list --kind transform` shows them."
         )
+    return _fits(slug, model, lambda: cls().restore(model, structure))
+
+
+def _fits(slug: str, model: nn.Module, restore: Callable[[], nn.Module]) -> nn.Module:
     try:
-        return cls().restore(model, structure)
+        return restore()
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"recipe.load: the step {slug!r} does not fit {type(model).__name__}: {type(error).__name__}: {error}."

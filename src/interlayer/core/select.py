@@ -250,8 +250,8 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
         *calls,
     ]
     chosen = [n for n in meant if n not in inner]
-    ties = _ties(model, chosen)
-    touched = [Row(n, type(found.chosen[n]).__name__, f"its tie with {t} ends" if t else "") for n, t in ties.items()]
+    tied = ties(model, chosen)
+    touched = [Row(n, type(found.chosen[n]).__name__, f"its tie with {t} ends" if t else "") for n, t in tied.items()]
 
     def build() -> nn.Module:
         new = copy.deepcopy(model)
@@ -265,7 +265,7 @@ def replace(model: nn.Module, *, at: At, with_: str | Callable[[nn.Module], nn.M
     return Plan(REPLACE, {"with_": swap.spec} if swap else {}, touched, skipped, build)
 
 
-def _ties(model: nn.Module, names: list[str]) -> dict[str, str]:
+def ties(model: nn.Module, names: list[str]) -> dict[str, str]:
     """By module, a parameter outside of it that is one of its own; empty if there is none."""
     owners: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

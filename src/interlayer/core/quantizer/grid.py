@@ -1,0 +1,253 @@
+"""Numbers on a uniform grid of few levels: which grid, which scale, and rounding that gradients pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+Kind = Literal["symmetric", "unsigned", "asymmetric", "midrise"]
+Rounding = Literal["nearest", "learned", "stochastic"]
+By = Literal["minmax", "mse"] | float
+LEAST = 1e-12  # scale of a tensor of zeros
+RATIOS = 100  # ranges that the search for the least squared error tries
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform grid of ``2^bits`` levels: ``value = scale (code - zero)``.
+
+    Args:
+        bits: 1 to 8.
+        axis: The axis whose entries have scales of their own, such as 0 for the output channels of a weight. None is one
+            scale for the whole tensor.
+        kind: ``"symmetric"``: codes ``-2^(bits-1)`` to ``2^(bits-1) - 1``, zero at 0. ``"unsigned"``: codes 0 to ``2^bits - 1``,
+            zero at 0, for values that are never negative. ``"asymmetric"``: the same codes, zero at an integer.
+            ``"midrise"``: the same codes, zero in the middle between two, so that the levels are symmetric and none is 0;
+            with 1 bit they are ``-scale / 2`` and ``scale / 2``.
+        group: With ``axis=0``: this many neighbours in an output channel have a scale of their own. None is all of them.
+
+    Raises:
+        ValueError: ``bits`` or ``group`` out of range, an unknown kind, or a symmetric grid of 1 bit.
+
+    Examples:
+        >>> grid = Grid(2, kind="unsigned")
+        >>> fake(torch.tensor([0.1, 0.6, 2.0]), grid, torch.tensor(1 / 3))
+        tensor([0.0000, 0.6667, 1.0000])
+    """
+
+    bits: int
+    axis: int | None = None
+    kind: Kind = "symmetric"
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.bits, int) and 1 <= self.bits <= 8):
+            raise ValueError(f"Grid: bits {self.bits!r}; expected an integer from 1 to 8.")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"Grid: kind {self.kind!r}; expected one of {', '.join(get_args(Kind))}.")
+        if self.kind == "symmetric" and self.bits == 1:
+            raise ValueError("Grid: a symmetric grid of 1 bit has the levels -1 and 0; expected kind='midrise'.")
+        if self.group is not None and (self.axis != 0 or self.group < 1):
+            raise ValueError(f"Grid: group {self.group!r} with axis {self.axis!r}; expected 1 or more with axis=0.")
+
+    @property
+    def low(self) -> int:
+        """The lowest code."""
+        return -(2 ** (self.bits - 1)) if self.kind == "symmetric" else 0
+
+    @property
+    def high(self) -> int:
+        """The highest code."""
+        return self.low + 2**self.bits - 1
+
+    @property
+    def middle(self) -> float:
+        """Where zero lies, unless the grid is asymmetric."""
+        return self.high / 2 if self.kind == "midrise" else 0.0
+
+    def options(self) -> dict[str, Any]:
+        """The arguments that build this grid again."""
+        return asdict(self)
+
+    def fit(self, x: Float[Tensor, "..."], by: By = "minmax") -> Scaled:
+        """The grid with scales that suit ``x``.
+
+        Args:
+            x: Values.
+            by: ``"minmax"``: the whole range is covered. A number: this percentile of each side is, such as 99.9.
+                ``"mse"``: the part of the range with the least squared error of rounding.
+
+        Raises:
+            ValueError: Unknown ``by``, no values, values that are not finite, or a group that does not divide a channel.
+        """
+        rows = self.rows(x.detach())
+        if not rows.numel() or not bool(rows.isfinite().all()):
+            raise ValueError(
+                f"Grid.fit: {'no values' if not rows.numel() else 'values that are not finite'}; expected finite ones."
+            )
+        if by in ("minmax", "mse"):
+            lowest, highest = rows.amin(1), rows.amax(1)
+        elif isinstance(by, int | float) and 50 < by <= 100:
+            k = max(1, round(by / 100 * rows.shape[1]))
+            lowest, highest = rows.kthvalue(rows.shape[1] + 1 - k, 1).values, rows.kthvalue(k, 1).values
+        else:
+            raise ValueError(f"Grid.fit: by={by!r}; expected 'minmax', 'mse' or a percentile above 50 and at most 100.")
+        if by == "mse":
+            best = torch.full_like(lowest, torch.inf)
+            share = torch.ones_like(lowest)
+            for step in range(RATIOS, 0, -1):
+                scale, zero = self.cover(lowest * step / RATIOS, highest * step / RATIOS)
+                codes = (rows / scale[:, None] + zero[:, None]).round().clamp(self.low, self.high)
+                error = ((codes - zero[:, None]) * scale[:, None] - rows).square().sum(1)
+                share = torch.where(error < best, step / RATIOS, share)
+                best = torch.minimum(error, best)
+            lowest, highest = lowest * share, highest * share
+        scale, zero = self.cover(lowest, highest)
+        shape = self.shape(x)
+        return Scaled(self, scale.view(shape), zero.view(shape))
+
+    def cover(self, lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero with which the codes reach from ``lowest`` to ``highest``."""
+        if self.kind == "asymmetric":
+            lowest, highest = lowest.clamp_max(0), highest.clamp_min(0)
+            scale = ((highest - lowest) / self.high).clamp_min(LEAST)
+            return scale, (-lowest / scale).round()
+        if self.kind == "midrise":
+            scale = torch.maximum(lowest.abs(), highest.abs()) / self.middle
+        elif self.kind == "symmetric":
+            scale = torch.maximum(lowest / self.low, highest / self.high)
+        else:
+            scale = highest / self.high
+        return scale.clamp_min(LEAST), torch.full_like(scale, self.middle)
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of the scales of ``x``: [], [channels] or [channels, groups]."""
+        if self.axis is None:
+            return ()
+        if self.group is None:
+            return (x.shape[self.axis],)
+        across = x[0].numel()
+        if across % self.group:
+            raise ValueError(
+                f"Grid: {across} values in a channel of {tuple(x.shape)}; expected a multiple of group={self.group}."
+            )
+        return (x.shape[0], across // self.group)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x`` as [scales, values], in 32 bits at least."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.axis is None:
+            return x.reshape(1, -1)
+        return x.movedim(self.axis, 0).reshape(math.prod(self.shape(x)), -1)
+
+    def spread(self, scale: Tensor, x: Tensor) -> Tensor:
+        """Scales in a shape that broadcasts against ``x``, or against its groups (see ``grouped``)."""
+        if self.axis is None:
+            return scale
+        if self.group is not None:
+            return scale[..., None]
+        return scale.view([-1 if i == self.axis % x.ndim else 1 for i in range(x.ndim)])
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """``x`` as [channels, groups, values] if the grid has groups."""
+        return x.reshape(*self.shape(x), -1) if self.group is not None else x
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A grid with its scales.
+
+    Args:
+        grid: The grid.
+        scale: Positive; [], [channels] or [channels, groups], as the grid says.
+        zero: The code that means zero, in the same shape.
+    """
+
+    grid: Grid
+    scale: Tensor
+    zero: Tensor
+
+    def codes(self, x: Float[Tensor, "..."]) -> Integer[Tensor, "..."]:
+        """The nearest codes: int8 on a symmetric grid, else uint8. Halves go to the even code."""
+        grid, wide = self.grid, x.to(torch.promote_types(x.dtype, torch.float32))
+        found = grid.grouped(wide) / grid.spread(self.scale, x) + grid.spread(self.zero, x)
+        found = found.round().clamp(grid.low, grid.high).view(x.shape)
+        return found.to(torch.int8 if grid.low else torch.uint8)
+
+    def values(self, codes: Integer[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The values of codes, in the type of the scales."""
+        grid, wide = self.grid, torch.promote_types(self.scale.dtype, torch.float32)
+        found = grid.grouped(codes.to(wide)) - grid.spread(self.zero, codes)
+        return (found * grid.spread(self.scale, codes)).view(codes.shape).to(self.scale.dtype)
+
+    def fake(self, x: Float[Tensor, "..."], rounding: Rounding = "nearest") -> Float[Tensor, "..."]:
+        """``x`` on the grid; see ``fake``."""
+        return fake(x, self.grid, self.scale, self.zero, rounding=rounding)
+
+    def to(self, like: Tensor) -> Scaled:
+        """The same in another tensor's type and on its device."""
+        return Scaled(self.grid, self.scale.to(like), self.zero.to(like))
+
+
+def fake(
+    x: Float[Tensor, "..."],
+    grid: Grid,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    rounding: Rounding = "nearest",
+) -> Float[Tensor, "..."]:
+    """Round to the grid, and let gradients pass as if nothing had been rounded: zero outside the range, one inside.
+
+    Args:
+        x: Values.
+        grid: The grid.
+        scale: Its scales.
+        zero: The codes that mean zero; needed for an asymmetric grid only.
+        rounding: ``"nearest"``: halves go to the even code; the scale gets no gradient. ``"learned"``: the same, and the scale
+            gets the gradient of learned step sizes (LSQ, Esser et al. 2020): ``code - x / scale`` inside the range,
+            the lowest or highest code outside, over the square root of (values of a scale x highest code).
+            ``"stochastic"``: up with a probability of the part after the point, so that the mean is exact inside the range.
+
+    Raises:
+        ValueError: Unknown rounding, or an asymmetric grid without ``zero``.
+
+    Examples:
+        >>> x = torch.tensor([0.4, 5.0], requires_grad=True)
+        >>> y = fake(x, Grid(3), torch.tensor(1.0))
+        >>> y.sum().backward()
+        >>> y.tolist(), x.grad.tolist()
+        ([0.0, 3.0], [1.0, 0.0])
+    """
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"fake: rounding {rounding!r}; expected one of {', '.join(get_args(Rounding))}.")
+    if zero is None and grid.kind == "asymmetric":
+        raise ValueError("fake: an asymmetric grid needs zero=; pass what Grid.fit found.")
+    held = scale.detach()
+    if rounding == "learned":
+        held = held + (scale - held) / (x.numel() / scale.numel() * grid.high) ** 0.5
+    step = grid.spread(held, x)
+    offset: Tensor | float = grid.middle if zero is None else grid.spread(zero.detach(), x)
+    wide = grid.grouped(x.to(torch.promote_types(x.dtype, torch.float32)))
+    exact = (wide / step + offset).clamp(grid.low, grid.high)
+    if rounding == "stochastic":
+        whole = straight(exact, (exact + torch.rand_like(exact)).floor().clamp(grid.low, grid.high))
+    else:
+        whole = straight(exact, exact.round())
+    return ((whole - offset) * step).view(x.shape).to(x.dtype)
+
+
+def straight(exact: Tensor, rounded: Tensor) -> Tensor:
+    """``rounded``, to the last bit, with the gradient of ``exact``."""
+    return rounded.detach() + (exact - exact.detach())
+
+
+def fake_naive(x: Tensor, scale: float, zero: float, low: int, high: int) -> Tensor:
+    """One value after the other."""
+    codes = [min(max(round(float(v) / scale + zero), low), high) for v in x.flatten()]
+    return torch.tensor([(c - zero) * scale for c in codes]).view(x.shape)

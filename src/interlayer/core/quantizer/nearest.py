@@ -1,0 +1,217 @@
+"""Whole models with quantised weights: the plan, the exchange of layers, and their way back from a saved file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from interlayer.core.delivery import guard
+from interlayer.core.kinds import Plan, Row
+from interlayer.core.quantizer.grid import By, Grid, Scaled
+from interlayer.core.quantizer.layers import BitMap, Bound, Packed, is_conv1d, weight_of
+from interlayer.core.quantizer.observe import observe
+from interlayer.core.record import QUANTIZE, record
+from interlayer.core.select import At, exchange, select, ties
+from interlayer.core.swap import bypassed
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def layers(model: nn.Module, at: At | None = None, grid: Grid | None = None) -> tuple[dict[str, nn.Module], list[Row]]:
+    """The linear maps and convolutions of a model whose weights can be quantised, and all other weights with the reason.
+
+    Args:
+        model: Any module.
+        at: Among which modules. Defaults to all.
+        grid: The grid of the weights, whose groups must divide a channel.
+
+    Raises:
+        ValueError: There is no such layer.
+    """
+    if next(model.children(), None) is None:
+        raise ValueError(
+            f"quantizer: {type(model).__name__} is made of no layers that could be exchanged; expected a model around them. "
+            "Put a single layer into nn.Sequential."
+        )
+    found = select(model, "**" if at is None else at)
+    candidates = [n for n, m in found if isinstance(m, LAYERS) or is_conv1d(m)]
+    shared = ties(model, candidates)
+    unused = bypassed(model)
+    chosen: dict[str, nn.Module] = {}
+    own = [n for n, _ in model.named_parameters(recurse=False)]
+    skipped = [
+        *found.skipped,
+        *(Row(n, "Parameter", "the model's own parameter, of no layer, stays in float") for n in own),
+    ]
+    for name, module in found:
+        if name not in shared:
+            if next(module.parameters(recurse=False), None) is not None:
+                skipped.append(Row(name, type(module).__name__, "no linear map or convolution, stays in float"))
+            continue
+        if (why := unused.get(name, "")) or parametrize.is_parametrized(module):
+            skipped.append(Row(name, type(module).__name__, why or "its weight is computed from others: bake first"))
+        elif shared[name]:
+            skipped.append(Row(name, type(module).__name__, f"its weight is also {shared[name]}, stays in float"))
+        elif grid and grid.group and weight_of(module)[0].numel() % grid.group:
+            across = weight_of(module)[0].numel()
+            skipped.append(Row(name, type(module).__name__, f"{across} weights a channel, no multiple of {grid.group}"))
+        else:
+            chosen[name] = module
+    if not chosen:
+        whys = "; ".join(f"{r.name}: {r.why}" for r in skipped[:3])
+        raise ValueError(f"quantizer: no layer of {type(model).__name__} can be quantised ({whys or 'it has none'}).")
+    return chosen, skipped
+
+
+def nearest(
+    model: nn.Module,
+    grid: Grid,
+    *,
+    inputs: Grid | None = None,
+    data: Any = None,
+    at: At | None = None,
+    by: By = "minmax",
+    packed: bool = True,
+) -> Plan:
+    """Plan to round the weights of a model to the nearest level of a grid: the baseline of every better way.
+
+    Args:
+        model: Any module. It is not changed.
+        grid: The grid of the weights, outputs first.
+        inputs: The grid of the inputs of the same layers, one scale for each layer; needs ``data``.
+        data: Batches as ``taps.feed`` takes them, run once.
+        at: Among which modules. Defaults to all.
+        by: How ranges are chosen; see ``Grid.fit``.
+        packed: Keep the weights packed (``Packed``). False gives the same model with the rounded weights as floats, which
+            any format can carry, Hugging Face's too.
+
+    Raises:
+        ValueError: No layer can be quantised, ``inputs`` without ``data`` or the reverse, or ``inputs`` with ``packed=False``.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+        >>> plan = nearest(net, Grid(4, axis=0))
+        >>> print(plan)
+        quantize {'bits': 4}
+          + 0  Linear  (64 weights, 4 bits symmetric)
+          + 2  Linear  (16 weights, 4 bits symmetric)
+          - 1  LayerNorm  (no linear map or convolution, stays in float)
+        >>> plan.apply()[0]
+        Packed([8, 8], 4 bits symmetric)
+    """
+    if (inputs is None) != (data is None):
+        raise ValueError(
+            f"nearest: inputs={inputs}, data {'given' if data is not None else 'missing'}; expected both or neither."
+        )
+    if inputs is not None and not packed:
+        raise ValueError("nearest: rounded inputs cannot become plain floats; expected packed=True, or inputs=None.")
+    chosen, skipped = layers(model, at, grid)
+    ranges: dict[str, Scaled] = {}
+    if inputs is not None:
+        ranges = observe(model, data, inputs, at=lambda n, m: n in chosen, by=by)
+        skipped += [Row(n, type(m).__name__, "never ran on the data") for n, m in chosen.items() if n not in ranges]
+        chosen = {n: m for n, m in chosen.items() if n in ranges}
+        if not chosen:
+            raise ValueError("nearest: no layer that can be quantised ran on the data.")
+    also = f", inputs {inputs.bits} bits {inputs.kind}" if inputs else ""
+    what = f"{grid.bits} bits {grid.kind}{also}"
+    touched = [Row(n, type(m).__name__, f"{weight_of(m).numel()} weights, {what}") for n, m in chosen.items()]
+
+    def build() -> nn.Module:
+        if packed:
+            return packs(
+                model,
+                {n: Packed(m, grid.fit(weight_of(m), by), inputs=ranges.get(n)) for n, m in chosen.items()},
+            )
+        return rounds(model, {n: grid.fit(weight_of(m), by).fake(weight_of(m).detach()) for n, m in chosen.items()})
+
+    return Plan(QUANTIZE, {"bits": grid.bits}, touched, skipped, build)
+
+
+def packs(model: nn.Module, new: Mapping[str, Packed | BitMap | Bound]) -> nn.Module:
+    """A copy of a model with these layers in the places of others; ``save`` and ``load`` rebuild it.
+
+    A Hugging Face model refuses ``save_pretrained``: its format has no place for them.
+    """
+    result = copy.deepcopy(model)
+    record(result, QUANTIZE, {}, {"places": {name: m.structure() for name, m in new.items()}})
+    return _exchanged(result, new)
+
+
+def rounds(model: nn.Module, new: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model with these values as weights (outputs first); a plain model in every other way."""
+    result = copy.deepcopy(model)
+    record(result, QUANTIZE, {}, {"places": {}})
+    with torch.no_grad():
+        for name, value in new.items():
+            weight_of(result.get_submodule(name)).copy_(value)
+    return result
+
+
+def simulated(model: nn.Module) -> nn.Module:
+    """A copy of a model in which packed weights are floats again; rounded inputs stay rounded, in floats.
+
+    Examples:
+        >>> net, x = nn.Sequential(nn.Linear(8, 2)), torch.ones(1, 8)
+        >>> packed = nearest(net, Grid(4, axis=0)).apply()
+        >>> torch.equal(simulated(packed)(x), packed(x))
+        True
+    """
+    result = copy.deepcopy(model)
+    return exchange(result, [n for n, m in result.named_modules() if isinstance(m, Packed | BitMap)], _Float)
+
+
+class _Float(nn.Module):
+    """What a packed layer stands for, in floats."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(layer, Packed | BitMap)
+        self.layer, self.weight = layer, nn.Parameter(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.layer, Packed | BitMap)
+        inputs = self.layer.scaled_inputs()
+        return self.layer.call(x if inputs is None else inputs.fake(x), self.weight)
+
+
+def restore(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
+    """Put the layers that ``packs`` recorded onto a base model, in place; their numbers come from the file.
+
+    Raises:
+        ValueError: The structure names no such layers.
+    """
+    places = structure.get("places")
+    if not isinstance(places, dict):
+        raise ValueError(f"quantizer.restore: {str(structure)[:80]!r}; expected places.")
+    return _exchanged(model, {n: _hollow(model.get_submodule(n), given) for n, given in places.items()})
+
+
+def _hollow(layer: nn.Module, given: Mapping[str, Any]) -> Packed | BitMap | Bound:
+    kind = given.get("kind")
+    if kind == "Bound":
+        return Bound(fold=given["fold"])
+    grid = Grid(**given["grid"])
+    shape = grid.shape(weight_of(layer))
+    like = weight_of(layer).detach()
+    weights = Scaled(grid, like.new_ones(shape), like.new_zeros(shape))
+    inputs = given["inputs"] and Scaled(Grid(**given["inputs"]), like.new_ones(()), like.new_zeros(()))
+    if kind not in ("Packed", "BitMap"):
+        raise ValueError(f"quantizer.restore: layers of kind {kind!r}; expected Packed, BitMap or Bound.")
+    codes = torch.zeros_like(like, dtype=torch.uint8) + max(grid.low, 0)
+    return (Packed if kind == "Packed" else BitMap)(layer, weights, codes=codes, inputs=inputs)
+
+
+def _exchanged(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
+    olds = {model.get_submodule(name): module for name, module in new.items()}
+
+    def swap(old: nn.Module) -> nn.Module:
+        return olds[old].train(old.training)
+
+    exchange(model, list(new), swap)
+    return guard(model, "packed weights") if new else model
