@@ -11,6 +11,7 @@ PRIMITIVES = (
     "weights", "options", "delivery", "fields", "aside", "schedule", "scan", "recurrent", "solve", "reversible", "allocate",
     "routing", "spike", "skipping.skip", "skipping.decoder", "skipping.kept", "tune", "pairing", "equal", "recipe", "record", "cost",
     "traced", "nano", "kinds", "events", "process", "conditioning",
+    "quantizer.grid", "quantizer.observe", "quantizer.packing", "quantizer.layers", "quantizer.nearest",
     "degraded", "datasets", "speech", "experiences", "rl", "task", "fit", "chart", "page",
 )  # fmt: skip
 PARTS = ("sparse", "nodes", "linear", "compressed", "prior", "positions", "depth", "parts")

@@ -81,6 +81,52 @@ def test_gradients_are_rounded_without_bias_on_the_scale_of_each_example(bits):
     assert torch.autograd.grad(LowGradient.apply(x, bits), x, torch.zeros_like(e))[0].abs().max() < 1e-30
 
 
+# What the authors' functions gave on these numbers: weights (1 to 3 bits) and the gradients that reach them, activations clipped
+# and folded (2 bits), and the levels of gradients (2 bits).
+WEIGHT = [[0.11, -0.42, 0.9], [-1.3, 0.05, 0.33]]
+LOW = {
+    1: [[0.5183333158, -0.5183333158, 0.5183333158], [-0.5183333158, 0.5183333158, 0.5183333158]],
+    2: [[0.333333373, -0.3333333135, 1.0], [-1.0, 0.333333373, 0.333333373]],
+    3: [[0.1428571939, -0.4285714030, 0.7142857313], [-1.0, 0.1428571939, 0.4285714626]],
+}
+REACH = {
+    1: [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]],
+    2: [[1.1465364695, 1.9552596807, 1.6951525211], [1.2568919659, 5.7878460884, 6.2563796043]],
+}
+READ = [-0.2, 0.1, 0.34, 0.61, 0.95, 1.7]
+CLIPPED, FOLDED = [0, 0, 0.3333333433, 0.6666666865, 1, 1], [0.3333333433, 0, 0.3333333433, 0.6666666865, 1, 1]
+ERRORS = [[0.3, -0.7, 0.11, 0.02], [-4.0, 1.5, 2.2, -0.6]]
+LEVELS = [[-0.7, -0.23333, 0.23333, 0.7], [-4.0, -1.33333, 1.33333, 4.0]]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_weights_and_their_gradients_are_the_authors(bits):
+    weight = torch.tensor(WEIGHT, requires_grad=True)
+    found = low_weight(weight, bits)
+    torch.testing.assert_close(found.detach(), torch.tensor(LOW[bits]), atol=1e-6, rtol=0)
+    found.backward(torch.arange(1.0, 7).view(2, 3))
+    torch.testing.assert_close(weight.grad, torch.tensor(REACH[min(bits, 2)]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_activations_and_their_gradients_are_the_authors(fold):
+    x = torch.tensor(READ, requires_grad=True)
+    found = inputs(2).fake(Bound(fold=fold)(x))
+    torch.testing.assert_close(found.detach(), torch.tensor(FOLDED if fold else CLIPPED), atol=1e-6, rtol=0)
+    found.sum().backward()
+    assert x.grad.tolist() == [-1 if fold else 0, 1, 1, 1, 1, 0]
+
+
+def test_levels_of_gradients_are_the_authors():
+    torch.manual_seed(0)
+    x = torch.zeros(2, 4, requires_grad=True)
+    draws = [torch.autograd.grad(LowGradient.apply(x, 2), x, torch.tensor(ERRORS))[0] for _ in range(300)]
+    for found, expected in zip(torch.stack(draws, 1), LEVELS, strict=True):
+        torch.testing.assert_close(
+            found.flatten().mul(1e4).round().unique() / 1e4, torch.tensor(expected), atol=1e-4, rtol=0
+        )
+
+
 @pytest.mark.parametrize("bits", GRIDS)
 def test_the_net_for_use_computes_by_bits_what_was_trained(bits, tmp_path):
     rule = trained(bits)
@@ -122,19 +168,21 @@ def test_folding_bounds_the_size_and_not_the_value():
         assert rule.result()[1].fold is fold
 
 
-def test_gradients_of_few_bits_reach_only_what_lies_behind_them():
-    """The gradient at the last layer is exact; behind the last quantised layer it has few levels for each example."""
+def test_the_gradient_is_rounded_between_a_layer_and_what_follows():
+    """What follows, such as a norm, gets exact gradients; the layer's weight gets the rounded ones, one scale for each example."""
     torch.manual_seed(0)
-    layer = LowLinear(6, 5, bias=False, bits=(32, 32, 2))
-    x = torch.rand(4, 6)
+    layer = LowLinear(4, 5, bias=False, bits=(32, 32, 2))
+    x, e, gain = (
+        torch.eye(4),
+        torch.randn(4, 5),
+        torch.ones(5, requires_grad=True),
+    )  # the weight's gradient is the errors
     out = layer(x)
-    e = torch.randn(4, 5)
-    (grad,) = torch.autograd.grad(out, layer.weight, e)
-    levels = torch.tensor([-1.0, -1 / 3, 1 / 3, 1.0])
-    # the weight's gradient is that of one of the 4^5 rounded errors of every example: solve for them
-    rounded = torch.linalg.lstsq(x.T, grad.T).solution if len(x) <= 6 else None
-    shares = rounded / e.abs().amax(1, keepdim=True)
-    assert float((shares[..., None] - levels).abs().amin(-1).max()) < 1e-3
+    (out * gain * e).sum().backward()
+    torch.testing.assert_close(gain.grad, (out * e).sum(0).detach())
+    shares = layer.weight.grad.T / e.abs().amax(1, keepdim=True)
+    torch.testing.assert_close(shares * 3, (shares * 3).round(), atol=1e-5, rtol=0)
+    assert set((shares * 3).round().unique().tolist()) <= {-3, -1, 1, 3}
 
 
 def test_layers_are_ordinary_modules():
