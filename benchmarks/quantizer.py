@@ -1,8 +1,8 @@
-"""Packed weights: bytes on disk, and time of 8-bit, 4-bit and bit-wise products beside float32 and torchao. No speed is promised.
+"""Packed weights: bytes on disk, and time of 8-bit, 4-bit and `dorefa`'s bit-wise products beside float32 and torchao.
 
-Nothing is reported unless packed and simulated logits agree and the file is as small as it must be. The 8-bit product rounds its
-inputs to one calibrated grid for each layer; torchao's rounds them for each row while it runs. torchao's time is that of the faster of
-eager and compiled.
+No speed is promised, and nothing is reported unless packed and simulated logits agree and the weights are as small as they must be.
+The 8-bit product rounds its inputs to one calibrated grid for each layer; torchao's rounds them for each row while it runs. Ours and
+torchao's are each the faster of eager and compiled.
 """
 
 from __future__ import annotations

@@ -200,6 +200,13 @@ def test_rounded_floats_leave_as_a_plain_hugging_face_model(tmp_path):
     assert torch.equal(output(again.eval(), batch("gpt2")), output(rounded.eval(), batch("gpt2")))
 
 
+def test_a_language_model_with_rounded_inputs_generates_as_its_float_twin_does():
+    start, text = model("gpt2"), {"input_ids": torch.randint(1, 32, (2, 5), generator=torch.Generator().manual_seed(0))}
+    packed = nearest(start, Grid(4, 0), inputs=Grid(8, kind="asymmetric"), data=[text]).apply().eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(packed.generate(**text, **options), simulated(packed).generate(**text, **options))
+
+
 def test_every_weight_is_quantised_or_listed_with_the_reason():
     for name in ("gpt2", "tied", "vit"):
         start = model(name)
@@ -257,28 +264,37 @@ def test_ranges_of_all_layers_come_from_one_pass():
     torch.testing.assert_close(quantised(data[0]), net.eval()(data[0]), atol=0.02, rtol=0)
 
 
-def test_packed_layers_are_ordinary_modules():
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Packed(nn.Linear(6, 3), Grid(4, 0)),
+        lambda: Packed(nn.Linear(6, 3), Grid(4, 0), inputs=unsigned(8)),
+        lambda: BitMap(nn.Linear(6, 3), Grid(1, 0, "midrise"), inputs=unsigned(2)),
+    ],
+)
+def test_packed_layers_are_copied_compiled_and_exported(make):
+    torch.manual_seed(0)
+    layer, x = make(), torch.rand(4, 6)
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    torch.testing.assert_close(exported(x[:3]), expected[:3])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).isfinite().all()
+
+
+def test_packed_layers_pass_gradients_and_take_other_types():
     torch.manual_seed(0)
     x = torch.rand(4, 6)
-    for layer in (
-        Packed(nn.Linear(6, 3), Grid(4, 0)),
-        Packed(nn.Linear(6, 3), Grid(4, 0), inputs=unsigned(8)),
-        BitMap(nn.Linear(6, 3), Grid(1, 0, "midrise"), inputs=unsigned(2)),
-    ):
-        expected = layer(x)
-        assert torch.equal(copy.deepcopy(layer)(x), expected)
-        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
-        shape = {0: torch.export.Dim.DYNAMIC}
-        torch.testing.assert_close(
-            torch.export.export(layer, (x,), dynamic_shapes=(shape,)).module()(x[:3]), expected[:3]
-        )
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).isfinite().all()
     given = x.clone().requires_grad_()
     inside = Packed(nn.Linear(6, 3), Grid(4, 0), inputs=unsigned(8))
     inside(given).sum().backward()
     torch.testing.assert_close(given.grad, inside.weight.sum(0).expand(4, 6))
-    assert Packed(nn.Linear(6, 3).to(torch.bfloat16), Grid(4, 0))(x.bfloat16()).dtype == torch.bfloat16
+    low = nn.Linear(6, 3).to(torch.bfloat16)
+    assert Packed(low, Grid(4, 0))(x.bfloat16()).dtype == torch.bfloat16
+    halved = nn.Sequential(Packed(nn.Linear(6, 3), Grid(4, 0), inputs=unsigned(8))).bfloat16()
+    torch.testing.assert_close(halved(x.bfloat16()), simulated(halved)(x.bfloat16()), atol=0.05, rtol=0.05)
     assert Packed(nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), Grid(4, 0))(torch.randn(1, 2, 5)).shape == (
         1,
         3,

@@ -189,9 +189,9 @@ class Scaled:
         """``x`` on the grid; see ``fake``."""
         return fake(x, self.grid, self.scale, self.zero, rounding=rounding)
 
-    def to(self, like: Tensor) -> Scaled:
-        """The same in another tensor's type and on its device."""
-        return Scaled(self.grid, self.scale.to(like), self.zero.to(like))
+    def to(self, where: Tensor | torch.device) -> Scaled:
+        """The same on a device, or on a tensor's device in its type."""
+        return Scaled(self.grid, self.scale.to(where), self.zero.to(where))
 
 
 def fake(

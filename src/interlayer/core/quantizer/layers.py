@@ -149,7 +149,7 @@ class Packed(_Map):
     def integers(self) -> Int8[Tensor, "..."]:
         """The codes of the weight less ``shift(grid)``, which fit into 8 signed bits."""
         found = unpack(self.codes, self.grid.bits, math.prod(self.shape[1:])).view(self.shape)
-        return (found.short() + self.grid.low - shift(self.grid)).to(torch.int8)
+        return (found + (self.grid.low - shift(self.grid)) % 256).view(torch.int8)  # modulo 256, as bytes count
 
     @property
     def weight(self) -> Float[Tensor, "out ..."]:
@@ -173,11 +173,15 @@ class Packed(_Map):
         codes = (inputs.codes(x).short() - shift(inputs.grid)).to(torch.int8).flatten(0, -2)
         weights = self.weights
         wide = torch.promote_types(weights.scale.dtype, torch.float32)
-        back_x = shift(inputs.grid) - inputs.zero.to(wide)  # code - zero = integer + back
-        back_w = shift(self.grid) - weights.zero.to(wide)
         found = integer_product(codes, weight).to(wide)
-        found = found + back_x * weight.sum(1, dtype=torch.int32) + back_w * codes.sum(1, dtype=torch.int32)[:, None]
-        found = (found + back_x * back_w * codes.shape[1]) * (inputs.scale.to(wide) * weights.scale.to(wide))
+        # A value is its scale times (integer + back); back is 0 on a symmetric grid.
+        back_x = shift(inputs.grid) - inputs.zero.to(wide)
+        back_w = shift(self.grid) - weights.zero.to(wide)
+        if inputs.grid.kind != "symmetric":
+            found = found + back_x * weight.sum(1, dtype=torch.int32)
+        if self.grid.kind != "symmetric":
+            found = found + back_w * (codes.sum(1, dtype=torch.int32)[:, None] + back_x * codes.shape[1])
+        found = found * (inputs.scale.to(wide) * weights.scale.to(wide))
         if self.bias is not None:
             found = found + self.bias
         return found.view(*x.shape[:-1], -1).to(x.dtype)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism, ordered
 from interlayer.claims.training import batches, built, judge
 from interlayer.core.quantizer import BitMap, Grid, fake, nearest
-from interlayer.transform.quantize import dorefa
-from interlayer.transform.quantize.dorefa import DoReFa, LowGradient, net
+from interlayer.transform.quantize.dorefa import DoReFa, LowGradient, low, net
 
 FLOAT = (32, 32, 32)
 
@@ -85,7 +84,7 @@ def trained(arm: str, seed: int, scale: Scale, lr: float | None = None) -> float
     rate = rate if lr is None else lr
     model = built(lambda: build(arm, scale), seed)
     torch.manual_seed(seed)
-    with patch.multiple(dorefa, **changed) if changed else nullcontext():
+    with patch.multiple(low, **changed) if changed else nullcontext():
         if bits == FLOAT:
             step = _float(model, rate)
         else:
