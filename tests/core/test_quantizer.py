@@ -291,6 +291,13 @@ def test_packed_layers_pass_gradients_and_take_other_types():
     inside = Packed(nn.Linear(6, 3), Grid(4, 0), inputs=unsigned(8))
     inside(given).sum().backward()
     torch.testing.assert_close(given.grad, inside.weight.sum(0).expand(4, 6))
+    rounded = Packed(nn.Linear(6, 3), Grid(4, 0, "asymmetric"), inputs=Grid(8).fit(x))
+    for shape in ((6,), (0, 6), (2, 0, 6), (1, 1, 1, 6)):
+        assert rounded(torch.ones(shape)).shape == (*shape[:-1], 3)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        empty = nn.Linear(6, 3).to(dtype)
+        nn.init.zeros_(empty.weight)  # as pruning leaves it
+        assert not Packed(empty, Grid(4, 0)).weight.any()
     low = nn.Linear(6, 3).to(torch.bfloat16)
     assert Packed(low, Grid(4, 0))(x.bfloat16()).dtype == torch.bfloat16
     halved = nn.Sequential(Packed(nn.Linear(6, 3), Grid(4, 0), inputs=unsigned(8))).bfloat16()

@@ -190,8 +190,9 @@ class Scaled:
         return fake(x, self.grid, self.scale, self.zero, rounding=rounding)
 
     def to(self, where: Tensor | torch.device) -> Scaled:
-        """The same on a device, or on a tensor's device in its type."""
-        return Scaled(self.grid, self.scale.to(where), self.zero.to(where))
+        """The same on a device, or on a tensor's device in its type, in which no scale becomes zero."""
+        scale = self.scale.to(where)
+        return Scaled(self.grid, scale.clamp_min(torch.finfo(scale.dtype).tiny), self.zero.to(where))
 
 
 def fake(

@@ -170,7 +170,7 @@ class Packed(_Map):
     def product(self, x: Float[Tensor, "*rows inputs"], inputs: Scaled) -> Float[Tensor, "*rows out"]:
         """``s_x s_w sum (c_x - z_x)(c_w - z_w)``: one product of 8-bit integers, and sums of rows for the zeros."""
         weight = self.integers()
-        codes = (inputs.codes(x).short() - shift(inputs.grid)).to(torch.int8).flatten(0, -2)
+        codes = (inputs.codes(x).short() - shift(inputs.grid)).to(torch.int8).reshape(-1, x.shape[-1])
         weights = self.weights
         wide = torch.promote_types(weights.scale.dtype, torch.float32)
         found = integer_product(codes, weight).to(wide)
@@ -184,7 +184,7 @@ class Packed(_Map):
         found = found * (inputs.scale.to(wide) * weights.scale.to(wide))
         if self.bias is not None:
             found = found + self.bias
-        return found.view(*x.shape[:-1], -1).to(x.dtype)
+        return found.view(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
 
 class BitMap(_Map):
