@@ -149,7 +149,7 @@ class Packed(_Map):
     def integers(self) -> Int8[Tensor, "..."]:
         """The codes of the weight less ``shift(grid)``, which fit into 8 signed bits."""
         found = unpack(self.codes, self.grid.bits, math.prod(self.shape[1:])).view(self.shape)
-        return (found + (self.grid.low - shift(self.grid)) % 256).view(torch.int8)  # modulo 256, as bytes count
+        return (found.short() + (self.grid.low - shift(self.grid))).to(torch.int8)
 
     @property
     def weight(self) -> Float[Tensor, "out ..."]:

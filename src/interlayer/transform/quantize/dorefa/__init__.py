@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from interlayer.core import aside, datasets
 from interlayer.core.data import answer, run
 from interlayer.core.example import Example
-from interlayer.core.kinds import Rule
+from interlayer.core.kinds import Row, Rule
 from interlayer.core.quantizer import BitMap, Bound, Packed, layers, packs
 from interlayer.core.select import At, exchange
 from interlayer.core.swap import known
@@ -54,6 +54,11 @@ class DoReFa(Rule):
         at: Which convolutions and linear maps. Defaults to all but the first and the last.
         lr: Learning rate of Adam.
 
+    Attributes:
+        layers: Names of the layers at few bits.
+        bounds: Names of the activations that are brought into 0 to 1.
+        skipped: All other weights, each with the reason why it stays in float.
+
     Shapes: a batch is (inputs [B, ...], labels [B] or [B, S]).
 
     Raises:
@@ -82,8 +87,15 @@ class DoReFa(Rule):
         lr: float = 1e-3,
     ) -> None:
         self.bits = checked((weights, activations, gradients))
-        found = {n: m for n, m in layers(model, at)[0].items() if isinstance(m, nn.Linear | nn.Conv2d)}
-        self.layers = list(found) if at is not None else list(found)[1:-1]
+        fit, self.skipped = layers(model, at)
+        found = [n for n, m in fit.items() if isinstance(m, nn.Linear | nn.Conv2d)]
+        self.layers = found if at is not None else found[1:-1]
+        self.skipped += [
+            Row(n, type(fit[n]).__name__, "first or last layer, stays in float") for n in found if n not in self.layers
+        ]
+        self.skipped += [
+            Row(n, type(m).__name__, "no 2-d convolution, stays in float") for n, m in fit.items() if n not in found
+        ]
         if not self.layers:
             raise ValueError(
                 f"DoReFa: {type(model).__name__} has {len(found)} linear maps and 2-d convolutions to quantise, and the first "

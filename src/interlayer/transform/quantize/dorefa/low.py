@@ -33,7 +33,8 @@ def on_levels(weight: Tensor, bits: int) -> tuple[Scaled, Tensor]:
 def low_weight(weight: Float[Tensor, "*shape"], bits: int) -> Float[Tensor, "*shape"]:
     """Weights of ``bits`` bits: ``2 round_k(tanh(w) / (2 max |tanh(w)|) + 1/2) - 1``, or ``mean |w| sign(w)`` at 1 bit.
 
-    ``round_k`` rounds to multiples of ``1 / (2^k - 1)``. Gradients pass the rounding unchanged.
+    ``round_k`` rounds to multiples of ``1 / (2^k - 1)``. Gradients pass the rounding unchanged. At 1 bit a weight of exactly zero counts
+    as negative; in the authors' code it stays zero, which is no bit.
 
     >>> low_weight(torch.tensor([0.1, -0.2, 0.3]), 1).tolist(), low_weight(torch.tensor([0.1, -0.2, 0.3]), 2).mul(3).tolist()
     ([0.20000000298023224, -0.20000000298023224, 0.20000000298023224], [1.0, -3.0, 3.0])
@@ -50,8 +51,11 @@ def inputs(bits: int) -> Scaled:
 class LowGradient(torch.autograd.Function):
     """The identity, whose gradient is rounded: ``2 m (round_k(g / (2 m) + 1/2 + noise) - 1/2)``, m the largest ``|g|`` of an example.
 
-    The noise is uniform, half a step to each side, so that the mean over the noise is the gradient.
+    The noise is uniform, half a step to each side, so that the mean over the noise is the gradient. An example without any gradient
+    keeps none (the authors' code divides by zero there).
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, bits: int) -> Tensor:
