@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 
-def guard(model: nn.Module, why: str = "") -> nn.Module:
+def guard(model: nn.Module, why: str = "", way: str = "") -> nn.Module:
     """Make ``save_pretrained`` of a Hugging Face or diffusers model raise, in place; other models are left alone.
 
     ``from_pretrained`` builds the class of the configuration and fills in weights by name. Of anything else, such as a
@@ -18,6 +18,7 @@ def guard(model: nn.Module, why: str = "") -> nn.Module:
     Args:
         model: The result of a transform.
         why: What the format cannot carry. Defaults to masked weights: the model saves again as soon as it has none.
+        way: What to do instead. Defaults to saving all of it with ``interlayer.save``.
 
     Examples:
         >>> model = guard(nn.Linear(2, 1))  # no save_pretrained, nothing to guard
@@ -25,17 +26,24 @@ def guard(model: nn.Module, why: str = "") -> nn.Module:
         False
     """
     if hasattr(model, "save_pretrained"):
-        model._cannot_carry = why  # type: ignore[assignment]
+        model._cannot_carry, model._instead = why, way  # type: ignore[assignment]
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
     return model
+
+
+def release(model: nn.Module) -> None:
+    """Take a guard off again, in place; a model without one is left alone."""
+    for name in ("_cannot_carry", "_instead", "save_pretrained"):
+        vars(model).pop(name, None)
 
 
 def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     masked = any(parametrize.is_parametrized(m) for m in self.modules())
     if self._cannot_carry or masked:
         bake = "" if self._cannot_carry else "Make them plain with interlayer.core.weights.bake(model) first, or "
+        way = f"{bake}{'save' if bake else 'Save'} all of it with interlayer.save(model, directory)."
         raise ValueError(
             f"save_pretrained: {type(self).__name__} has {self._cannot_carry or 'masked weights'}, which from_pretrained "
-            f"would lose. {bake}{'save' if bake else 'Save'} all of it with interlayer.save(model, directory)."
+            f"would lose. {self._instead or way}"
         )
     return type(self).save_pretrained(self, *args, **kwargs)

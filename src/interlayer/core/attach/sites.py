@@ -1,0 +1,78 @@
+"""Where parts are usually attached, found by the names that modules have in torch, transformers and ``interlayer.models``."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+
+from torch import nn
+
+from interlayer.core.swap import bypassed
+
+# The last linear map of a feed-forward, and the dropout behind it, relative to that map ("" where there is none).
+FEED_FORWARDS = {
+    r"(?<!attention\.)output\.dense": "../dropout",  # BERT, RoBERTa, ELECTRA
+    r"mlp\.c_proj": "../dropout",  # GPT-2
+    r"DenseReluDense\.wo": "../../dropout",  # T5
+    r"mlp\.fc2": "../../dropout",  # ViT; CLIP has no dropout
+    r"(mlp|feed_forward)\.down_proj": "",  # Llama, Mistral, Qwen, Gemma
+    r"ffn\.lin2": "../dropout",  # DistilBERT
+    r"mlp\.down": "",  # interlayer.models
+    r"linear2": "../dropout2",  # torch.nn.TransformerEncoderLayer
+    r"fc2": "",  # BART and OPT, which drop out by a function
+}
+ATTENTIONS = r"attention\.output\.dense|attn\.c_proj|self_attn\.(o_proj|out_proj)|(Self|EncDec)Attention\.o|mixer\.out|attention\.o_proj"
+
+
+def feed_forwards(model: nn.Module) -> dict[str, str]:
+    """The last linear map of every feed-forward, with the module behind whose output a part may act: the dropout after it, or the map.
+
+    Raises:
+        ValueError: None is known by its name.
+
+    Examples:
+        >>> feed_forwards(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1, enable_nested_tensor=False))
+        {'layers.0.linear2': 'layers.0.dropout2'}
+    """
+    names, found = dict(model.named_modules()), dict[str, str]()
+    for name in names:
+        for pattern, dropout in FEED_FORWARDS.items():
+            if re.search(rf"(^|\.){pattern}$", name):
+                late = posixpath.normpath(f"{name.replace('.', '/')}/{dropout}").replace("/", ".")
+                found[name] = late if isinstance(names.get(late), nn.Dropout) else name
+                break
+    return _known(model, found)
+
+
+def attention_outputs(model: nn.Module) -> list[str]:
+    """The last linear map of every attention.
+
+    Raises:
+        ValueError: None is known by its name.
+    """
+    found = {n: n for n, _ in model.named_modules() if re.search(rf"(^|\.)({ATTENTIONS})$", n)}
+    return list(_known(model, found))
+
+
+def biased(model: nn.Module) -> list[str]:
+    """Every linear map and norm with a bias, as BitFit trains them; those whose module is never called are left out.
+
+    Raises:
+        ValueError: There is none.
+    """
+    kinds = (nn.Linear, nn.LayerNorm, nn.GroupNorm)
+    found = {
+        n: n
+        for n, m in model.named_modules()
+        if (isinstance(m, kinds) or type(m).__name__ == "Conv1D") and getattr(m, "bias", None) is not None
+    }
+    return list(_known(model, {n: n for n in found if n not in bypassed(model)}))
+
+
+def _known(model: nn.Module, found: dict[str, str]) -> dict[str, str]:
+    if not found:
+        raise ValueError(
+            f"attach: {type(model).__name__} has no such module under a name that is known; expected those of torch, "
+            "transformers or interlayer.models. Name the modules yourself."
+        )
+    return found
