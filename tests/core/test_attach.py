@@ -54,7 +54,8 @@ def net():
 
 
 FORMULAS = {
-    "lora": (partial(Lora, rank=2, alpha=3, bias=True), lambda p, h, x: h(x) + 1.5 * F.linear(F.linear(x, p.lora_A.weight), p.lora_B.weight, p.lora_B.bias)),
+    "lora": (partial(Lora, rank=2, alpha=3), lambda p, h, x: h(x) + 1.5 * x @ p.lora_A.weight.T @ p.lora_B.weight.T),
+    "lora, bias": (partial(Lora, bias=True), lambda p, h, x: h(x) + 2 * p.lora_B(p.lora_A(x))),
     "ia3": (Scale, lambda p, h, x: h(x) * p.ia3_l[:, 0]),
     "ia3 inputs": (partial(Scale, inputs=True), lambda p, h, x: h(x * p.ia3_l[0])),
     "bitfit": (Bias, lambda p, h, x: x @ h.weight.T + p.bias),

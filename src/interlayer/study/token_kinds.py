@@ -123,3 +123,20 @@ def token_kinds() -> Task:
         "token-kinds", (x, y[..., of]), (held, held_y[..., of]), shape=shape,
         base="ssl-interface(kind='weighted-sum')", about=about,
     )  # fmt: skip
+
+
+@cache
+def keywords() -> Task:
+    """Whether a text of 64 bytes of Python's standard library holds a keyword of Python, outside strings and comments.
+
+    For networks that were trained on other texts first: the usual base is a frozen language model of bytes under a linear head.
+    """
+    (x, y), (held, held_y) = (windows(count, 64, odd, 40) for count, odd in ((1024, 0), (512, 1)))
+    about = (
+        f"Whether a text of Python's standard library holds a keyword: {len(x)} texts of 64 bytes for training, {len(held)} of "
+        "other files for validation."
+    )
+    holds = ((labels[..., list(PROBES).index("token")] == KEYWORD).any(1).long() for labels in (y, held_y))
+    train, validation = zip((x, held), holds, strict=True)
+    shape = DataShape("tokens", "classes", classes=2, vocab=256, length=64)
+    return TensorTask("keywords", train, validation, shape=shape, base="adapterbias(kind='head')", about=about)

@@ -1,0 +1,1 @@
+"""New tasks at low cost."""
