@@ -113,9 +113,12 @@ def test_tasks_are_named_switched_and_act_together():
     plain = model(x)
     attach(model, "0", Lora, task="a")
     attach(model, "0", Bias, task="b")
-    attach(model, "1", Whole, task="b")
+    attach(model, ["1", "3"], Whole, task="b")
     attach(model, "3", Whole, task="a")
-    attach(model, "3", Whole, task="b")
+    assert list(attached(attach(copy.deepcopy(model), nn.Linear, Lora, task="c"))["c"]) == [
+        "0",
+        "3",
+    ]  # not those in parts
     for task in "ab":
         stirred(model, task, ord(task))
     alone = {task: active(model, task)(x) for task in "ab"}

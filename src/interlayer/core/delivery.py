@@ -31,10 +31,10 @@ def guard(model: nn.Module, why: str = "", way: str = "") -> nn.Module:
     return model
 
 
-def release(model: nn.Module) -> None:
-    """Take a guard off again, in place; a model without one is left alone."""
-    for name in ("_cannot_carry", "_instead", "save_pretrained"):
-        vars(model).pop(name, None)
+def release(model: nn.Module) -> dict[str, Any]:
+    """Take a guard off again, in place, and give what it was, to be put back with ``vars(model).update``."""
+    names = ("_cannot_carry", "_instead", "save_pretrained")
+    return {name: vars(model).pop(name) for name in names if name in vars(model)}
 
 
 def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:

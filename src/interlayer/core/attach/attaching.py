@@ -17,10 +17,10 @@ from interlayer.core.select import At, select
 from interlayer.core.swap import bypassed, unfuse
 
 M = TypeVar("M", bound=nn.Module)
-_FLAGS = "_requires_grad_before"
+_BEFORE = "_before_parts"  # what asked for gradients, and what guarded the model
 WAY = (
-    "Save the parts alone with interlayer.core.attach.save(model, directory), or save "
-    "interlayer.core.attach.bake(model), or all of it with interlayer.save(model, directory)."
+    "Save the parts alone with interlayer.core.attach.save(model, directory), or save interlayer.core.attach.bake(model), which "
+    "has them in plain weights."
 )
 
 
@@ -64,7 +64,7 @@ def attach(model: M, at: At | Mapping[str, str], make: Callable[[nn.Module], Par
         raise ValueError(
             f"attach: task was {task!r}; expected a name without dots that is no attribute of a ModuleDict."
         )
-    sites = dict(at) if isinstance(at, Mapping) else {name: name for name, _ in select(model, at)}
+    sites = dict(at) if isinstance(at, Mapping) else {name: name for name, _ in select(model, at) if own(name)}
     there, dead = dict(model.named_modules()), bypassed(model)
     parts: dict[str, Part] = {}
     for name, late in sites.items():
@@ -74,15 +74,15 @@ def attach(model: M, at: At | Mapping[str, str], make: Callable[[nn.Module], Par
             raise ValueError(
                 f"attach: {dead[name]}, so a part at {name!r} would be without effect. Choose another module."
             )
-        if ".attached." in f".{name}." or task in getattr(there[name], "attached", ()):
+        if not own(name) or task in getattr(there[name], "attached", ()):
             raise ValueError(
                 f"attach: {name!r} has or is a part of the task {task!r} already. Use another task, or detach it first."
             )
         parts[name] = made = make(there[name])
         if not isinstance(made, Part):
             raise TypeError(f"attach: make gave a {type(made).__name__}; expected an interlayer.core.attach.Part.")
-    if _FLAGS not in vars(model):
-        setattr(model, _FLAGS, {n: p.requires_grad for n, p in model.named_parameters()})
+    if _BEFORE not in vars(model):
+        setattr(model, _BEFORE, ({n: p.requires_grad for n, p in model.named_parameters()}, release(model)))
         guard(model, "attached parts", WAY)
         model.requires_grad_(False)
     for name, part in parts.items():
@@ -150,6 +150,11 @@ def _changed(parts: Any, x: Tensor, output: Any) -> Any:
     return new if isinstance(output, Tensor) else taps.swap(output, new)
 
 
+def own(name: str) -> bool:
+    """Whether a module of this name is the base's own and not inside a part."""
+    return ".attached." not in f".{name}."
+
+
 def attached(model: nn.Module) -> dict[str, dict[str, Part]]:
     """The parts of a model: by task, by the name of their host.
 
@@ -208,11 +213,12 @@ def detach(model: M, *tasks: str) -> M:
             del host.attached[task]
             if not len(host.attached):
                 _unhook(model, host)
-    if not attached(model) and _FLAGS in vars(model):
-        flags = vars(model).pop(_FLAGS)
+    if not attached(model) and _BEFORE in vars(model):
+        release(model)
+        flags, guards = vars(model).pop(_BEFORE)
+        vars(model).update(guards)
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
-        release(model)
     return model
 
 
@@ -258,10 +264,10 @@ def bake(model: M) -> M:
     for name, host in list(new.named_modules()):
         parts: Any = getattr(host, "attached", None)
         for task in parts.on if isinstance(parts, Attached) else ():
-            own = {n for p in host.parameters(recurse=False) for n in owners[id(p)]}
+            sharing = {n for p in host.parameters(recurse=False) for n in owners[id(p)]}
             try:
-                if len(own) > 1:
-                    raise ValueError(f"its weight is shared by {' and '.join(sorted(own))}")
+                if len(sharing) > 1:
+                    raise ValueError(f"its weight is shared by {' and '.join(sorted(sharing))}")
                 parts[task].merge(host)
             except ValueError as error:
                 raise ValueError(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from interlayer import catalog
-from interlayer.core.attach.attaching import attach, attached
+from interlayer.core.attach.attaching import attach, attached, own
 from interlayer.core.attach.parts import KINDS, Lora, Part, Scale, Whole
 
 M = TypeVar("M", bound=nn.Module)
@@ -72,11 +72,11 @@ def save(model: nn.Module, directory: str | Path, *, task: str = "default") -> N
         **_settings(model, rest),
     }
     hosts: dict[str, Any] = {name: model.get_submodule(name) for name in parts}
-    own = {"base": _digest(model, rest), "late": {n: h.attached.late for n, h in hosts.items()}, "tied": tied}
+    notes = {"base": _digest(model, rest), "late": {n: h.attached.late for n, h in hosts.items()}, "tied": tied}
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, target / WEIGHTS, metadata={"format": "pt", "interlayer": json.dumps(own)})
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt", "interlayer": json.dumps(notes)})
 
 
 def _settings(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def load(model: M, directory: str | Path, *, task: str = "default", other_base: 
         ValueError: A file is missing or broken, of an unknown kind, or belongs to another base.
     """
     source = Path(directory)
-    config, tensors, own = _read(source)
+    config, tensors, notes = _read(source)
     title = (config.get("auto_mapping") or {}).get("base_model_class") or "a model"
     if config.get("base_model_name_or_path"):
         title = f"{title} ({config['base_model_name_or_path']})"
@@ -122,7 +122,7 @@ def load(model: M, directory: str | Path, *, task: str = "default", other_base: 
     cls = _kind(kind, source)
     if used := [key for key in UNKNOWN if config.get(key)]:
         raise ValueError(f"attach.load: {source} uses {used[0]}, which interlayer does not know. Load it with PEFT.")
-    names = {n: m for n, m in model.named_modules() if ".attached." not in f".{n}."}
+    names = {n: m for n, m in model.named_modules() if own(n)}
     sites: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, rest = key.removeprefix(PREFIX).rpartition(".")
@@ -146,7 +146,7 @@ def load(model: M, directory: str | Path, *, task: str = "default", other_base: 
                 f"{name or 'the model'} ({type(host).__name__} {shape}). Load it on the base that it names."
             ) from error
         made[name] = part
-    digest = own.get("base")
+    digest = notes.get("base")
     if (
         digest
         and not other_base
@@ -156,8 +156,8 @@ def load(model: M, directory: str | Path, *, task: str = "default", other_base: 
             f"attach.load: {source} was trained on {title} with other weights than this {type(model).__name__} has. Load that "
             "base, or pass other_base=True to use the parts on this one."
         )
-    late = own.get("late", {})
-    for owned, owner in own.get("tied", {}).items():
+    late = notes.get("late", {})
+    for owned, owner in notes.get("tied", {}).items():
         (name, _, key), (whose, _, which) = owned.partition(":"), owner.partition(":")
         path, _, last = key.rpartition(".")
         made[name].get_submodule(path)._parameters[last] = made[whose].get_parameter(which)

@@ -7,6 +7,7 @@ import re
 
 from torch import nn
 
+from interlayer.core.attach.attaching import own
 from interlayer.core.swap import bypassed
 
 # The last linear map of a feed-forward, and the dropout behind it, relative to that map ("" where there is none).
@@ -34,7 +35,7 @@ def feed_forwards(model: nn.Module) -> dict[str, str]:
         >>> feed_forwards(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1, enable_nested_tensor=False))
         {'layers.0.linear2': 'layers.0.dropout2'}
     """
-    names, found = dict(model.named_modules()), dict[str, str]()
+    names, found = _own(model), dict[str, str]()
     for name in names:
         for pattern, dropout in FEED_FORWARDS.items():
             if re.search(rf"(^|\.){pattern}$", name):
@@ -50,7 +51,7 @@ def attention_outputs(model: nn.Module) -> list[str]:
     Raises:
         ValueError: None is known by its name.
     """
-    found = {n: n for n, _ in model.named_modules() if re.search(rf"(^|\.)({ATTENTIONS})$", n)}
+    found = {n: n for n in _own(model) if re.search(rf"(^|\.)({ATTENTIONS})$", n)}
     return list(_known(model, found))
 
 
@@ -63,10 +64,14 @@ def biased(model: nn.Module) -> list[str]:
     kinds = (nn.Linear, nn.LayerNorm, nn.GroupNorm)
     found = {
         n: n
-        for n, m in model.named_modules()
+        for n, m in _own(model).items()
         if (isinstance(m, kinds) or type(m).__name__ == "Conv1D") and getattr(m, "bias", None) is not None
     }
     return list(_known(model, {n: n for n in found if n not in bypassed(model)}))
+
+
+def _own(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if own(name)}
 
 
 def _known(model: nn.Module, found: dict[str, str]) -> dict[str, str]:

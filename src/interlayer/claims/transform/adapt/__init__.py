@@ -1,0 +1,1 @@
+"""Claims of ways to adapt."""
