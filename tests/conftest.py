@@ -41,6 +41,7 @@ def made_once(request):
     from interlayer.core.cost import peak_bytes
     from interlayer.core.datasets import mnist1d, photographs, speech
     from interlayer.study.token_kinds import upstream
+    from interlayer.transform.adapt import _tuned
 
     mnist1d()
     if find_spec("espeakng_loader"):
@@ -48,6 +49,7 @@ def made_once(request):
     upstream()
     if find_spec("skimage"):
         photographs()
+    _tuned.upstream()
     peak_bytes(lambda: torch.zeros(1) + 1)
     x = torch.ones(2, requires_grad=True)
     x.sum().backward()  # an engine that a compiled graph has started is of no use in forked processes

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from interlayer.core.nano import cache, keep, nano
+from interlayer.core.pairing import paired
 
 RACE = """
 import torch
@@ -112,3 +113,14 @@ def test_keep_replaces_a_file(tmp_path):
 def test_it_trains_where_gradients_are_off():
     with torch.no_grad():
         nano(lambda: nn.Linear(1, 1), lambda m: m(torch.ones(1)).backward(), task="t", kind="grad")
+
+
+def test_a_model_that_is_paired_by_seed_holds_the_same_trained_one_for_every_seed():
+    runs = []
+
+    def build():
+        return nn.ModuleDict({"base": made(runs), "head": nn.Linear(2, 2)})
+
+    a, b = (paired(build, seed).model for seed in (0, 1))
+    assert len(runs) == 1 and torch.equal(a["base"][0].weight, b["base"][0].weight)
+    assert not torch.equal(a["head"].weight, b["head"].weight)

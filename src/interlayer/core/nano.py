@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def cache() -> Path:
@@ -69,7 +70,8 @@ def nano(
         >>> model.weight.item()
         1.0
     """
-    with torch.random.fork_rng():
+    # A pairing that watches draws (core.pairing) is not to watch these, which are the same for every seed.
+    with _disable_current_modes(), torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build()
         try:

@@ -247,7 +247,7 @@ class AdaptedBytes(Tuned):
         classes: int,
         *,
         kind: str = "adapterbias",
-        depth: int = 4,
+        depth: int = 2,
         width: int = 64,
         steps: int = STEPS,
         **options: Any,
