@@ -2,9 +2,9 @@
 
     python -m benchmarks.attach
 
-One GPT-2 of transformers (6 layers, width 256) and one batch; LoRA of rank 8 on ``c_attn``. First the gate: with PEFT's weights our
-LoRA gives its logits and gradients. Then steps in turn, forward and backward over the same batch. AdapterHub's ``adapters`` 1.3.0 cannot be imported
-beside transformers 5 (it wants 4.57), so it is not compared with.
+One GPT-2 of transformers (6 layers, width 256) and one batch; LoRA of rank 8 on ``c_attn``. First the gate: with PEFT's weights
+our LoRA gives its logits and gradients. Then steps in turn, forward and backward over the same batch. AdapterHub's ``adapters``
+1.3.0 cannot be imported beside transformers 5 (it wants 4.57), so it is not compared with.
 """
 
 from __future__ import annotations
