@@ -230,6 +230,22 @@ def test_every_kind_is_saved_alone_and_comes_back(tmp_path, build):
     assert torch.equal(again.eval()(x), model.eval()(x))
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_peft_trained_beside_lora_are_read(tmp_path, bias):
+    import peft
+
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["query"], bias=bias)
+    theirs = peft.get_peft_model(families.model("bert"), config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    theirs.save_pretrained(tmp_path)
+    read = at.load(families.model("bert"), tmp_path)
+    torch.testing.assert_close(out(read, "bert"), out(theirs, "bert"), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out(bake(read), "bert"), out(theirs, "bert"), atol=1e-5, rtol=1e-4)
+
+
 def test_ranks_and_scales_may_differ_by_module(tmp_path):
     import peft
 

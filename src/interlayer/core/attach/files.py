@@ -1,7 +1,7 @@
 """Save and load the parts of one task in PEFT's files: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-LoRA and IA3, with modules that are trained whole beside them, are files that PEFT itself reads; folders that PEFT wrote for these
-are read too. Other kinds are written by the same convention under a ``peft_type`` of their own.
+LoRA and IA3, with modules that are trained whole beside them, are files that PEFT itself reads; folders that PEFT wrote for these,
+with biases trained beside LoRA too, are read. Other kinds are written by the same convention under a ``peft_type`` of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from interlayer import catalog
 from interlayer.core.attach.attaching import attach, attached, own
-from interlayer.core.attach.parts import KINDS, Lora, Part, Scale, Whole
+from interlayer.core.attach.parts import KINDS, Bias, Lora, Part, Scale, Whole
 
 M = TypeVar("M", bound=nn.Module)
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -136,7 +136,7 @@ def load(model: M, directory: str | Path, *, task: str = "default", other_base: 
         host = names.get(name, model)
         mine = any(name == w or name.endswith(f".{w}") for w in whole)
         try:
-            part = Whole(host) if mine else cls.restore(host, state, _here(config, name))
+            part = Whole(host) if mine else _restored(cls, host, state, _here(config, name))
             part.fill(state)
         except (KeyError, RuntimeError, ValueError) as error:
             shape = tuple(getattr(getattr(host, "weight", None), "shape", ()))
@@ -163,6 +163,17 @@ def load(model: M, directory: str | Path, *, task: str = "default", other_base: 
         made[name].get_submodule(path)._parameters[last] = made[whose].get_parameter(which)
     by_host = {id(names[name]): part for name, part in made.items()}
     return attach(model, {n: late.get(n, n) for n in made}, lambda host: by_host[id(host)], task=task)
+
+
+def _restored(cls: type[Part], host: Any, state: dict[str, Tensor], settings: Mapping[str, Any]) -> Part:
+    """A part for the tensors of one module. Biases that PEFT trained beside LoRA become LoRA's own, or parts where there is none."""
+    if cls is Lora and set(state) == {"bias"}:
+        return Bias(host)
+    if cls is Lora and (bias := state.pop("base_layer.bias", None)) is not None:
+        state["lora_B.bias"] = torch.zeros_like(bias)
+        scale = Lora.restore(host, state, settings).scale
+        state["lora_B.bias"] = (bias - host.bias.detach().to(bias)) / scale
+    return cls.restore(host, state, settings)
 
 
 def _kind(kind: str, source: Path) -> type[Part]:
