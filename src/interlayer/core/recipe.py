@@ -29,8 +29,9 @@ from interlayer import catalog
 from interlayer.core import quantizer, select, weights
 from interlayer.core.extras import need
 from interlayer.core.kinds import Transform
-from interlayer.core.record import BAKE, QUANTIZE, REPLACE, note, notes_on, own_class, rebase, record, scrub, steps
+from interlayer.core.record import BAKE, QUANTIZE, REPLACE, TAKE, note, notes_on, own_class, rebase, record, scrub, steps
 from interlayer.core.swap import Swap
+from interlayer.core.wiring import shrink
 from interlayer.version import __version__
 
 __all__ = ["BAKE", "REPLACE", "load", "rebase", "record", "save", "steps"]
@@ -280,6 +281,8 @@ def _restore(model: nn.Module, step: dict[str, Any]) -> nn.Module:
         return _replaced(model, structure)
     if slug == QUANTIZE:
         return _fits(slug, model, lambda: quantizer.restore(model, structure))
+    if slug == TAKE:
+        return _fits(slug, model, lambda: shrink.restore(model, structure))
     system = catalog.load().get(slug)
     cls = system.resolve() if system and system.kind == "transform" and system.state != "planned" else None
     if not (isinstance(cls, type) and issubclass(cls, Transform)):
