@@ -27,10 +27,10 @@ from interlayer.core import taps
 from interlayer.core.wiring.bridge import Bridge, Maps
 from interlayer.core.wiring.groups import Group, Member, Wiring, checked, collect, run
 from interlayer.core.wiring.labels import tensors
-from interlayer.core.wiring.shrink import masked, take
+from interlayer.core.wiring.shrink import masked, normed, take
 from interlayer.core.wiring.tracer import Tracer
 
-__all__ = ["Bridge", "Group", "Maps", "Member", "Wiring", "counted", "in_order", "masked", "run", "take", "trace"]
+__all__ = ["Bridge", "Group", "Maps", "Member", "Wiring", "counted", "in_order", "masked", "normed", "run", "take", "trace"]
 
 
 def trace(model: nn.Module, *inputs: Any, output: str | Callable[[Any], Any] | None = None, **kwargs: Any) -> Wiring:

@@ -98,7 +98,6 @@ def take(
             return [t for t in tensors(read(found) if read else found) if t.is_floating_point()]
 
     expected, problem, second = output(model, masked(model, keep, wiring)), "", None
-    normed = any(NORM.search(type(_owner(model, m.name)).__name__) for g in cut for m in (*g.members, *g.outputs))
     for small in _candidates(model, state, axes, cut, keep, wiring):
         try:
             given = output(small)
@@ -110,7 +109,7 @@ def take(
             if all(_close(a, b) for a, b in pairs):
                 return small
             second = second or small
-    if second is not None and normed:
+    if second is not None and any(normed(model, g) for g in cut):
         return second
     raise ValueError(
         f"take: {type(model).__name__} does not work with fewer units of {', '.join(g.name for g in cut)} "
@@ -118,6 +117,15 @@ def take(
         "Keep the same number in every group that shares a size (all heads, all layers of an LSTM), choose other groups, or "
         "leave the shapes and set the units to zero with masked()."
     )
+
+
+def normed(model: nn.Module, group: Group) -> bool:
+    """Whether a norm takes its statistics over the units of a group, so that the others change when some are removed."""
+    for m in (*group.members, *group.outputs):
+        owner = _owner(model, m.name)
+        if NORM.search(type(owner).__name__) or (isinstance(owner, nn.GroupNorm) and owner.num_groups == 1):
+            return True
+    return False
 
 
 def restore(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
