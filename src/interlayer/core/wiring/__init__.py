@@ -15,6 +15,7 @@ a group. The groups are checked by running the permuted model once.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -30,7 +31,20 @@ from interlayer.core.wiring.labels import tensors
 from interlayer.core.wiring.shrink import masked, normed, take
 from interlayer.core.wiring.tracer import Tracer
 
-__all__ = ["Bridge", "Group", "Maps", "Member", "Wiring", "counted", "in_order", "masked", "normed", "run", "take", "trace"]
+__all__ = [
+    "Bridge",
+    "Group",
+    "Maps",
+    "Member",
+    "Wiring",
+    "counted",
+    "in_order",
+    "masked",
+    "normed",
+    "run",
+    "take",
+    "trace",
+]
 
 
 def trace(model: nn.Module, *inputs: Any, output: str | Callable[[Any], Any] | None = None, **kwargs: Any) -> Wiring:
@@ -57,7 +71,7 @@ def trace(model: nn.Module, *inputs: Any, output: str | Callable[[Any], Any] | N
         >>> [(g.size, [(m.name, m.dim) for m in g.members]) for g in wiring.groups.values()]
         [(8, [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])]
     """
-    with taps.at_rest(model), torch.no_grad(), _parts():
+    with taps.at_rest(model), torch.no_grad(), _parts(), _no_collection():
         tracer = Tracer(model, (inputs, kwargs))
         hooks = [
             module.register_forward_hook(partial(tracer.seen, name), with_kwargs=False)
@@ -131,6 +145,18 @@ def counted(whole: Any, output: str | Callable[[Any], Any] | None) -> list[Tenso
     if not leaves:
         raise TypeError(f"trace: no tensor in the output that counts ({type(whole).__name__}). Name another one.")
     return leaves
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from searching for garbage: a pass makes many small objects and no garbage, and the searches take most of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextmanager

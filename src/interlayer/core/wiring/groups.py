@@ -107,8 +107,8 @@ def collect(tr: Labelling) -> Wiring:
     def located(places: Array) -> list[tuple[int, ...]]:
         met: dict[tuple[int, ...], int] = defaultdict(int)
         out = []
-        for i in places:
-            key = ix.expand(int(i))
+        for i in places.tolist():
+            key = ix.expand(i)
             met[key] += 1
             # positions of one axis that move together (q and k in a fused weight) are distinguished by their order
             out.append(key if met[key] == 1 else (*key, ix.constant(-1, met[key])))
@@ -127,6 +127,9 @@ def collect(tr: Labelling) -> Wiring:
 
     def chain(b: int, busy: frozenset[int] = frozenset()) -> tuple[int, ...]:
         if b not in chains:
+            if ix.owners[b] == {-1}:  # most: nothing that it lives in
+                chains[b] = (b,)
+                return chains[b]
             if b in busy:
                 return (b,)
             above = []
@@ -148,6 +151,9 @@ def collect(tr: Labelling) -> Wiring:
         owned: dict[int, dict[Axis, list[int]]] = defaultdict(lambda: defaultdict(list))
         for axis, places in keys.items():
             for position, key in enumerate(places):
+                if len(key) == 1 and chains.get(key[0]) == key and key[0] not in ix.constant_ids:
+                    owned[key[0]][axis].append(position)
+                    continue
                 for a in {a for b in key if b not in ix.constant_ids for a in chain(b)}:
                     owned[a][axis].append(position)
         return owned
@@ -163,6 +169,9 @@ def collect(tr: Labelling) -> Wiring:
         ]
 
     def member(axis: Axis, units: list[int], place: dict[int, int], keys: Keys, owned: Any) -> Member | None:
+        alone = [owned[unit][axis] for unit in units]
+        if all(len(at) == 1 and keys[at[0]] == (unit,) for unit, at in zip(units, alone, strict=True)):
+            return Member(*axis, torch.tensor(alone))
         table: dict[Any, dict[int, int]] = defaultdict(dict)
         for unit in units:
             for position in owned[unit][axis]:

@@ -90,9 +90,10 @@ class Indices:
     def _join(self, a: int, b: int) -> None:  # root a disappears in root b
         self.up[a] = b
         self.parts.pop(a, None)
-        self.marks[b] |= self.marks.pop(a)
-        owners = self.owners.pop(a)
-        if b not in self.parts:
+        marks, owners = self.marks.pop(a), self.owners.pop(a)
+        if marks:
+            self.marks[b] |= marks
+        if b not in self.parts and owners != self.owners[b]:
             self.owners[b] |= owners
         self.known = None
 

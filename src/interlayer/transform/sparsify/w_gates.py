@@ -188,7 +188,9 @@ class WGates(Rule):
                 "weight and at least 2 samples."
             )
         if efficiency not in get_args(Efficiency):
-            raise ValueError(f"WGates: efficiency was {efficiency!r}; expected one of {', '.join(get_args(Efficiency))}.")
+            raise ValueError(
+                f"WGates: efficiency was {efficiency!r}; expected one of {', '.join(get_args(Efficiency))}."
+            )
         self.model, self.target, self.efficiency, self.weight = model, target, efficiency, weight
         self.rates, self.samples = (lr, gate_lr), samples
         self.gates = nn.ModuleDict()
@@ -209,7 +211,7 @@ class WGates(Rule):
                 )
             if not self.gates:
                 for name in self.found:
-                    self.gates[_key(name)] = Gate(self._filters(name).shape[1]).to(inputs.device)
+                    self.gates[_key(name)] = Gate(self._filters(name).shape[1]).to(self._filters(name))
                 self._optimise()
             if self.cost is None or self.efficiency == "flops":
                 self.cost = self._efficiency(inputs).to(inputs.device)
@@ -273,7 +275,9 @@ class WGates(Rule):
             ValueError: No step was taken yet.
         """
         if self.wiring is None:
-            raise ValueError("WGates: no batch was seen, so there are no gates; expected a step before. Call step(batch) first.")
+            raise ValueError(
+                "WGates: no batch was seen, so there are no gates; expected a step before. Call step(batch) first."
+            )
         return {name: g.nonzero()[:, 0].tolist() for name, g in self._gated()[0].items()}
 
     def result(self) -> nn.Module:
