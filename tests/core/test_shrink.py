@@ -14,6 +14,11 @@ from interlayer.testing.common import picture, unchanged
 from interlayer.testing.transforms import carried
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def traced(name):
     net, given = families.model(name), families.batch(name)
     args, kwargs = ((), given) if isinstance(given, dict) else ((given,), {})

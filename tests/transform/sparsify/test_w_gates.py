@@ -14,6 +14,11 @@ from interlayer.testing.common import picture, unchanged
 from interlayer.transform.sparsify.w_gates import Gate, Latency, Multiplications, WGates, ends, measured, removable
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def net(width=6):
     return nn.Sequential(
         nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)
@@ -26,7 +31,6 @@ def batch(n=16):
 
 
 def test_gates_are_the_step_of_a_linear_score_with_the_gradient_of_an_arc_tangent():
-    torch.manual_seed(0)
     gate, filters = Gate(5), torch.randn(7, 5)
     nn.init.normal_(gate.score.weight)
     s = filters @ gate.score.weight[0] + gate.score.bias
@@ -58,7 +62,6 @@ def naive(model, keep, wiring, x):
 
 
 def test_what_gates_close_is_removed():
-    torch.manual_seed(0)
     model, (x, y) = net(), batch()
     rule = WGates(model, target=0.4, lr=1e-2, gate_lr=5e-2)
     for _ in range(16):
@@ -75,7 +78,6 @@ def test_what_gates_close_is_removed():
 
 
 def test_a_step_descends_cross_entropy_through_the_gates_and_a_hinge_on_the_cost():
-    torch.manual_seed(0)
     model, (x, y) = net().double(), batch()
     x = x.double()
     rule = WGates(model, target=0.5, weight=3.0, lr=0.0, gate_lr=0.0)
@@ -95,7 +97,6 @@ def test_a_step_descends_cross_entropy_through_the_gates_and_a_hinge_on_the_cost
 
 
 def test_layers_of_a_stream_share_gates_that_see_all_their_filters():
-    torch.manual_seed(0)
     model, (x, y) = ResNet18(1, 10, width=4), batch()
     rule = WGates(model, target=0.6, gate_lr=3e-2)
     for _ in range(8):
@@ -118,7 +119,6 @@ def test_neurons_and_heads_of_a_vision_transformer():
         def forward(self, x):
             return self.net(x).logits
 
-    torch.manual_seed(0)
     wrapped, x, y = Logits(), given["pixel_values"], torch.tensor([0, 1])
     rule = WGates(wrapped, target=0.5, gate_lr=0.1)
     for _ in range(8):
@@ -129,7 +129,6 @@ def test_neurons_and_heads_of_a_vision_transformer():
 
 
 def test_multiply_adds_are_exact_for_channels_and_depthwise_convolutions():
-    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(64, 3)
     )  # fmt: skip
@@ -145,7 +144,6 @@ def test_multiply_adds_are_exact_for_channels_and_depthwise_convolutions():
 
 
 def test_the_latency_predictor_fits_times_and_has_gradients():
-    torch.manual_seed(0)
     shares = torch.cat((torch.ones(1, 3), torch.rand(40, 3)))
     times = 1e-3 * (0.2 + shares[:, 0] * shares[:, 1] + 0.5 * shares[:, 2])
     predictor = Latency(3).learn(shares[:31], times[:31], steps=200)
@@ -157,7 +155,6 @@ def test_the_latency_predictor_fits_times_and_has_gradients():
 
 
 def test_latency_as_the_budget():
-    torch.manual_seed(0)
     model, (x, y) = net(), batch()
     rule = WGates(model, target=0.7, efficiency="latency", samples=4)
     rule.step((x, y))
