@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,6 @@ def take(
     keep: Keep,
     wiring: Wiring,
     *inputs: Any,
-    read: Callable[[Any], Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """A smaller model that has only some units of some groups; the model itself stays as it is.
@@ -49,7 +48,7 @@ def take(
     ``interlayer.models``) can express the new sizes, the result is a plain model of that configuration, which ``save_pretrained``
     carries. Otherwise it is a copy with shorter weights whose integer attributes follow; ``interlayer.save`` stores it
     without pickle, and ``save_pretrained`` refuses. The result is run once, and must give what the model gives with the
-    removed units set to zero (``masked``), unless a norm takes its statistics over the shortened axis.
+    removed units set to zero (``masked``) in all outputs whose shapes stay, unless a norm takes its statistics over the shortened axis.
 
     Takes the time of slicing each weight and of two or more forward passes; beside the result, a zeroed copy of the weights.
 
@@ -58,7 +57,6 @@ def take(
         keep: The units that stay, by the name of their group. Groups that are not named stay whole.
         wiring: What ``trace(model, ...)`` found.
         inputs: Positional arguments for the check; those of ``trace``.
-        read: What of the output is compared. Defaults to all tensors in it whose shapes stay.
         kwargs: Keyword arguments for the check.
 
     Raises:
@@ -89,7 +87,7 @@ def take(
     def output(net: nn.Module, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         with at_rest(net), torch.no_grad():
             found = net(*inputs, **kwargs) if weights is None else run(net, weights, *inputs, **kwargs)
-            return [t for t in tensors(read(found) if read else found) if t.is_floating_point()]
+            return [t for t in tensors(found) if t.is_floating_point()]
 
     expected, problem, second = output(model, masked(model, keep, wiring)), "", None
     for small in _candidates(model, state, axes, cut, keep, wiring):
@@ -98,11 +96,10 @@ def take(
         except Exception as error:  # whatever the model's own code raises where a size does not fit
             problem = problem or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
-        pairs = [(a, b) for a, b in zip(expected, given, strict=True) if read or a.shape == b.shape]
-        if pairs and all(a.shape == b.shape for a, b in pairs):
-            if all(_close(a, b) for a, b in pairs):
-                return small
-            second = second or small
+        pairs = [(a, b) for a, b in zip(expected, given, strict=True) if a.shape == b.shape]
+        if pairs and all(_close(a, b) for a, b in pairs):
+            return small
+        second = second or small
     if second is not None and any(normed(model, g) for g in cut):
         return second
     raise ValueError(
