@@ -29,7 +29,19 @@ from interlayer import catalog
 from interlayer.core import quantizer, select, weights
 from interlayer.core.extras import need
 from interlayer.core.kinds import Transform
-from interlayer.core.record import BAKE, QUANTIZE, REPLACE, TAKE, note, notes_on, own_class, rebase, record, scrub, steps
+from interlayer.core.record import (
+    BAKE,
+    QUANTIZE,
+    REPLACE,
+    TAKE,
+    note,
+    notes_on,
+    own_class,
+    rebase,
+    record,
+    scrub,
+    steps,
+)
 from interlayer.core.swap import Swap
 from interlayer.core.wiring import shrink
 from interlayer.version import __version__
