@@ -1,3 +1,4 @@
+import gc
 import inspect
 from itertools import pairwise
 
@@ -522,6 +523,11 @@ def test_the_sound_groups_stay_when_another_is_dropped():
     assert sizes(wiring) == [5] and wiring.fixed["2.a.weight", 0] == "permuting it changed the output"
     moved = wiring.permute(model.state_dict(), wiring.random(1))
     assert torch.allclose(run(model, moved, x), model(x), rtol=1e-9)
+
+
+def test_garbage_is_collected_again_afterwards():
+    trace(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.randn(1, 2))
+    assert gc.isenabled()
 
 
 def test_training_mode_and_weights_are_left_alone():
