@@ -9,8 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from interlayer.core import solve
 from interlayer.core.data import answer
 from interlayer.core.process.paths import Diffusion, Model, Prediction, Process
+from interlayer.core.solve.tableau import TABLEAUS, combine
 
 
 @dataclass
@@ -121,6 +123,61 @@ class Heun:
         return x + change * (first + second) / 2
 
 
+@dataclass(frozen=True)
+class RungeKutta:
+    """An explicit Runge-Kutta method along a flow's velocity, with as many calls of the model a step as it has stages.
+
+    Needs a noise scale that is linear in time, as that of ``Flow``.
+
+    Args:
+        method: ``midpoint`` (order 2, two calls), ``kutta`` (order 3, three calls), ``rk4`` (order 4, four calls), or another
+            name in ``core.solve.tableau``.
+
+    Raises:
+        ValueError: An unknown method.
+    """
+
+    method: str = "midpoint"
+
+    def __post_init__(self) -> None:
+        if self.method not in TABLEAUS:
+            raise ValueError(f"RungeKutta: method {self.method!r}; expected one of {list(TABLEAUS)}.")
+
+    def step(
+        self, process: Process, predict: Predict, x: Tensor, t: Tensor, s: Tensor, draw: Callable[[], Tensor]
+    ) -> Tensor:
+        """One step."""
+        tableau, slopes = TABLEAUS[self.method], list[Tensor]()
+        change = process.broadcast(s, x)[1] - process.broadcast(t, x)[1]
+        for row, c in zip(((), *tableau.a), tableau.c, strict=True):
+            inside = x + change * combine(row, slopes) if row else x
+            slopes.append(_velocity(self, process, predict(inside, t + c * (s - t))))
+        return x + change * combine(tableau.b, slopes)
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Steps within a step, as many as a tolerance asks for, along a flow's velocity (``core.solve.odeint``, by torchdiffeq).
+
+    Args:
+        tolerance: Error that an inner step may have, relative and absolute.
+    """
+
+    tolerance: float = 1e-3
+
+    def step(
+        self, process: Process, predict: Predict, x: Tensor, t: Tensor, s: Tensor, draw: Callable[[], Tensor]
+    ) -> Tensor:
+        """One step, whatever it costs."""
+        rate = (process.broadcast(s, x)[1] - process.broadcast(t, x)[1]) / (s - t).to(x)
+
+        def slope(time: Tensor, y: Tensor) -> Tensor:
+            return rate * _velocity(self, process, predict(y, time.to(t.dtype)))
+
+        how = solve.Solver(tolerance=self.tolerance, adjoint=False)
+        return solve.odeint(slope, x, (float(t), float(s)), solver=how).value[-1]
+
+
 class Guided(nn.Module):
     """Classifier-free guidance (Ho and Salimans, arXiv:2207.12598): ``free + scale (conditional - free)``.
 
@@ -171,7 +228,8 @@ def integrate(
     """Follow a model from ``times[0]`` to ``times[-1]``; rising times lead from data to noise (inversion).
 
     Args:
-        model: Called as ``model(x, t, *conditions)`` with one time for each item. A module is in evaluation mode meanwhile.
+        model: Called as ``model(x, t, *conditions)`` with one time for each item. A module is in evaluation mode meanwhile; each
+            of its parts gets its own mode back.
         process: What the model was trained with.
         solver: How a step is made.
         x: Items at the first time.
@@ -196,7 +254,7 @@ def integrate(
     def draw() -> Tensor:
         return torch.randn(x.shape, generator=generator).to(x)
 
-    was = isinstance(model, nn.Module) and model.training
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
     if isinstance(model, nn.Module):
         model.eval()
     try:
@@ -207,8 +265,8 @@ def integrate(
                 hook(seen)
                 x = seen.x
     finally:
-        if isinstance(model, nn.Module):
-            model.train(was)
+        for module, mode in modes:
+            module.training = mode
     return x
 
 

@@ -35,8 +35,8 @@ class Solver:
     Args:
         steps: Equal steps between two times. Defaults to adaptive ones.
         tolerance: Error that a step may have, relative to the state and absolute. Defaults to 1e-3 without ``steps``.
-        method: ``euler``, ``midpoint``, ``rk4`` (default), ``bogacki-shampine`` or ``dormand-prince`` for fixed steps; ``dopri5``
-            (default), ``dopri8``, ``bosh3``, ``adaptive_heun`` or ``fehlberg2`` for adaptive ones.
+        method: ``euler``, ``midpoint``, ``kutta``, ``rk4`` (default), ``bogacki-shampine`` or ``dormand-prince`` for fixed steps;
+            ``dopri5`` (default), ``dopri8``, ``bosh3``, ``adaptive_heun`` or ``fehlberg2`` for adaptive ones.
         limit: Most adaptive steps, rejected ones included. Defaults to 1000.
         adjoint: Whether gradients come from the adjoint equation, which is solved backwards in time in memory that does not grow
             with the steps, and are exact up to the error of the solver. Otherwise they go through the steps: exact
