@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from interlayer.core.data import Batch, DataShape, answer, moved
 from interlayer.core.datasets import digits
 from interlayer.core.nano import nano
-from interlayer.core.process import DDIM, Diffusion, Process, distance, mmd, sample
+from interlayer.core.process import DDIM, Diffusion, Flow, Process, distance, mmd, sample
 from interlayer.core.task import Subject, Task
 
 Predict = Callable[[Any], Any]
@@ -203,11 +203,12 @@ def digit_classifier(scale: int = 1) -> nn.Sequential:
 
 
 @cache
-def digits_diffusion(scale: int = 1, **options: Any) -> DiffusionTask:
+def digits_diffusion(scale: int = 1, *, name: str = "digits-diffusion", **options: Any) -> DiffusionTask:
     """Diffusion of handwritten digits, judged in the features of a classifier of theirs.
 
     Args:
         scale: How much the 8x8 images are enlarged.
+        name: In the report.
         **options: See ``DiffusionTask``.
     """
     data, classifier = digit_images(scale), digit_classifier(scale)
@@ -217,7 +218,7 @@ def digits_diffusion(scale: int = 1, **options: Any) -> DiffusionTask:
         f"{len(data['validation'][0])} for validation; samples are compared in 32 features of a classifier."
     )
     return DiffusionTask(
-        "digits-diffusion",
+        name,
         data["train"],
         data["validation"],
         features=classifier[0],
@@ -225,3 +226,13 @@ def digits_diffusion(scale: int = 1, **options: Any) -> DiffusionTask:
         about=about,
         **options,
     )
+
+
+def digits_flow(scale: int = 1, **options: Any) -> DiffusionTask:
+    """Rectified flow of handwritten digits, sampled in 25 steps, at whose times solvers of flows act.
+
+    Args:
+        scale: How much the 8x8 images are enlarged.
+        **options: See ``DiffusionTask``.
+    """
+    return digits_diffusion(scale, name="digits-flow", process=Flow(), **{"steps": 25, **options})
