@@ -9,6 +9,8 @@ from interlayer import catalog
 PRIMITIVES = (
     "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "swap", "wiring", "wiring.shrink", "transport", "paths",
     "weights", "attach", "options", "delivery", "fields", "aside", "schedule", "scan", "recurrent", "solve", "reversible", "allocate",
+    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "values", "select", "swap", "wiring", "transport", "paths",
+    "weights", "options", "delivery", "fields", "aside", "schedule", "scan", "recurrent", "solve", "reversible", "allocate",
     "routing", "spike", "skipping.skip", "skipping.decoder", "skipping.kept", "tune", "pairing", "equal", "recipe", "record", "cost",
     "traced", "nano", "kinds", "events", "process", "conditioning",
     "quantizer.grid", "quantizer.observe", "quantizer.packing", "quantizer.layers", "quantizer.nearest",
