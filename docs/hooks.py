@@ -12,7 +12,7 @@ PRIMITIVES = (
     "stream", "slots", "mixer", "position", "order", "trunk", "taps", "values", "select", "swap", "wiring", "transport", "paths",
     "weights", "options", "delivery", "fields", "aside", "schedule", "scan", "recurrent", "solve", "reversible", "allocate",
     "routing", "spike", "skipping.skip", "skipping.decoder", "skipping.kept", "tune", "pairing", "equal", "recipe", "record", "cost",
-    "traced", "nano", "kinds", "events", "process", "conditioning",
+    "traced", "nano", "kinds", "events", "process", "process.whole", "conditioning",
     "quantizer.grid", "quantizer.observe", "quantizer.packing", "quantizer.layers", "quantizer.nearest",
     "degraded", "datasets", "speech", "experiences", "rl", "task", "fit", "chart", "page",
 )  # fmt: skip
