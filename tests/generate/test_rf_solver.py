@@ -215,6 +215,8 @@ def test_errors():
         RFSolver(guidance=1).edit(lambda_model(), torch.randn(2, 3), (), ())
     with pytest.raises(ValueError, match=r"no self-attention to share among \['blocks.0.mixer', 'blocks.1.mixer'\]"):
         RFSolver(at="nowhere").plan(dit())
+    with pytest.raises(ValueError, match="order 1 is Euler's step, which changes no model"):
+        RFSolver(order=1).plan(dit())
     new = RFSolver(steps=4).plan(dit()).apply()
     with pytest.raises(ValueError, match="takes whole steps already"):
         RFSolver(steps=4).plan(new)

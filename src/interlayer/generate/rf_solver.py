@@ -58,7 +58,7 @@ class RFSolver(Transform):
 
     Raises:
         ValueError: An option out of range, a process that is not flow matching, no attention to share, guidance without
-            unconditional inputs, a model that already takes whole steps.
+            unconditional inputs, a model that already takes whole steps, a plan of order 1.
 
     Examples:
         >>> from interlayer.models import DiT
@@ -188,6 +188,8 @@ class RFSolver(Transform):
             others: None.
         """
         self.take(others)
+        if self.order == 1:
+            raise ValueError("RFSolver: order 1 is Euler's step, which changes no model. Set order=2 or 3.")
         names = arguments(model)
         _, process, _ = self.view(model, data.shape if isinstance(data, Tensor) else None)
         chosen, form = self.shared(model), FORMS.get(type(model).__name__)
