@@ -7,10 +7,8 @@ from mkdocs.structure.files import File
 from interlayer import catalog
 
 PRIMITIVES = (
-    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "select", "swap", "wiring", "wiring.shrink", "transport", "paths",
-    "weights", "attach", "options", "delivery", "fields", "aside", "schedule", "scan", "recurrent", "solve", "reversible", "allocate",
-    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "values", "select", "swap", "wiring", "transport", "paths",
-    "weights", "options", "delivery", "fields", "aside", "schedule", "scan", "recurrent", "solve", "reversible", "allocate",
+    "stream", "slots", "mixer", "position", "order", "trunk", "taps", "values", "select", "swap", "wiring", "wiring.shrink", "transport",
+    "paths", "weights", "attach", "options", "delivery", "fields", "aside", "schedule", "scan", "recurrent", "solve", "reversible", "allocate",
     "routing", "spike", "skipping.skip", "skipping.decoder", "skipping.kept", "tune", "pairing", "equal", "recipe", "record", "cost",
     "traced", "nano", "kinds", "events", "process", "process.whole", "conditioning",
     "quantizer.grid", "quantizer.observe", "quantizer.packing", "quantizer.layers", "quantizer.nearest",
