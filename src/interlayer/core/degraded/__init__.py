@@ -4,10 +4,12 @@ Images are float tensors [B, C, H, W] of numbers from 0 (black) to 1 (white).
 
 - ``shrink``, ``enlarge``: bicubic resampling as super-resolution uses it; ``noisy``, ``blurred``; ``encode`` and ``decode``:
   real JPEG bytes; ``eight_bit``: what a file would hold.
+- ``corrupt``: noise, blur, contrast and others in five levels, as robustness is measured.
 - ``Pairs`` cuts the same patches from images and from their degraded versions.
 - ``psnr``, ``ssim`` and, for sound, ``si_sdr`` give one number for each item of the batch.
 """
 
+from interlayer.core.degraded.corruptions import KINDS, corrupt
 from interlayer.core.degraded.degradations import (
     blurred,
     decode,
@@ -23,8 +25,10 @@ from interlayer.core.degraded.measures import luma, psnr, si_sdr, ssim
 from interlayer.core.degraded.pairs import Pairs
 
 __all__ = [
+    "KINDS",
     "Pairs",
     "blurred",
+    "corrupt",
     "decode",
     "eight_bit",
     "encode",

@@ -1,0 +1,1 @@
+"""Learning under noise and attack."""
