@@ -56,6 +56,7 @@ PRIMITIVES = (
     "quantizer.packing",
     "quantizer.layers",
     "quantizer.nearest",
+    "attack",
     "degraded",
     "datasets",
     "speech",
