@@ -115,7 +115,7 @@ class LAP(Rule):
         if self.clip:
             delta = delta.clamp(-self.radius, self.radius)
         delta = self._inside(x, delta)
-        if self.strengths[0]:
+        if any(self.strengths):
             self._push()
         loss = self._backward(x + delta, targets)
         self.optimiser.step()
