@@ -9,7 +9,7 @@ from torch import nn
 
 from interlayer.core.attack import attack
 from interlayer.learn.robust.lap import LAP, strengths
-from interlayer.learn.robust.overfitting import gap, layers, sensitivity, spectral, without_largest
+from interlayer.learn.robust.lap.overfitting import gap, layers, sensitivity, spectral, without_largest
 
 
 def net():

@@ -16,7 +16,7 @@ from interlayer.core import datasets
 from interlayer.core.attack import attack
 from interlayer.core.pairing import Streams
 from interlayer.learn.robust.lap import LAP
-from interlayer.learn.robust.overfitting import gap, layers, sensitivity, without_largest
+from interlayer.learn.robust.lap.overfitting import gap, layers, sensitivity, without_largest
 
 LOOKS = 4  # times during training at which accuracy is measured
 SHARE = 0.02  # of the weights that the test for shortcuts removes

@@ -16,7 +16,7 @@ from interlayer.core.attack import Loss, errors
 from interlayer.core.data import answer, run
 from interlayer.core.example import Example
 from interlayer.core.kinds import Rule
-from interlayer.learn.robust.overfitting import layers
+from interlayer.learn.robust.lap.overfitting import layers
 
 
 class LAP(Rule):
