@@ -6,6 +6,7 @@ throttled, so only ``make budget``, meant for a quiet one, fails by them.
 """
 
 import os
+import random
 from collections import defaultdict
 from importlib.util import find_spec
 
@@ -55,6 +56,17 @@ def made_once(request):
     x.sum().backward()  # an engine that a compiled graph has started is of no use in forked processes
     torch.compile(torch.sin, backend="aot_eager")(x).sum().backward()
     request.config.stash[EXEMPT] += clock(request.config) - start
+
+
+@pytest.fixture(autouse=True)
+def same_numbers(made_once):
+    """Random numbers that don't depend on which tests ran before."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_addoption(parser):

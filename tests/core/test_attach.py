@@ -264,7 +264,7 @@ def test_a_hugging_face_model_refuses_and_the_baked_one_saves(tmp_path, name):
     with pytest.raises(ValueError, match=re.escape("interlayer.core.attach.save(model, directory)")):
         model.save_pretrained(tmp_path)
     plain = bake(model)
-    torch.testing.assert_close(out(plain, name), out(model, name), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out(plain, name), out(model, name), atol=1e-4, rtol=1e-3)
     assert set(plain.state_dict()) == set(families.model(name).state_dict())
     plain.save_pretrained(tmp_path)
     assert torch.equal(out(type(plain).from_pretrained(tmp_path).eval(), name), out(plain, name))

@@ -139,7 +139,8 @@ def test_nothing_goes_past_a_block(size):
     x = torch.randn(3, 2, *size, requires_grad=True)
     net(x).sum().backward()
     assert not x.grad.any()
-    assert (net.blocks[0](x) == net.blocks[0](x)[0, 0].flatten()[0]).all()
+    found = net.blocks[0](x)
+    torch.testing.assert_close(found, torch.full_like(found, float(found.detach().mean())), rtol=0, atol=1e-4)
 
 
 def test_every_place_sees_the_whole_image_in_one_block():
