@@ -61,6 +61,7 @@ PRIMITIVES = (
     "datasets",
     "speech",
     "experiences",
+    "online",
     "rl",
     "task",
     "fit",

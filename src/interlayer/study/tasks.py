@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -15,8 +15,10 @@ from torch import Tensor
 from interlayer import catalog
 from interlayer.catalog import nearest
 from interlayer.core import datasets
+from interlayer.core.data import Batch
 from interlayer.core.experiences import StreamTask, by_classes, rotated
 from interlayer.core.extras import need
+from interlayer.core.online import corruptions
 from interlayer.core.task import Task, TensorTask, TextTask
 from interlayer.study.loaders import LoaderTask
 from interlayer.study.objects import Objects, is_path, load_object, shown
@@ -89,6 +91,34 @@ def digits_stream() -> Task:
     return StreamTask(
         "digits-stream", stream, about="Ten experiences of two digits each, five upright and five turned by 90 degrees."
     )
+
+
+class _Corrupted(TensorTask):
+    """Each validation batch has one corruption, so that a rule which adapts to batches can follow it."""
+
+    def batches(self, seed: int, batch_size: int, split: str = "train") -> Iterator[Batch]:
+        """As those of ``TensorTask``; validation batches of 72, a fifth of a corruption's images."""
+        if split == "train":
+            yield from super().batches(seed, batch_size)
+        else:
+            yield from zip(*(t.split(72) for t in self.data[split]), strict=True)
+
+
+@cache
+def corrupted_digits() -> Task:
+    """Learn the clean 8x8 digits, and be judged on those held out under five corruptions of level 4, a batch of each after another."""
+    images, labels = datasets.digits()
+    train, _ = datasets.split_digits()
+    clean, held = images / 16, torch.arange(len(labels)) % 5 == 4
+    kinds = ("shot-noise", "impulse-noise", "speckle-noise", "contrast", "brightness")
+    found = corruptions(
+        clean[held][:-1], labels[held][:-1], kinds, level=4, then=lambda x: (x - clean.mean()) / clean.std()
+    )
+    judged = torch.cat([s.inputs for s in found]), torch.cat([s.labels for s in found])
+    about = (
+        f"scikit-learn's digits: {len(train[0])} clean ones for training, {len(judged[1])} under {', '.join(kinds)}."
+    )
+    return _Corrupted("corrupted-digits", train, judged, base="convnet", about=about)
 
 
 @cache
