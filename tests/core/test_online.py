@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from interlayer.core import aside
 from interlayer.core.degraded import corrupt
 from interlayer.core.online import Adapted, Adapter, Shift, adapt_online, batch_statistics, corruptions, entropy
 
@@ -150,6 +151,19 @@ def test_training_the_source_takes_back_what_was_adapted():
     rule.adapt(x)
     rule.reset()
     assert torch.equal(rule.model[1].bias, plain[1].bias)
+
+
+def test_training_the_source_adds_auxiliary_losses():
+    class Told(nn.Linear):
+        def forward(self, x):
+            aside.loss(self.bias.sum())
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    rule = Descent(nn.Sequential(nn.Flatten(), Told(4, 2)), lr=0.01)
+    bias = rule.model[1].bias.detach().clone()
+    rule.step((torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])))  # slopes of the bias: below one half, and one
+    torch.testing.assert_close(rule.model[1].bias, bias - 0.01, rtol=1e-4, atol=1e-6)
 
 
 def test_where_the_entropy_is_not_finite_nothing_moves():

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from interlayer.core import aside
 from interlayer.core.data import answer, run
 from interlayer.core.degraded import KINDS, corrupt
 from interlayer.core.kinds import Rule
@@ -239,17 +240,17 @@ class Adapter(Rule):
         return (self.teacher,) if self.teacher else ()
 
     def step(self, batch: tuple[Any, Tensor]) -> dict[str, float]:
-        """Train the source model on one labelled batch: cross-entropy and Adam. What was adapted before is taken back."""
+        """Train the source model on one labelled batch: cross-entropy, auxiliary losses and Adam. What was adapted is taken back."""
         self.reset()
         self.source = {}
         if self.teacher is None:
             self.teacher = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=self.lr)
         inputs, labels = batch
-        with torch.enable_grad():
+        with torch.enable_grad(), aside.collect() as told:
             logits = answer(run(self.model.train(), inputs))
             loss = F.cross_entropy(logits, labels)
             self.teacher.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss if told.loss is None else loss + told.loss).backward()
         if loss.isfinite():
             self.teacher.step()
         return {"loss": float(loss.detach()), "accuracy": float((logits.argmax(1) == labels).float().mean())}
