@@ -205,6 +205,14 @@ def test_adapting_goes_on_where_a_saved_rule_stopped(tmp_path):
         assert torch.equal(rule.adapt(x), other.adapt(x))
 
 
+def test_a_compiled_model_adapts_like_the_plain_one():
+    rule, compiled = NHL(net(), rate=0.05, plasticity=0.1), torch.compile(net().eval(), backend="eager")
+    compiled(batches(1)[0])  # compiled before the rule watches it
+    other = NHL(compiled, rate=0.05, plasticity=0.1)
+    for x in batches(1):
+        torch.testing.assert_close(rule.adapt(x), other.adapt(x))
+
+
 def test_it_runs_under_bfloat16_autocast():
     rule = NHL(net(), rate=0.05, plasticity=0.1)
     with torch.autocast("cpu", torch.bfloat16):

@@ -36,10 +36,11 @@ def soft_hebbian(conv: nn.Conv2d, x: Float[Tensor, "B I H W"], temperature: floa
     weight = conv.weight.detach().requires_grad_()
     with torch.enable_grad():
         u = conv._conv_forward(x.detach(), weight, None)
-        y = competition(u.detach(), temperature)
+        response = u.detach()
+        y = competition(response, temperature)
         positions = y.numel() // y.shape[1]
         (yx,) = torch.autograd.grad((y * u).sum() / positions, weight)  # u is linear in w: its gradient is the patch x
-    yu = (y * u.detach()).transpose(0, 1).flatten(1).sum(1) / positions
+    yu = (y * response).transpose(0, 1).flatten(1).sum(1) / positions
     return yx - yu[:, None, None, None] * weight.detach()
 
 
@@ -106,7 +107,7 @@ class NHL(Adapter):
             raise ValueError(
                 f"NHL: plasticity {plasticity}, temperature {temperature}; expected at least 0, and above 0."
             )
-        convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        convolutions = {n: m for n, m in model.named_modules() if n and isinstance(m, nn.Conv2d)}
         name = next(iter(convolutions), "") if first is None else first
         if name not in convolutions:
             raise ValueError(
@@ -136,12 +137,16 @@ class NHL(Adapter):
         with taps.patch(self.model, {self.site: self.modulate}):
             return super().run(inputs)
 
+    def change(self, x: Float[Tensor, "B I H W"]) -> Float[Tensor, "O J h w"]:
+        """How the kernels move for what enters their convolution, before ``plasticity``."""
+        return soft_hebbian(self.conv, x, self.temperature)
+
     @contextmanager
     def _plastic(self) -> Iterator[None]:
         """While this is open, what enters the first convolution moves its kernels before it passes."""
 
         def follow(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            change = soft_hebbian(self.conv, args[0], self.temperature)
+            change = self.change(args[0])
             with torch.no_grad():
                 self.conv.weight.add_(change, alpha=self.plasticity)
 

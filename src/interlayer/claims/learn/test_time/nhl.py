@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,10 @@ from interlayer.core import datasets
 from interlayer.core.fit import fit
 from interlayer.core.online import Adapter, Shift, adapt_online, corruptions, entropy
 from interlayer.learn.test_time import BatchStatistics, Source, Tent
-from interlayer.learn.test_time import nhl as module
 from interlayer.learn.test_time.nhl import NHL, competition, soft_hebbian
 
 KINDS = ("shot-noise", "impulse-noise", "speckle-noise", "contrast", "brightness")
-OPTIONS = {"plasticity": 1e-2, "temperature": 1.0, "rate": 3e-2}
+OPTIONS: dict[str, Any] = {"plasticity": 1e-2, "temperature": 1.0, "rate": 3e-2}
 
 
 class Coin(NHL):
@@ -40,16 +40,11 @@ class CoinOnRunning(Coin):
 class Crossed(NHL):
     """Each kernel moves as another one should."""
 
-    def respond(self, inputs: Tensor) -> Tensor:
-        own = module.soft_hebbian
-        module.soft_hebbian = lambda *args: own(*args).roll(1, 0)
-        try:
-            return super().respond(inputs)
-        finally:
-            module.soft_hebbian = own
+    def change(self, x: Tensor) -> Tensor:
+        return super().change(x).roll(1, 0)
 
 
-RULES = {
+RULES: dict[str, Callable[[nn.Module], Adapter]] = {
     "nhl": lambda m: NHL(m, **OPTIONS),
     "source": Source,
     "batch statistics": BatchStatistics,
@@ -178,7 +173,7 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
     model = trained(seed, scale.width, scale.steps, arm == "trained on corruptions")
     shifts = stream(seed, scale.copies, scale.images)
     if arm in RULES:
-        rule: Adapter = RULES[arm](copy.deepcopy(model))
+        rule = RULES[arm](copy.deepcopy(model))
         found["online error"] = adapt_online(rule, shifts, batch=64, reset="shift").error
     if arm == "source":
         found["clean error"] = clean_error(model)
