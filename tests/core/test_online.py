@@ -84,7 +84,6 @@ def test_a_stream_holds_the_same_images_under_each_corruption_in_an_order_of_its
 )
 def test_when_a_batch_is_judged_and_when_the_source_comes_back(reset, judge, wrong):
     rule = Drift(linear())
-    rule.seen += 0
     found = adapt_online(rule, stream(), batch=2, reset=reset, judge=judge)
     assert {n: w.int().tolist() for n, w in found.wrong.items()} == wrong
     assert found.error == pytest.approx(sum(map(sum, wrong.values())) / 12)

@@ -133,3 +133,14 @@ def test_nan_in_a_users_data_is_told():
 )
 def test_a_trivial_predictor_scores_what_the_targets_alone_give(name, metric, low, high):
     assert low < tasks.load(name).trivial()[metric] < high
+
+
+def test_each_batch_of_corrupted_digits_has_one_corruption_and_the_same_images():
+    batches = list(tasks.load("corrupted-digits").batches(0, 256, "validation"))
+    labels = [torch.cat([y for _, y in batches[at : at + 5]]) for at in range(0, 25, 5)]
+    assert len(batches) == 25 and {len(y) for _, y in batches} == {70}
+    for found in labels:
+        assert torch.equal(found.bincount(), labels[0].bincount())
+    contrast = torch.cat([x for x, _ in batches[15:20]])
+    others = torch.cat([x for x, _ in batches[:15]])
+    assert contrast.std() < others.std() / 3  # the fourth kind and no other

@@ -131,7 +131,8 @@ class Adapter(Rule):
     those tensors, and the moments of the optimiser for what ``trained`` names.
 
     Args:
-        model: A trained classifier; its outputs, or their ``logits``, are [B, K].
+        model: A trained classifier; its outputs, or their ``logits``, are [B, K]. Of one that ``torch.compile`` gave, the module
+            itself adapts and runs without compilation; the weights are the same.
         rate: Learning rate of Adam for ``trained`` while adapting.
         lr: Learning rate of Adam for training the source in ``step``.
 
@@ -145,7 +146,8 @@ class Adapter(Rule):
     def __init__(self, model: nn.Module, *, rate: float = 1e-3, lr: float = 1e-3) -> None:
         if rate < 0 or lr < 0:
             raise ValueError(f"{type(self).__name__}: rate {rate}, lr {lr}; expected at least 0 of each.")
-        self.model, self.rate, self.lr = model, rate, lr
+        self.model = getattr(model, "_orig_mod", model)  # hooks that come and go would compile a compiled model again
+        self.rate, self.lr = rate, lr
         self.source: dict[str, Tensor] = {}
         self.optimiser: torch.optim.Adam | None = None
         self.teacher: torch.optim.Adam | None = None

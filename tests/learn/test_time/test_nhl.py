@@ -205,12 +205,11 @@ def test_adapting_goes_on_where_a_saved_rule_stopped(tmp_path):
         assert torch.equal(rule.adapt(x), other.adapt(x))
 
 
-def test_a_compiled_model_adapts_like_the_plain_one():
-    rule, compiled = NHL(net(), rate=0.05, plasticity=0.1), torch.compile(net().eval(), backend="eager")
-    compiled(batches(1)[0])  # compiled before the rule watches it
-    other = NHL(compiled, rate=0.05, plasticity=0.1)
-    for x in batches(1):
-        torch.testing.assert_close(rule.adapt(x), other.adapt(x))
+def test_a_compiled_model_adapts_uncompiled_and_shares_its_weights():
+    plain, x = net(), batches(1)[0]
+    rule = NHL(torch.compile(plain, backend="eager"), rate=0.05, plasticity=0.1)
+    torch.testing.assert_close(rule.adapt(x), NHL(net(), rate=0.05, plasticity=0.1).adapt(x))
+    assert rule.first == "0" and rule.conv is plain[0] and not torch.equal(plain[0].weight, net()[0].weight)
 
 
 def test_it_runs_under_bfloat16_autocast():

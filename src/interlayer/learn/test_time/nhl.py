@@ -103,6 +103,7 @@ class NHL(Adapter):
         first: str | None = None,
     ) -> None:
         super().__init__(model, rate=rate, lr=lr)
+        model = self.model
         if plasticity < 0 or temperature <= 0:
             raise ValueError(
                 f"NHL: plasticity {plasticity}, temperature {temperature}; expected at least 0, and above 0."
