@@ -227,6 +227,7 @@ class Small(nn.Module):
 
 def test_the_gradient_of_an_unrolled_step_is_that_of_autograd():
     """The exact second-order gradient, through the step of the weights, and the first-order one beside it."""
+    torch.manual_seed(0)
     model = Small().double()
     x, y, hx, hy = (torch.randn(*s, dtype=torch.float64) for s in ((20, 3), (20,), (20, 3), (20,)))
     m, rate, decay = [torch.tensor([0.1, 0.0, -0.1], dtype=torch.float64)], 0.3, 0.05
@@ -242,6 +243,7 @@ def test_the_gradient_of_an_unrolled_step_is_that_of_autograd():
     losses = lambda: F.mse_loss(model(x), y), lambda: F.mse_loss(model(hx), hy)
     found = architecture_gradients([model.a], [model.w], *losses, unroll=rate, momentum=m, decay=decay)
     torch.testing.assert_close(found[0], exact, rtol=1e-3, atol=1e-6)
-    assert (exact - torch.autograd.grad(held(moved.detach()), model.a)[0]).abs().max() > 1e-2 * exact.abs().max()
+    direct = torch.autograd.grad(held(moved.detach()), model.a)[0]
+    assert (exact - direct).abs().max() > 0.05 * exact.abs().max()  # the second term counts here
     assert torch.equal(model.w.detach(), before)
     torch.testing.assert_close(architecture_gradients([model.a], [model.w], *losses)[0], first)

@@ -9,6 +9,7 @@ from torch import nn
 from interlayer import catalog
 from interlayer.core.data import DataShape
 from interlayer.core.fields import Implicit
+from interlayer.core.search import CellNet, Supernet
 from interlayer.core.slots import parse_spec
 from interlayer.models.classic import MobileNetV3Small, ResNet18
 from interlayer.models.convnet import ConvNet
@@ -85,6 +86,14 @@ def _encoder_decoder(shape: DataShape, **options: Any) -> nn.Module:
     return EncoderDecoder(**{"vocab": shape.vocab, "source": shape.source, "length": shape.length, **options})
 
 
+def _cells(shape: DataShape, **options: Any) -> nn.Module:
+    return CellNet(shape.channels, shape.classes, **options)
+
+
+def _supernet(shape: DataShape, **options: Any) -> nn.Module:
+    return Supernet(shape.channels, shape.classes, **options)
+
+
 BASES = {
     "transformer": (_transformer, {("tokens", "tokens")}),
     "encoder": (_encoder, {("tokens", "classes")}),
@@ -92,6 +101,8 @@ BASES = {
     "mlp": (_mlp, {(kind, out) for kind in ("image", "vector", "series") for out in ("classes", "values")}),
     "convnet": (_convnet, {("image", "classes")}),
     "dit": (_dit, {("image", "noise")}),
+    "cells": (_cells, {("image", "classes")}),
+    "supernet": (_supernet, {("image", "classes")}),
     "resnet18": (_resnet18, {("image", "classes")}),
     "mobilenetv3": (_mobilenet, {("image", "classes")}),
     "field": (_field, {("vector", "values")}),

@@ -36,6 +36,14 @@ def digits() -> Task:
 
 
 @cache
+def digit_cells() -> Task:
+    """The digits for a network whose cells are searched: its plain form trains weights and mixture together."""
+    train, held = datasets.split_digits()
+    about = f"The digits, from a supernet of cells: {len(train[0])} for training, {len(held[0])} for validation."
+    return TensorTask("digit-cells", train, held, base="supernet(width=4, layers=3, nodes=2)", about=about)
+
+
+@cache
 def stdlib_bytes() -> Task:
     """The top-level modules of Python's standard library as bytes, at most 4 MB; every tenth file is for validation."""
     files, others = datasets.stdlib_bytes()
