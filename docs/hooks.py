@@ -33,6 +33,7 @@ PRIMITIVES = (
     "solve",
     "reversible",
     "allocate",
+    "search",
     "routing",
     "spike",
     "skipping.skip",
