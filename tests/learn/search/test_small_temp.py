@@ -183,6 +183,18 @@ def test_the_result_is_a_plain_network_of_a_genotype_that_is_data():
     assert sum(p.numel() for p in result.parameters()) < sum(p.numel() for p in rule.weights)
 
 
+def test_a_half_without_examples_updates_nothing():
+    x, y = batch()
+    for side in (False, True):
+        rule = DARTS(supernet())
+        before = {name: value.clone() for name, value in rule.model.named_parameters()}
+        rows = held_out(x) == side
+        metrics = rule.step((x[rows], y[rows]))
+        assert ("held" in metrics) == side and metrics["loss"] > 0
+        for name, value in rule.model.named_parameters():
+            assert name.startswith("architecture") == side or torch.equal(value, before[name]), name
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -192,7 +204,7 @@ def test_the_result_is_a_plain_network_of_a_genotype_that_is_data():
         (lambda: SmallTemp(supernet(), start=2.0), "at most 1"),
         (lambda: SmallTemp(supernet(), noise=-0.1), "0 or more"),
         (lambda: sparse_noisy_softmax(torch.ones(1, 2), 0.0), "temperature 0.0"),
-        (lambda: DARTS(supernet()).step((torch.ones(1, 1, 8, 8), torch.zeros(1).long())), "batch of 1"),
+        (lambda: DARTS(supernet()).step((torch.ones(0, 1, 8, 8), torch.zeros(0).long())), "empty batch"),
     ],
 )
 def test_bad_input_is_one_clear_error(make, text):

@@ -36,7 +36,7 @@ class DARTS(Rule):
     Shapes: a batch is (images [B, C, H, W], labels [B]), best of 8 examples or more.
 
     Raises:
-        ValueError: The model is not a supernet, or neither half of a batch has two examples.
+        ValueError: The model is not a supernet, or an empty batch.
 
     Examples:
         >>> rule = DARTS(Supernet(1, 10, width=4, layers=1, nodes=1, operations=["skip_connect", "sep_conv_3x3"]))
@@ -77,21 +77,19 @@ class DARTS(Rule):
     def step(self, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
         """Update the logits on the held-out half, then the weights on the other; ``loss`` and ``held`` are of these halves.
 
-        A half with fewer than two examples updates nothing, and its loss is left out.
+        A half without examples updates nothing, and its loss is left out.
         """
         inputs, targets = batch
+        if not len(targets):
+            raise ValueError(f"{type(self).__name__}: an empty batch; expected examples. Drop empty batches.")
         side = held_out(inputs)
         train, held = (inputs[~side], targets[~side]), (inputs[side], targets[side])
-        if max(len(train[1]), len(held[1])) < 2:
-            raise ValueError(
-                f"{type(self).__name__}: a batch of {len(targets)}; expected two examples in a half. Take more."
-            )
         self.model.train()
         found = {}
-        if len(held[1]) > 1:
+        if len(held[1]):
             self.draw()
             found["held"] = self._search(train, held)
-        if len(train[1]) > 1:
+        if len(train[1]):
             self.draw()
             loss = self._loss(train)
             self.descent.zero_grad()
@@ -118,7 +116,7 @@ class DARTS(Rule):
             self.weights,
             lambda: self._loss(train),
             loss,
-            unroll=group["lr"] if self.unrolled and len(train[1]) > 1 else 0.0,
+            unroll=group["lr"] if self.unrolled and len(train[1]) else 0.0,
             momentum=[0.0 if b is None else group["momentum"] * b for b in buffers],
             decay=group["weight_decay"],
         )
