@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from interlayer.core import recipe
+from interlayer.core.data import DataShape
 from interlayer.core.example import Example
 from interlayer.core.search import (
     OPERATIONS,
@@ -23,6 +25,7 @@ from interlayer.core.search import (
     operation,
     read_genotype,
 )
+from interlayer.models import build
 from interlayer.testing import hold
 
 SMALL = Space({"a": (1, 2, 3), "b": Space({"c": ("x", "y"), "d": ([0, 1], [1, 2])}), "e": (True,)})
@@ -190,14 +193,33 @@ def test_a_genotype_is_read_from_json_and_toml(tmp_path):
     (tmp_path / "found.toml").write_text(cells, encoding="utf-8")
     assert tomllib.loads(cells) == found
     for name in ("found.json", "found.toml"):
-        assert CellNet(1, 10, genotype=tmp_path / name, width=2, layers=3).genotype == found
+        assert read_genotype(tmp_path / name) == found
+    shape = DataShape("image", "classes", channels=1, height=8, width=8, classes=10)
+    net = build("cells", shape, genotype=str(tmp_path / "found.toml"), width=2, layers=3)
+    assert net.genotype == found
 
 
+def test_networks_are_saved_and_built_again_without_pickle(tmp_path):
+    net = Supernet(1, 10, width=2, layers=3, nodes=1, operations=[SKIP, SEP])
+    for name, model in (("supernet", net), ("plain", net.plain(net.derive()))):
+        recipe.save(model, tmp_path / name)
+        again = recipe.load(tmp_path / name)
+        x = torch.randn(2, 1, 8, 8)
+        assert type(again) is type(model)
+        torch.testing.assert_close(again(x), model.eval()(x))
+
+
+MAKES = {
+    "plain": lambda: CellNet(1, 3, genotype=genotype(normal=[(SEP, 0), (SKIP, 1)]), width=4, layers=1),
+    "supernet": lambda: Supernet(1, 3, width=2, layers=1, nodes=1, operations=["none", SKIP, SEP]),
+}
+
+
+@pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("contract", ["compile", "export", "state_dict", "deepcopy", "autocast"])
-def test_the_plain_network_runs_as_others_do(contract):
-    found = genotype(normal=[(SEP, 0), (SKIP, 1)])
+def test_networks_run_as_others_do(contract, make):
     example = Example(
-        make=lambda: CellNet(1, 3, genotype=found, width=4, layers=1),
+        make=MAKES[make],
         inputs=lambda: (torch.randn(3, 1, 6, 6),),
         batch="coupled",
     )

@@ -66,8 +66,9 @@ def note(model: nn.Module, base: Mapping[str, Any], steps: list[dict[str, Any]])
 
 def own_class(name: str) -> type[nn.Module] | None:
     """The class of ``interlayer.models``, or of a system of the catalogue, that has this name."""
-    found = getattr(import_module("interlayer.models"), name, None)
-    if not (isinstance(found, type) and found.__module__.startswith("interlayer.models")):
+    models = import_module("interlayer.models")
+    found = getattr(models, name) if name in models.__all__ else None
+    if not isinstance(found, type):
         system = next((s for s in catalog.load().values() if name and name in (s.code, s.network)), None)
         if system is None or system.state == "planned":
             return None

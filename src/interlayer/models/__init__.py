@@ -9,7 +9,7 @@ from torch import nn
 from interlayer import catalog
 from interlayer.core.data import DataShape
 from interlayer.core.fields import Implicit
-from interlayer.core.search import CellNet, Supernet
+from interlayer.core.search import CellNet, Supernet, read_genotype
 from interlayer.core.slots import parse_spec
 from interlayer.models.classic import MobileNetV3Small, ResNet18
 from interlayer.models.convnet import ConvNet
@@ -21,12 +21,14 @@ from interlayer.models.transformer import Encoder, Transformer, VisionTransforme
 __all__ = [
     "BASES",
     "MLP",
+    "CellNet",
     "ConvNet",
     "DiT",
     "Encoder",
     "EncoderDecoder",
     "MobileNetV3Small",
     "ResNet18",
+    "Supernet",
     "Transformer",
     "VisionTransformer",
     "build",
@@ -87,6 +89,9 @@ def _encoder_decoder(shape: DataShape, **options: Any) -> nn.Module:
 
 
 def _cells(shape: DataShape, **options: Any) -> nn.Module:
+    given = options.get("genotype")
+    if isinstance(given, str):  # on the command line, the name of a file
+        options["genotype"] = read_genotype(given)
     return CellNet(shape.channels, shape.classes, **options)
 
 

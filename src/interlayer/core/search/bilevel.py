@@ -12,7 +12,8 @@ from torch import Tensor
 def held_out(inputs: Tensor) -> Bool[Tensor, " B"]:
     """Which examples of a batch belong to the architecture's half of the data; the others train the weights.
 
-    An example's own bits decide, so that it falls on the same side in every batch and epoch, whatever the loop's order.
+    An example's own bits decide, so that it falls on the same side in every batch and epoch, whatever the loop's order. Randomly
+    augmented copies of an example are examples of their own, and fall on both sides.
 
     Args:
         inputs: Examples [B, ...], of any type.

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interlayer.core.config import configured
 from interlayer.core.search.operations import OPERATIONS, Halved, Mixed, known, operation, projected
 from interlayer.core.search.space import Point, Space
 
@@ -108,6 +109,7 @@ class Cell(nn.Module):
         return torch.cat(states[2:], 1)
 
 
+@configured
 class CellNet(nn.Module):
     """The plain network of a genotype (Liu et al., "DARTS: Differentiable Architecture Search", arXiv:1806.09055).
 
@@ -118,7 +120,7 @@ class CellNet(nn.Module):
     Args:
         channels: Channels C of the image.
         classes: Number of classes K.
-        genotype: A point of ``cell_space`` (its sizes are read from it), or a JSON or TOML file of one.
+        genotype: A point of ``cell_space``; its sizes are read from it. ``read_genotype`` reads one from a file.
         width: Channels of a node in the first cells.
         layers: Number of cells L; from 3 on two of them reduce.
 
@@ -137,13 +139,12 @@ class CellNet(nn.Module):
     affine = True
 
     def __init__(
-        self, channels: int = 3, classes: int = 10, *, genotype: Point | str | Path, width: int = 16, layers: int = 8
+        self, channels: int = 3, classes: int = 10, *, genotype: Point, width: int = 16, layers: int = 8
     ) -> None:
         super().__init__()
-        point = read_genotype(genotype) if isinstance(genotype, str | Path) else genotype
-        _checked(point, layers)
-        self.genotype = point
-        self._assemble(channels, classes, width, layers, len(point["normal"]))
+        _checked(genotype, layers)
+        self.genotype = genotype
+        self._assemble(channels, classes, width, layers, len(genotype["normal"]))
 
     def _assemble(self, channels: int, classes: int, width: int, layers: int, nodes: int) -> None:
         if min(channels, classes, width, layers) < 1:
@@ -183,6 +184,7 @@ class CellNet(nn.Module):
         return self.head(now.mean((2, 3)))
 
 
+@configured
 class Supernet(CellNet):
     """All networks of a cell space in one, with shared weights: every edge is the mixture of all operations.
 
