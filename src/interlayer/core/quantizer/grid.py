@@ -74,13 +74,14 @@ class Grid:
         """The arguments that build this grid again."""
         return asdict(self)
 
-    def fit(self, x: Float[Tensor, "..."], by: By = "minmax") -> Scaled:
+    def fit(self, x: Float[Tensor, "..."], by: By = "minmax", power: float = 2.0) -> Scaled:
         """The grid with scales that suit ``x``.
 
         Args:
             x: Values.
             by: ``"minmax"``: the whole range is covered. A number: this percentile of each side is, such as 99.9.
                 ``"mse"``: the part of the range with the least squared error of rounding.
+            power: With ``"mse"``: the power of the error, 2 for the square; more for outliers.
 
         Raises:
             ValueError: Unknown ``by``, no values, values that are not finite, or a group that does not divide a channel.
@@ -103,7 +104,7 @@ class Grid:
             for step in range(RATIOS, 0, -1):
                 scale, zero = self.cover(lowest * step / RATIOS, highest * step / RATIOS)
                 codes = (rows / scale[:, None] + zero[:, None]).round().clamp(self.low, self.high)
-                error = ((codes - zero[:, None]) * scale[:, None] - rows).square().sum(1)
+                error = ((codes - zero[:, None]) * scale[:, None] - rows).abs().pow(power).sum(1)
                 share = torch.where(error < best, step / RATIOS, share)
                 best = torch.minimum(error, best)
             lowest, highest = lowest * share, highest * share

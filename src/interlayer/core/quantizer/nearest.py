@@ -133,20 +133,22 @@ def nearest(
     return Plan(QUANTIZE, {"bits": grid.bits}, touched, skipped, build)
 
 
-def packs(model: nn.Module, new: Mapping[str, Packed | BitMap | Bound]) -> nn.Module:
+def packs(
+    model: nn.Module, new: Mapping[str, Packed | BitMap | Bound], options: Mapping[str, Any] | None = None
+) -> nn.Module:
     """A copy of a model with these layers in the places of others; ``save`` and ``load`` rebuild it.
 
-    A Hugging Face model refuses ``save_pretrained``: its format has no place for them.
+    A Hugging Face model refuses ``save_pretrained``: its format has no place for them. ``options`` are noted in the recipe.
     """
     result = copy.deepcopy(model)
-    record(result, QUANTIZE, {}, {"places": {name: m.structure() for name, m in new.items()}})
+    record(result, QUANTIZE, options or {}, {"places": {name: m.structure() for name, m in new.items()}})
     return _exchanged(result, new)
 
 
-def rounds(model: nn.Module, new: Mapping[str, Tensor]) -> nn.Module:
+def rounds(model: nn.Module, new: Mapping[str, Tensor], options: Mapping[str, Any] | None = None) -> nn.Module:
     """A copy of a model with these values as weights (outputs first); a plain model in every other way."""
     result = copy.deepcopy(model)
-    record(result, QUANTIZE, {}, {"places": {}})
+    record(result, QUANTIZE, options or {}, {"places": {}})
     with torch.no_grad():
         for name, value in new.items():
             weight_of(result.get_submodule(name)).copy_(value)
@@ -173,6 +175,12 @@ class _Float(nn.Module):
         super().__init__()
         assert isinstance(layer, Packed | BitMap)
         self.layer, self.weight = layer, nn.Parameter(layer.weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The layer's own, for models that read it past the layer."""
+        assert isinstance(self.layer, Packed | BitMap)
+        return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.layer, Packed | BitMap)
