@@ -117,7 +117,7 @@ def blockwise(
         for k, name in enumerate(tqdm(names, desc="blocks", disable=None, leave=False)):
             if k and not _alike(_print(truth.enter(k, 0)), prints[k]):
                 truth.chain = changed.chain = False
-            block = truth.blocks[k]
+            block = truth.block(k)
             inputs, outputs = list[Call](), list[Tensor]()
             for b in range(len(data)):
                 args, kwargs = truth.enter(k, b)
@@ -135,7 +135,7 @@ def blockwise(
                 for b in range(len(data)):
                     inputs.append(changed.enter(k, b))
                     changed.last[b] = None
-            part = Part(name, changed.blocks[k], inputs, outputs)
+            part = Part(name, changed.block(k), inputs, outputs)
             if folder is not None:
                 part.path = Path(folder) / f"{k}-{_digest(part, key)}.safetensors"
                 part.kept = load_file(part.path) if part.path.is_file() else {}
@@ -145,7 +145,7 @@ def blockwise(
                     args, kwargs = inputs[b]
                     inputs[b] = ((), {})
                     with torch.no_grad():
-                        changed.leave(k, b, changed.blocks[k](*args, **kwargs))
+                        changed.leave(k, b, changed.block(k)(*args, **kwargs))
             inputs.clear()
             outputs.clear()
 
@@ -282,25 +282,28 @@ class _Way:
     """The way of all batches through the blocks of one model."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], data: list[Any]) -> None:
-        self.model, self.data = model, data
-        self.blocks = [model.get_submodule(n) for n in names]
+        self.model, self.names, self.data = model, names, data
         self.chain = True
         self.last: list[Any] = [None] * len(data)  # outputs of the block before
         self.hollow: list[list[Any]] = []  # outputs of the blocks before that, as shapes without memory
+
+    def block(self, k: int) -> nn.Module:
+        """Block k, which may have been exchanged since."""
+        return self.model.get_submodule(self.names[k])
 
     def prints(self) -> list[list[tuple[float, ...]]]:
         """Fingerprints of what each block gets of the first batch."""
         found: dict[int, list[tuple[float, ...]]] = {}
         with ExitStack() as hooks:
-            for k, block in enumerate(self.blocks):
+            for k in range(len(self.names)):
 
                 def note(module: nn.Module, args: Any, kwargs: Any, k: int = k) -> None:
                     found[k] = _print((args, kwargs))
 
-                hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+                hooks.callback(self.block(k).register_forward_pre_hook(note, with_kwargs=True).remove)
             with torch.no_grad():
                 _call(self.model, self.data[0])
-        return [found[k] for k in range(len(self.blocks))]
+        return [found[k] for k in range(len(self.names))]
 
     def enter(self, k: int, b: int) -> Call:
         """What block k gets of batch b."""
@@ -311,9 +314,9 @@ class _Way:
             raise _Reached
 
         with ExitStack() as hooks, torch.no_grad():
-            hooks.callback(self.blocks[k].register_forward_pre_hook(reach, with_kwargs=True).remove)
+            hooks.callback(self.block(k).register_forward_pre_hook(reach, with_kwargs=True).remove)
             for j in range(k if self.chain else 0):
-                hooks.enter_context(_gives(self.blocks[j], self.last[b] if j == k - 1 else self.hollow[j][b]))
+                hooks.enter_context(_gives(self.block(j), self.last[b] if j == k - 1 else self.hollow[j][b]))
             with suppress(_Reached):
                 _call(self.model, self.data[b])
         args, kwargs = seen[0]

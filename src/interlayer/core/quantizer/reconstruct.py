@@ -20,7 +20,7 @@ from interlayer.core.quantizer.grid import By, Grid, Scaled
 from interlayer.core.quantizer.layers import Packed, is_conv1d, weight_of
 from interlayer.core.quantizer.nearest import layers, packs, rounds
 from interlayer.core.record import QUANTIZE
-from interlayer.core.select import At
+from interlayer.core.select import At, exchange
 
 Found: TypeAlias = dict[str, tuple[Scaled, Tensor]]
 """The scaled grid and the codes of each layer of a block."""
@@ -225,24 +225,28 @@ def reconstruct(
     key = json.dumps([name, given, grid.options(), str(by), power, prefix, sorted(owner)], sort_keys=True)
 
     def build() -> nn.Module:
-        found: Found = {}
-        scratch = copy.deepcopy(model)
+        new: dict[str, Packed] = {}
+        own = [*model.parameters(), *model.buffers()]
+        scratch = copy.deepcopy(model, {id(t): t for t in own})  # its weights are the model's until they are rounded
         for part in blockwise(model, batches, list(used), into=scratch, prefix=prefix, folder=folder, key=key):
             mine = {n: scratch.get_submodule(n) for n, b in owner.items() if b == part.name}
             if part.kept:
-                each = _loaded(part.kept, grid, mine)
+                found = _loaded(part.kept, grid, mine)
             else:
-                each = solve(part, mine, {n: grid.fit(wide(m), by, power) for n, m in mine.items()})
-                part.keep({f"{n} {k}": t for n, (s, c) in each.items() for k, t in _named(s, c)})
-            with torch.no_grad():
-                for n, (scaled, codes) in each.items():
-                    weight_of(mine[n]).copy_(scaled.values(codes))
-            found |= each
-        del scratch
+                found = solve(part, mine, {n: grid.fit(wide(m), by, power) for n, m in mine.items()})
+                part.keep({f"{n} {k}": t for n, (s, c) in found.items() for k, t in _named(s, c)})
+            rounded = {n: Packed(mine[n], s, codes=c) for n, (s, c) in found.items()}
+            exchange(scratch, list(rounded), {mine[n]: p for n, p in rounded.items()}.__getitem__)
+            new |= rounded
+        del scratch, part, mine
         told = {"method": name, "bits": grid.bits, **given}
         if packed:
-            return packs(model, {n: Packed(there[n], s, codes=c) for n, (s, c) in found.items()}, told)
-        return rounds(model, {n: s.values(c) for n, (s, c) in found.items()}, told)
+            return packs(model, new, told)
+        result = rounds(model, {}, told)
+        with torch.no_grad():
+            for n, each in new.items():
+                weight_of(result.get_submodule(n)).copy_(each.weight)
+        return result
 
     return Plan(name or QUANTIZE, given, touched, skipped, build)
 
