@@ -19,15 +19,13 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from interlayer.claims.training import batches
-from interlayer.claims.transform.quantize.flexround import ROUNDERS, TASKS, base, score
+from interlayer.claims.transform.quantize.flexround import CLAIM, ROUNDERS, TASKS, base, divergence, score
 from interlayer.core import taps
 from interlayer.core.cost import peak_bytes, storage_bytes
 from interlayer.core.kinds import Plan
 from interlayer.core.quantizer import Grid, gptq, learned, nearest, reconstruct, simulated
 
-SCALE = SimpleNamespace(
-    depth=2, width=32, length=32, language=600, vision=600, calibration=8, steps=200, judged=8
-)  # fmt: skip
+SCALE = SimpleNamespace(**CLAIM.scales["small"])
 SEEDS = range(3)
 
 
@@ -68,6 +66,7 @@ def losses() -> None:
     methods = ("nearest", "gptq", "adaround", "flexround")
     for kind in TASKS:
         found: dict[tuple[str, int], list[float]] = {}
+        apart: dict[tuple[str, int], list[float]] = {}
         ratios: dict[str, list[float]] = {}
         whole = []
         for seed in SEEDS:
@@ -82,10 +81,14 @@ def losses() -> None:
                     if not torch.allclose(*pair, atol=1e-4, rtol=1e-4):
                         raise RuntimeError(f"{method}: packed and float logits do not agree; nothing is reported.")
                     found.setdefault((method, bits), []).append(score(new, kind, SCALE)["loss"])
+                    apart.setdefault((method, bits), []).append(1000 * divergence(new.eval(), kind, seed, SCALE))
                     ratios.setdefault(method, []).append(seconds / once)
         print(f"{kind}: held-out loss of the float model {statistics.mean(whole):.4f} (mean of {len(SEEDS)} seeds)")
         for method in methods:
-            told = ", ".join(f"{bits} bits {statistics.mean(found[method, bits]):.4f}" for bits in (4, 3))
+            told = ", ".join(
+                f"{bits} bits {statistics.mean(found[method, bits]):.4f} ({statistics.mean(apart[method, bits]):.2f}e-3 nats from float)"
+                for bits in (4, 3)
+            )
             print(
                 f"  {method}: {told}; time over a forward pass of all calibration data: {statistics.median(ratios[method]):.0f}"
             )
@@ -95,7 +98,16 @@ def memory() -> None:
     """Peak memory of reconstruction, beside the model that is given and one block's inputs and outputs."""
     torch.manual_seed(0)
     for depth in (8, 16):
-        config = GPT2Config(n_embd=128, n_layer=depth, n_head=2, vocab_size=256, n_positions=64, use_cache=False)
+        config = GPT2Config(
+            n_embd=128,
+            n_layer=depth,
+            n_head=2,
+            vocab_size=256,
+            n_positions=64,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
         model = GPT2LMHeadModel(config).eval()
         data = [torch.randint(256, (8, 64)) for _ in range(16)]
         size = storage_bytes(copy.deepcopy(model).parameters())
