@@ -50,7 +50,7 @@ def attack(
     ``size=radius`` from the input itself (``steps=1, random=False``) is FGSM (Goodfellow et al., arXiv:1412.6572).
 
     Gradients are taken for the inputs alone. The model runs in eval mode, and its modes, gradients, buffers and random state
-    are afterwards as before. Cost: ``restarts x (steps + 1)`` forward and ``restarts x steps`` backward passes.
+    are afterwards as before. Cost: ``restarts x steps`` forward and backward passes, and with several restarts a forward pass more for each.
 
     Args:
         model: Gives class scores (the last axis), as a tensor or as Hugging Face models do.
@@ -107,6 +107,8 @@ def attack(
                 with torch.enable_grad():
                     (gradient,) = torch.autograd.grad(each(at).sum(), at)
                 delta = _inside(clean, project(delta + size * steepest(gradient, norm), norm, radius), bounds)
+            if restarts == 1:
+                return clean + delta
             with torch.no_grad():
                 value = each(clean + delta).float()
             better = value > most
