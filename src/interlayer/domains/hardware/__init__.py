@@ -1,0 +1,1 @@
+"""Methods for the hardware that networks run on."""
