@@ -7,6 +7,7 @@ from families import model as family
 from torch import nn
 
 import interlayer
+from interlayer.claims.domains.hardware.neuralfuse import vgg11
 from interlayer.core.cost import parameters
 from interlayer.core.example import Example
 from interlayer.core.faults import Memory, access_energy, weight_reads
@@ -51,14 +52,6 @@ def test_generators_are_the_authors(name):
     found = weight_reads(generator, torch.zeros(1, 3, 32, 32))
     # The authors padded a UNet's transposed convolutions and its last, 1x1 one for SCALE-Sim, which adds 4%.
     assert found == (pytest.approx(reads, rel=0.041) if name.startswith("UNet") else reads)
-
-
-def vgg11():
-    layers, inputs = [], 3
-    for size in (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"):
-        layers += [nn.MaxPool2d(2)] if size == "M" else [nn.Conv2d(inputs, size, 3, padding=1)]
-        inputs = inputs if size == "M" else size
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
 
 
 def test_energy_saved_is_that_of_table_2():

@@ -19,7 +19,7 @@ from interlayer.core.quantizer import Grid
 from interlayer.domains.hardware.neuralfuse import MOST, Fused, Generator, NeuralFuse, energy_saved
 from interlayer.models import ConvNet
 
-BARE, RELAXED, NO_FAULTS = "no generator", "relaxed", "relaxed without faults"
+BARE, RELAXED, NO_FAULTS = "no generator", "relaxed", "trained without faults"
 RESTRICTED, RESTRICTED_NO_FAULTS = "restricted", "restricted without faults"
 GENERATOR: dict[str, Any] = {"generator": "DeConvS", "width": 0.25, "maps": 1}
 RATES = {RELAXED: 1e-2, NO_FAULTS: 3e-3, RESTRICTED: 1e-2, RESTRICTED_NO_FAULTS: 1e-2}
@@ -138,7 +138,7 @@ CLAIM = Claim(
     "than behind one trained without errors, also at 1.5% and with 6 and 4 bits; through surrogates a generator still helps.",
     measure=measure,
     build=build,
-    arms=(BARE, RELAXED, RESTRICTED, ONE_PASS, LOW),
+    arms=(BARE, RELAXED, NO_FAULTS, RESTRICTED, ONE_PASS, LOW),
     statements=(
         mechanism(
             "The gradient of a step is that of a pass for every map.",
@@ -154,16 +154,16 @@ CLAIM = Claim(
         ),
         *(
             effect(
-                f"The generator is worth accuracy {text}.",
-                highest(metric, RELAXED, than=(BARE,), margin=margin),
-                control=NO_FAULTS,
+                f"The generator is worth accuracy {text}, more than one that was trained without bit errors.",
+                highest(metric, RELAXED, than=(BARE, NO_FAULTS)),
+                control=RESTRICTED_NO_FAULTS,
             )
-            for metric, text, margin in (
-                ("accuracy at 1%", "at 1% bit errors: 6 points or more", 0.06),
-                ("accuracy at 0.5%", "at 0.5%: 2 points or more", 0.02),
-                ("accuracy at 1.5%", "at 1.5%, a rate that it was not trained on: 10 points or more", 0.1),
-                ("accuracy at 1%, 6 bits", "at 6 bits, not trained on: 6 points or more", 0.06),
-                ("accuracy at 1%, 4 bits", "at 4 bits, not trained on: 6 points or more", 0.06),
+            for metric, text in (
+                ("accuracy at 1%", "at 1% bit errors"),
+                ("accuracy at 0.5%", "at 0.5%"),
+                ("accuracy at 1.5%", "at 1.5%, a rate that it was not trained on"),
+                ("accuracy at 1%, 6 bits", "at 6 bits, not trained on"),
+                ("accuracy at 1%, 4 bits", "at 4 bits, not trained on"),
             )
         ),
         effect(
@@ -180,10 +180,15 @@ CLAIM = Claim(
             highest("accuracy without errors", RELAXED, than=(BARE,), margin=-0.03),
         ),
     ),
-    pilots="",
+    pilots="Seeds 1000 to 1002. Nets: of plain and residual ones, deep or wide, the ConvNet of 8 layers loses most at 1% (.99 to .7) while "
+    "competent. Generators, 500 steps of 64: DeConvS .906 and .898 (half width) at 1%, UNetS .875, ConvS .762; a quarter of the width is as good; "
+    "rates 0.003 to 0.03, 0.01 best; without faults 0.003 and 0.01 are equal (.754, .750). Maps 1 at 64 images beat 2 to 4 at 32 for the time. 250 "
+    "and 300 steps gave .78 and .81 where 350 gave .85. As it is here, at 1%: no generator .686, .568, .779; relaxed .848, .791, .862; without faults "
+    ".724, .585, .817; restricted .747, .634, .752, without faults .705, .571 and not measured. One surrogate, of this or another kind, moved nothing "
+    "(.739, .691, .736 beside .713). Relaxed at 1.5% .648, .538, .662 beside .474, .384, .533; at 4 bits .767, .692, .729 beside .564, .517, .610.",
     scales={
         "smoke": {"depth": 8, "width": 2, "base": 2, "steps": 2, "chips": 1},
-        "small": {"depth": 8, "width": 8, "base": 150, "steps": 300, "chips": 8},
+        "small": {"depth": 8, "width": 8, "base": 150, "steps": 350, "chips": 8},
         "full": {"depth": 20, "width": 32, "base": 5000, "steps": 30_000, "chips": 10},
     },
 )
