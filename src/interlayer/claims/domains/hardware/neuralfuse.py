@@ -181,11 +181,12 @@ CLAIM = Claim(
         ),
     ),
     pilots="Seeds 1000 to 1002. Nets: of plain and residual ones, deep or wide, the ConvNet of 8 layers loses most at 1% (.99 to .7) while "
-    "competent. Generators, 500 steps of 64: DeConvS .906 and .898 (half width) at 1%, UNetS .875, ConvS .762; a quarter of the width is as good; "
-    "rates 0.003 to 0.03, 0.01 best; without faults 0.003 and 0.01 are equal (.754, .750). Maps 1 at 64 images beat 2 to 4 at 32 for the time. 250 "
-    "and 300 steps gave .78 and .81 where 350 gave .85. As it is here, at 1%: no generator .686, .568, .779; relaxed .848, .791, .862; without faults "
-    ".724, .585, .817; restricted .747, .634, .752, without faults .705, .571 and not measured. One surrogate, of this or another kind, moved nothing "
-    "(.739, .691, .736 beside .713). Relaxed at 1.5% .648, .538, .662 beside .474, .384, .533; at 4 bits .767, .692, .729 beside .564, .517, .610.",
+    "competent. Generators, 500 steps of 64: DeConvS .906 and .898 (half width) at 1%, UNetS .875, ConvS .762; a quarter of the width"
+    " is as good; rates 0.003 to 0.03, 0.01 best; without faults 0.003 and 0.01 are equal (.754, .750). Maps 1 at 64 images beat 2 to"
+    " 4 at 32 for the time. 250 and 300 steps gave .78 and .81 where 350 gave .85. As it is here, at 1%: no generator .686, .568, "
+    ".779; relaxed .848, .791, .862; without faults .724, .585, .817; restricted .747, .634, .752, without faults .705, .571 and not "
+    "measured. One surrogate, of this or another kind, moved nothing (.739, .691, .736 beside .713). Relaxed at 1.5% .648, .538, .662"
+    " beside .474, .384, .533; at 4 bits .767, .692, .729 beside .564, .517, .610.",
     scales={
         "smoke": {"depth": 8, "width": 2, "base": 2, "steps": 2, "chips": 1},
         "small": {"depth": 8, "width": 8, "base": 150, "steps": 350, "chips": 8},

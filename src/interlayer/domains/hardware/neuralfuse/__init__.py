@@ -18,59 +18,18 @@ from interlayer.core.cost import parameters
 from interlayer.core.data import answer
 from interlayer.core.example import Example
 from interlayer.core.extras import need
-from interlayer.core.faults import Kind, Memory, access_energy, voltage, weight_reads
+from interlayer.core.faults import Kind, Memory
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.pairing.seeds import seed_of
 from interlayer.core.quantizer import Grid
 from interlayer.core.record import note, notes_on
 from interlayer.core.select import At
-from interlayer.domains.hardware.neuralfuse.generators import BITS, Generator, Name
+from interlayer.domains.hardware.neuralfuse.fused import Fused, energy_saved
+from interlayer.domains.hardware.neuralfuse.generators import Generator, Name
 
 __all__ = ["Fused", "Generator", "NeuralFuse", "energy_saved"]
 BETAS, DECAY, EVERY = (0.5, 0.999), 0.96, 500  # the authors' Adam, and its learning rate's factor after so many steps
 MOST = 30_000  # fault maps that training draws from
-
-
-class Fused(nn.Module):
-    """A classifier behind the transformation of its input.
-
-    Args:
-        generator: Transforms the images.
-        model: The classifier; its weights are left alone.
-
-    Shapes: those of ``model``.
-    """
-
-    def __init__(self, generator: Generator, model: nn.Module) -> None:
-        super().__init__()
-        self.generator, self.model = generator, model
-
-    def forward(self, x: Tensor | None = None, **named: Any) -> Any:
-        """Transform the images (Hugging Face's models also take them by name), and call the model."""
-        if x is not None:
-            return self.model(self.generator(x), **named)
-        main = getattr(self.model, "main_input_name", "x")
-        if main not in named:
-            raise ValueError(f"Fused: arguments {list(named)}; expected images, as the first argument or as {main!r}.")
-        return self.model(**{**named, main: self.generator(named[main])})
-
-    def faulty(self, rate: float, seed: int, *, bits: int = 8, kind: Kind = "flip") -> Fused:
-        """A copy whose model is read from memory with bit errors; see ``core.faults.Memory``.
-
-        Args:
-            rate: Share of faulty bits; 0 for the nominal voltage.
-            seed: Which array of cells.
-            bits: Bits of a weight.
-            kind: What a faulty cell reads.
-        """
-        return Fused(copy.deepcopy(self.generator), Memory(self.model, Grid(bits), kind=kind).faulty(rate, seed))
-
-    def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """Refuse: Hugging Face's format has no place for a generator."""
-        raise ValueError(
-            "save_pretrained: the model has a generator before its input, which from_pretrained would lose. Save all of it "
-            "with interlayer.save(model, directory), or fused.model alone with its own save_pretrained."
-        )
 
 
 class NeuralFuse(Transform):
@@ -187,21 +146,20 @@ class NeuralFuse(Transform):
 
         def build() -> nn.Module:
             new = copy.deepcopy(model)
-            fused = _fuse(new, structure).to(images.device)
             recipe.record(new, self.slug, self.options, structure)
-            notes = notes_on(new)
-            note(fused, notes["base"], notes["steps"])
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                fused.generator = Generator(**structure).to(images.device)
-            self.train(fused.generator, memories, batches)
+                generator = Generator(**structure).to(images.device)
+            self.train(generator, memories, batches)
+            fused, notes = Fused(generator, new), notes_on(new)
+            note(fused, notes["base"], notes["steps"])
             return fused.train(model.training)
 
         return Plan(self.slug, self.options, touched, skipped, build)
 
     def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         """Put a generator before the model."""
-        return _fuse(model, structure)
+        return Fused(Generator(**structure), model)
 
     def train(
         self, generator: Generator, memories: Sequence[Memory], batches: Sequence[tuple[Tensor, Tensor]]
@@ -245,10 +203,6 @@ class NeuralFuse(Transform):
         return losses
 
 
-def _fuse(model: nn.Module, structure: Mapping[str, Any]) -> Fused:
-    return Fused(Generator(**structure), model)
-
-
 def _labelled(data: Any) -> list[tuple[Tensor, Tensor]]:
     """Batches as (images, labels)."""
     if isinstance(data, tuple | Mapping):
@@ -267,22 +221,6 @@ def _labelled(data: Any) -> list[tuple[Tensor, Tensor]]:
     if not found:
         raise ValueError("neuralfuse: no data to train on; expected batches of (images [B, C, H, W], labels [B]).")
     return found
-
-
-def energy_saved(fused: Fused, images: Tensor, rate: float, *, bits: int = 8) -> float:
-    """The share of energy for reading weights that low voltage saves, the generator at nominal voltage included (equation 6).
-
-    ``1 - e(v) - reads(G) / reads(M)``: v is the voltage with that error rate (``core.faults.voltage``), e an access' energy and the
-    reads those of an output-stationary array (``core.faults.weight_reads``).
-
-    Args:
-        fused: What ``NeuralFuse`` gave.
-        images: One or more inputs; energy does not depend on their values.
-        rate: Share of faulty bits.
-        bits: Bits of the classifier's weights.
-    """
-    of_model = weight_reads(fused.model, images[:1], bits=bits)
-    return 1 - access_energy(voltage(rate)) - weight_reads(fused.generator, images[:1], bits=BITS) / of_model
 
 
 def _digits() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
