@@ -50,7 +50,8 @@ def attack(
     ``size=radius`` from the input itself (``steps=1, random=False``) is FGSM (Goodfellow et al., arXiv:1412.6572).
 
     Gradients are taken for the inputs alone. The model runs in eval mode, and its modes, gradients, buffers and random state
-    are afterwards as before. Cost: ``restarts x steps`` forward and backward passes, and with several restarts a forward pass more for each.
+    are afterwards as before. Cost: ``restarts x steps`` forward and backward passes; with several restarts a forward pass more for
+    each.
 
     Args:
         model: Gives class scores (the last axis), as a tensor or as Hugging Face models do.
