@@ -15,7 +15,6 @@ from interlayer.core.datasets import photograph
 from interlayer.core.degraded import Pairs, shrink, to_tensor
 from interlayer.domains.image.carn import CARN, Cascade, Residual, fit, published
 from interlayer.domains.image.carn.super_resolution import SuperResolution
-from interlayer.study import compare
 
 # The authors' code (carn.py, carn_m.py with 4 groups) with the weights and the image of `figures`: the mean, three pixels and the
 # standard deviation for each scale.
@@ -153,12 +152,6 @@ def test_super_resolution_is_a_task(small_task):
     assert task.evaluate(lambda inputs: large[inputs["scale"]], 1)["psnr"] == float("inf")
     small = task.held[2][0]
     assert torch.equal((small * 255).round() / 255, small) and small.shape == (3, 3, 30, 30)
-
-
-def test_arms_are_compared_on_super_resolution(small_task, tmp_path):
-    arms = ["plain", "carn(width=4, groups=2, recursive=True)"]
-    result = compare(task=small_task, model="carn(width=4)", arms=arms, steps=2, seeds=1, lr=1e-3, out=tmp_path)
-    assert result.spec.base == "carn(width=4)" and "psnr" in str(result)
 
 
 def test_baselines_of_the_claim_have_its_multiply_adds():
