@@ -6,7 +6,7 @@ Images are float tensors [B, C, H, W] of numbers from 0 (black) to 1 (white).
   real JPEG bytes; ``eight_bit``: what a file would hold.
 - ``corrupt``: noise, blur, contrast and others in five levels, as robustness is measured.
 - ``Pairs`` cuts the same patches from images and from their degraded versions.
-- ``psnr``, ``ssim`` and, for sound, ``si_sdr`` give one number for each item of the batch.
+- ``psnr``, ``ssim``, ``ms_ssim`` and, for sound, ``si_sdr`` give one number for each item of the batch.
 """
 
 from interlayer.core.degraded.corruptions import KINDS, corrupt
@@ -21,7 +21,7 @@ from interlayer.core.degraded.degradations import (
     shrink,
     to_tensor,
 )
-from interlayer.core.degraded.measures import luma, psnr, si_sdr, ssim
+from interlayer.core.degraded.measures import luma, ms_ssim, psnr, si_sdr, ssim
 from interlayer.core.degraded.pairs import Pairs
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "enlarge",
     "luma",
     "modcrop",
+    "ms_ssim",
     "noisy",
     "psnr",
     "shrink",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -82,11 +83,54 @@ def ssim(
     one, two = _pair("ssim", estimate, target, border, y)
     if min(one.shape[2:]) < 11:
         raise ValueError(f"ssim: {tuple(one.shape[2:])} pixels are left; expected at least 11 in height and width.")
+    brightness, structure = _similar(one, two)
+    return (brightness * structure).mean((1, 2, 3))
+
+
+def ms_ssim(
+    estimate: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], *, scales: int = 5
+) -> Float[Tensor, " B"]:
+    """Structural similarity at several scales (Wang et al. 2003, doi:10.1109/ACSSC.2003.1292216), each a halving of the one before.
+
+    Contrast and structure count at every scale, brightness at the coarsest alone; a mean over windows that is below 0 counts as 0.
+    With fewer than the five scales of the paper, their exponents are scaled to a sum of one.
+
+    Args:
+        estimate: Images.
+        target: What they should be.
+        scales: 1 to 5. The sides must be at least 11 pixels at the coarsest: 176 for five scales, 44 for three.
+
+    Raises:
+        ValueError: As for ``psnr``; other scales, or images that are too small for them.
+
+    Examples:
+        >>> image = torch.rand(1, 1, 48, 48)
+        >>> ms_ssim(image, image, scales=3)
+        tensor([1.], dtype=torch.float64)
+    """
+    one, two = _pair("ms_ssim", estimate, target, 0, False)
+    if scales not in range(1, 6) or min(one.shape[2:]) < 11 * 2 ** (scales - 1):
+        raise ValueError(
+            f"ms_ssim: {tuple(one.shape[2:])} pixels at {scales} scales; expected 1 to 5 scales, and at least 11 pixels at the coarsest. "
+            "Take fewer scales."
+        )
+    weights = torch.tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333], dtype=one.dtype)[:scales]
+    found = one.new_ones(one.shape[:2])
+    for scale, weight in enumerate((weights / weights.sum() if scales < 5 else weights).tolist()):
+        brightness, structure = _similar(one, two)
+        part = brightness * structure if scale + 1 == scales else structure
+        found = found * part.mean((2, 3)).clamp_min(0) ** weight
+        one, two = F.avg_pool2d(one, 2), F.avg_pool2d(two, 2)
+    return found.mean(1)
+
+
+def _similar(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarity of brightness, and of contrast and structure, for each window."""
     means = window(torch.cat([one, two, one * one, two * two, one * two], 1), 1.5, 5).chunk(5, 1)
     a, b = means[:2]
     c1, c2 = 0.01**2, 0.03**2
     spread, joint = means[2] - a * a + means[3] - b * b, means[4] - a * b
-    return ((2 * a * b + c1) * (2 * joint + c2) / ((a * a + b * b + c1) * (spread + c2))).mean((1, 2, 3))
+    return (2 * a * b + c1) / (a * a + b * b + c1), (2 * joint + c2) / (spread + c2)
 
 
 def si_sdr(estimate: Float[Tensor, "*B T"], target: Float[Tensor, "*B T"]) -> Float[Tensor, " *B"]:
