@@ -61,6 +61,7 @@ PRIMITIVES = (
     "quantizer.layers",
     "quantizer.nearest",
     "attack",
+    "channel",
     "degraded",
     "datasets",
     "speech",

@@ -101,8 +101,8 @@ class Channel:
         Raises:
             ValueError: An odd number of real numbers in an item, or ratios or noise of other shapes.
         """
-        snr = checked_snr("Channel", snr, len(x))
-        if x[0:1].numel() % 2:
+        snr = checked_snr("Channel", snr, x.shape[0])
+        if math.prod(x.shape[1:]) % 2:
             raise ValueError(f"Channel: {tuple(x.shape)}; expected an even number of real numbers in an item.")
         if noise is None:
             noise = _normal(x.shape, x, generator)
@@ -114,7 +114,7 @@ class Channel:
         if self.fading == "none":
             return x + scale * noise
         real, imaginary = x.flatten(1).chunk(2, 1)
-        own = (len(x), real.shape[1] if self.fading == "fast" else 1)
+        own = (x.shape[0], real.shape[1] if self.fading == "fast" else 1)
         direct, scattered = (self.line / (1 + self.line)) ** 0.5, (0.5 / (1 + self.line)) ** 0.5
         a, b = (scattered * _normal(own, x, generator) for _ in range(2))
         a = a + direct

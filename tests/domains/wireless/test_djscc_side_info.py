@@ -136,8 +136,8 @@ def test_similarity_at_several_scales_is_that_of_a_public_implementation():
 @pytest.mark.parametrize(
     ("build", "call", "says"),
     [
-        ({"ratio": 1 / 3}, None, "expected an even width, and a ratio that gives an even number of features"),
-        ({"width": 3}, None, "width 3, ratio"),
+        ({"ratio": 1 / 3}, None, "an even width, and a ratio that gives an even number of features"),
+        ({"width": 3}, None, "width 3, units 3, ratio"),
         ({}, ((2, 1, 16, 20), (2,), (2, 1, 16, 20)), "height and width multiples of 16"),
         ({}, ((2, 3, 16, 16), (2,), (2, 3, 16, 16)), r"expected \[B, 1, H, W\]"),
         ({}, ((2, 1, 16, 16), (2,), None), "side information is missing"),

@@ -95,8 +95,18 @@ class Up(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N h w"]) -> Float[Tensor, "B M H W"]:
         """Add to the shortcut."""
-        up = F.leaky_relu(F.pixel_shuffle(self.up(x), 2))
-        return self.norm(self.conv(up)) + F.pixel_shuffle(self.skip(x), 2)
+        return self.norm(self.conv(F.leaky_relu(shuffled(self.up(x))))) + shuffled(self.skip(x))
+
+
+def shuffled(x: Float[Tensor, "B N h w"]) -> Float[Tensor, "B M H W"]:
+    """``pixel_shuffle`` by 2, whose backward pass also takes empty batches.
+
+    >>> x = torch.randn(2, 8, 3, 5)
+    >>> torch.equal(shuffled(x), F.pixel_shuffle(x, 2))
+    True
+    """
+    b, n, h, w = x.shape
+    return x.view(b, n // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, n // 4, 2 * h, 2 * w)
 
 
 class Unit(nn.Module):
@@ -123,12 +133,13 @@ class AttentionBlock(nn.Module):
 
     Args:
         width: Features, an even number.
+        units: Bottlenecks in each of a and b.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, units: int = 3) -> None:
         super().__init__()
-        self.value = nn.Sequential(*(Unit(width) for _ in range(3)))
-        self.gate = nn.Sequential(*(Unit(width) for _ in range(3)), nn.Conv2d(width, width, 1))
+        self.value = nn.Sequential(*(Unit(width) for _ in range(units)))
+        self.gate = nn.Sequential(*(Unit(width) for _ in range(units)), nn.Conv2d(width, width, 1))
 
     def forward(self, x: Float[Tensor, "B N H W"]) -> Float[Tensor, "B N H W"]:
         """Attend."""

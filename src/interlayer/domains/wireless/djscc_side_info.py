@@ -62,6 +62,7 @@ class DeepJSCC(nn.Module):
         width: Features N of the stages.
         ratio: Complex symbols for each number in the image; 1/ratio must divide ``512 C``.
         side: Whether the decoder has side information. Without, it is plain DeepJSCC.
+        units: Bottlenecks in each branch of an attention block: 3 in the paper; with 0 a gate is left.
         channel: The channel. Defaults to AWGN.
 
     Shapes: image and side information [B, C, H, W] from 0 to 1, H and W multiples of 16; SNR [B] in dB; to [B, C, H, W].
@@ -83,13 +84,14 @@ class DeepJSCC(nn.Module):
         width: int = 256,
         ratio: float = 1 / 16,
         side: bool = True,
+        units: int = 3,
         channel: Channel | None = None,
     ) -> None:
         super().__init__()
         last = 2 * channels * 4**STAGES * ratio
-        if min(channels, width) < 1 or width % 2 or last < 2 or last != round(last) or round(last) % 2:
+        if min(channels, width) < 1 or units < 0 or width % 2 or last < 2 or last != round(last) or round(last) % 2:
             raise ValueError(
-                f"DeepJSCC: channels {channels}, width {width}, ratio {ratio}; expected an even width, and a ratio that gives an even "
+                f"DeepJSCC: channels {channels}, width {width}, units {units}, ratio {ratio}; expected units of 0 or more, an even width, and a ratio that gives an even "
                 f"number of features (here {last:g})."
             )
         n, m = width, round(last)
@@ -99,16 +101,16 @@ class DeepJSCC(nn.Module):
         self.encoder = nn.ModuleList(
             [
                 Residual(channels, n, stride=2), Modulation(n, known), Residual(n, n),
-                Residual(n, n, stride=2), Modulation(n, known), AttentionBlock(n), Residual(n, n),
+                Residual(n, n, stride=2), Modulation(n, known), AttentionBlock(n, units), Residual(n, n),
                 Residual(n, n, stride=2), Modulation(n, known), Residual(n, n),
-                Residual(n, m, stride=2), Modulation(m, known), AttentionBlock(m),
+                Residual(n, m, stride=2), Modulation(m, known), AttentionBlock(m, units),
             ]
         )  # fmt: skip
         self.decoder = nn.ModuleList(
             [
-                AttentionBlock(k * m), Residual(k * m, n),
+                AttentionBlock(k * m, units), Residual(k * m, n),
                 Up(n, n), Modulation(k * n, 1), Residual(k * n, n),
-                Up(n, n), Modulation(k * n, 1), AttentionBlock(k * n), Residual(k * n, n),
+                Up(n, n), Modulation(k * n, 1), AttentionBlock(k * n, units), Residual(k * n, n),
                 Up(n, n), Modulation(k * n, 1), Residual(k * n, n),
                 Up(n, channels), Modulation(k * channels, 1), Residual(k * channels, channels),
             ]
@@ -140,7 +142,7 @@ class DeepJSCC(nn.Module):
             noise: Standard normal numbers for the channel, [B, M, H / 16, W / 16] with twice as many as symbols. Drawn if not given.
         """
         self._check(image, side)
-        known = checked_snr("DeepJSCC", snr, len(image)).to(image)[:, None]
+        known = checked_snr("DeepJSCC", snr, image.shape[0]).to(image)[:, None]
         features = self._features(side, self._told(known, SIDE)) if self.side and side is not None else []
         sent = self._features(image, self._told(known, IMAGE))[-1]
         x = self.channel(normalised(sent), snr.to(image), noise)
@@ -183,8 +185,8 @@ class DeepJSCC(nn.Module):
 def _train() -> tuple[float, float]:
     """Squared errors after a short training of a narrow model: of what arrives at 5 dB, and of the mean image."""
     task = photographs_sent(photographs=("gravel", "grass"), shift=2)
-    model = DeepJSCC.for_task(task.shape, width=8)
-    fit(model, task.batches(0, 8), lambda m, batch: task.loss(run(m, batch[0]), batch[1]), steps=60, lr=5e-3)
+    model = DeepJSCC.for_task(task.shape, width=4, units=0)
+    fit(model, task.batches(0, 4), lambda m, batch: task.loss(run(m, batch[0]), batch[1]), steps=60, lr=1e-2)
     inputs, image = next(task.batches(1, 32))
     with torch.no_grad():
         found = task.loss(model.eval()(**inputs | {"snr": torch.full((32,), 5.0)}), image)
@@ -192,7 +194,7 @@ def _train() -> tuple[float, float]:
 
 
 EXAMPLE = Example(
-    make=lambda: DeepJSCC(1, width=4),
+    make=lambda: DeepJSCC(1, width=4, units=0),
     inputs=lambda: (
         torch.rand(2, 1, 16, 32),
         torch.tensor([0.0, 5.0]),
@@ -200,6 +202,9 @@ EXAMPLE = Example(
         torch.randn(2, 32, 1, 2),
     ),
     wrong=lambda: (torch.rand(2, 1, 16, 24), torch.tensor([0.0, 5.0]), torch.rand(2, 1, 16, 24)),
-    modes={"without side information": lambda: DeepJSCC(1, width=4, side=False)},
+    modes={
+        "with bottlenecks": lambda: DeepJSCC(1, width=4, units=1),
+        "without side information": lambda: DeepJSCC(1, width=4, units=0, side=False),
+    },
     train=_train,
 )
