@@ -91,8 +91,8 @@ class DeepJSCC(nn.Module):
         last = 2 * channels * 4**STAGES * ratio
         if min(channels, width) < 1 or units < 0 or width % 2 or last < 2 or last != round(last) or round(last) % 2:
             raise ValueError(
-                f"DeepJSCC: channels {channels}, width {width}, units {units}, ratio {ratio}; expected units of 0 or more, an even width, and a ratio that gives an even "
-                f"number of features (here {last:g})."
+                f"DeepJSCC: channels {channels}, width {width}, units {units}, ratio {ratio}; expected units of 0 or more, an even "
+                f"width, and a ratio that gives an even number of features (here {last:g})."
             )
         n, m = width, round(last)
         self.channels, self.side, self.ratio = channels, side, ratio
