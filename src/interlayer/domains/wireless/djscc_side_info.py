@@ -16,7 +16,6 @@ from interlayer.core.fit import fit
 from interlayer.domains.wireless._parts import AttentionBlock, Residual, Up
 from interlayer.domains.wireless.tasks import photographs_sent
 
-STAGES = 4  # halvings of the sides
 IMAGE, SIDE = 0.0, 1.0  # the flag by which the encoder tells them apart
 
 
@@ -60,12 +59,13 @@ class DeepJSCC(nn.Module):
     Args:
         channels: Channels C of the images.
         width: Features N of the stages.
-        ratio: Complex symbols for each number in the image; 1/ratio must divide ``512 C``.
+        ratio: Complex symbols for each number in the image; at 4 stages 1/ratio must divide ``256 C``.
         side: Whether the decoder has side information. Without, it is plain DeepJSCC.
+        stages: Halvings of the sides; 4 in the paper.
         units: Bottlenecks in each branch of an attention block: 3 in the paper; with 0 a gate is left.
         channel: The channel. Defaults to AWGN.
 
-    Shapes: image and side information [B, C, H, W] from 0 to 1, H and W multiples of 16; SNR [B] in dB; to [B, C, H, W].
+    Shapes: image and side information [B, C, H, W] from 0 to 1, H and W multiples of ``2^stages``; SNR [B] in dB; to [B, C, H, W].
 
     Raises:
         ValueError: Sizes out of range, images of another shape, side information that is missing or of another size.
@@ -84,37 +84,40 @@ class DeepJSCC(nn.Module):
         width: int = 256,
         ratio: float = 1 / 16,
         side: bool = True,
+        stages: int = 4,
         units: int = 3,
         channel: Channel | None = None,
     ) -> None:
         super().__init__()
-        last = 2 * channels * 4**STAGES * ratio
-        if min(channels, width) < 1 or units < 0 or width % 2 or last < 2 or last != round(last) or round(last) % 2:
+        last = 2 * channels * 4**stages * ratio
+        if (
+            min(channels, width, stages) < 1
+            or units < 0
+            or width % 2
+            or last < 2
+            or last != round(last)
+            or round(last) % 2
+        ):
             raise ValueError(
                 f"DeepJSCC: channels {channels}, width {width}, units {units}, ratio {ratio}; expected units of 0 or more, an even "
                 f"width, and a ratio that gives an even number of features (here {last:g})."
             )
         n, m = width, round(last)
-        self.channels, self.side, self.ratio = channels, side, ratio
+        self.channels, self.side, self.ratio, self.stages = channels, side, ratio, stages
         self.channel = Channel() if channel is None else channel
         known, k = (2, 2) if side else (1, 1)
-        self.encoder = nn.ModuleList(
-            [
-                Residual(channels, n, stride=2), Modulation(n, known), Residual(n, n),
-                Residual(n, n, stride=2), Modulation(n, known), AttentionBlock(n, units), Residual(n, n),
-                Residual(n, n, stride=2), Modulation(n, known), Residual(n, n),
-                Residual(n, m, stride=2), Modulation(m, known), AttentionBlock(m, units),
-            ]
-        )  # fmt: skip
-        self.decoder = nn.ModuleList(
-            [
-                AttentionBlock(k * m, units), Residual(k * m, n),
-                Up(n, n), Modulation(k * n, 1), Residual(k * n, n),
-                Up(n, n), Modulation(k * n, 1), AttentionBlock(k * n, units), Residual(k * n, n),
-                Up(n, n), Modulation(k * n, 1), Residual(k * n, n),
-                Up(n, channels), Modulation(k * channels, 1), Residual(k * channels, channels),
-            ]
-        )  # fmt: skip
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList([AttentionBlock(k * m, units), Residual(k * m, n)])
+        for i in range(1, stages):  # attention at every second resolution
+            self.encoder += [Residual(channels if i == 1 else n, n, stride=2), Modulation(n, known)]
+            self.encoder += [*([] if i % 2 else [AttentionBlock(n, units)]), Residual(n, n)]
+            self.decoder += [Up(n, n), Modulation(k * n, 1)]
+            self.decoder += [*([] if (stages - i) % 2 else [AttentionBlock(k * n, units)]), Residual(k * n, n)]
+        self.encoder += [
+            Residual(channels if stages == 1 else n, m, stride=2),
+            Modulation(m, known),
+            AttentionBlock(m, units),
+        ]
+        self.decoder += [Up(n, channels), Modulation(k * channels, 1), Residual(k * channels, channels)]
 
     @classmethod
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
@@ -143,10 +146,12 @@ class DeepJSCC(nn.Module):
         """
         self._check(image, side)
         known = checked_snr("DeepJSCC", snr, image.shape[0]).to(image)[:, None]
-        features = self._features(side, self._told(known, SIDE)) if self.side and side is not None else []
-        sent = self._features(image, self._told(known, IMAGE))[-1]
-        x = self.channel(normalised(sent), snr.to(image), noise)
-        return self._received(x, features, known)
+        count, given, told = image.shape[0], image, self._told(known, IMAGE)
+        if self.side and side is not None:  # both in one batch
+            given, told = torch.cat((image, side)), torch.cat((told, self._told(known, SIDE)))
+        features = self._features(given, told)
+        x = self.channel(normalised(features[-1][:count]), snr.to(image), noise)
+        return self._received(x, [f[count:] for f in features] if self.side else [], known)
 
     def _told(self, known: Tensor, flag: float) -> Tensor:
         return torch.cat((known, torch.full_like(known, flag)), 1) if self.side else known
@@ -169,10 +174,14 @@ class DeepJSCC(nn.Module):
         return x
 
     def _check(self, image: Tensor, side: Tensor | None) -> None:
-        if image.ndim != 4 or image.shape[1] != self.channels or any(n % 2**STAGES or not n for n in image.shape[2:]):
+        if (
+            image.ndim != 4
+            or image.shape[1] != self.channels
+            or any(n % 2**self.stages or not n for n in image.shape[2:])
+        ):
             raise ValueError(
                 f"DeepJSCC: image {tuple(image.shape)}; expected [B, {self.channels}, H, W], height and width multiples of "
-                f"{2**STAGES}. Pad or crop it."
+                f"{2**self.stages}. Pad or crop it."
             )
         if side is None and self.side:
             raise ValueError("DeepJSCC: side information is missing; expected side=, or a model with side=False.")
@@ -185,7 +194,7 @@ class DeepJSCC(nn.Module):
 def _train() -> tuple[float, float]:
     """Squared errors after a short training of a narrow model: of what arrives at 5 dB, and of the mean image."""
     task = photographs_sent(photographs=("gravel", "grass"), shift=2)
-    model = DeepJSCC.for_task(task.shape, width=4, units=0)
+    model = DeepJSCC.for_task(task.shape, width=4, stages=2, units=0)
     fit(model, task.batches(0, 4), lambda m, batch: task.loss(run(m, batch[0]), batch[1]), steps=60, lr=1e-2)
     inputs, image = next(task.batches(1, 32))
     with torch.no_grad():
@@ -194,17 +203,17 @@ def _train() -> tuple[float, float]:
 
 
 EXAMPLE = Example(
-    make=lambda: DeepJSCC(1, width=4, units=0),
+    make=lambda: DeepJSCC(1, width=4, ratio=1 / 4, stages=2, units=0),
     inputs=lambda: (
-        torch.rand(2, 1, 16, 32),
+        torch.rand(2, 1, 8, 12),
         torch.tensor([0.0, 5.0]),
-        torch.rand(2, 1, 16, 32),
-        torch.randn(2, 32, 1, 2),
+        torch.rand(2, 1, 8, 12),
+        torch.randn(2, 8, 2, 3),
     ),
-    wrong=lambda: (torch.rand(2, 1, 16, 24), torch.tensor([0.0, 5.0]), torch.rand(2, 1, 16, 24)),
+    wrong=lambda: (torch.rand(2, 1, 8, 10), torch.tensor([0.0, 5.0]), torch.rand(2, 1, 8, 10)),
     modes={
-        "with bottlenecks": lambda: DeepJSCC(1, width=4, units=1),
-        "without side information": lambda: DeepJSCC(1, width=4, units=0, side=False),
+        "with bottlenecks": lambda: DeepJSCC(1, width=4, ratio=1 / 4, stages=2, units=1),
+        "without side information": lambda: DeepJSCC(1, width=4, ratio=1 / 4, stages=2, units=0, side=False),
     },
     train=_train,
 )

@@ -87,11 +87,11 @@ class Transmission(Task):
         return first, 0.9 * second
 
     def batches(self, seed: int, batch_size: int, split: str = "train") -> Iterator[Batch]:
-        """Random patches at random SNRs without end, or the validation crops at each SNR."""
+        """Random patches at random SNRs without end, or the validation crops, one batch for each SNR."""
         if split != "train":
+            image, side = self.held
             for snr in SNRS:
-                for image, side in zip(*(h.split(batch_size) for h in self.held), strict=True):
-                    yield {"image": image, "snr": torch.full((len(image),), snr), "side": side}, image
+                yield {"image": image, "snr": torch.full((len(image),), snr), "side": side}, image
             return
         draw = torch.Generator().manual_seed(seed)
 
