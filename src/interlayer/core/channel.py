@@ -133,7 +133,7 @@ class Channel:
 
         Examples:
             >>> Channel().capacity(0.0), round(Channel(fading="fast").capacity(0.0), 4)
-            (1.0, 0.8599)
+            (1.0, 0.8603)
         """
         ratio = 10 ** (snr / 10)
         if self.fading == "none":
