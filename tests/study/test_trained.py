@@ -115,11 +115,11 @@ def test_simulators_are_arms_of_a_scenario(tmp_path):
 def test_a_stream_of_experiences_gives_accuracy_and_forgetting(tmp_path):
     arms = ["plain", "clr", "interlayer.learn.continual:EWC(samples=8)"]
     base = "convnet(width=4)"
-    result, _ = study(tmp_path, task="digits-stream", base=base, arms=arms, seeds=1, steps=10, lr=3e-2, evaluations=2)
+    result, _ = study(tmp_path, task="digits-stream", base=base, arms=arms, seeds=1, steps=10, lr=3e-2, evaluations=1)
     assert result.finished, [r.error for r in result.runs]
     for run in result.runs:
         assert set(run.record.metrics) == {"accuracy", "forgetting"} and run.record.steps == 10
-        assert len(run.record.curve) == 2 and run.record.curve[0]["forgetting"] >= 0
+        assert len(run.record.curve) == 1 and run.record.curve[0]["forgetting"] >= 0
     by = {r.arm: r.record.metrics for r in result.runs}
     assert by["clr"]["forgetting"] == 0 and by["plain"]["forgetting"] > 0
 
