@@ -26,9 +26,13 @@ USUAL = (
 )
 
 
+# A base that samples sooner than the usual one.
+SMALLER = {"digits-flow": "dit(depth=1, width=16, heads=2)"}
+
+
 def places(system):
     """Tasks and bases that are tried one after the other."""
-    found = [(system.task, tasks.load(system.task).base)] if system.task else USUAL
+    found = [(system.task, SMALLER.get(system.task) or tasks.load(system.task).base)] if system.task else USUAL
     return [(task, f"trained:{base}" if system.kind == "transform" else base) for task, base in found]
 
 

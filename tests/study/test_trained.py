@@ -113,7 +113,7 @@ def test_simulators_are_arms_of_a_scenario(tmp_path):
 
 
 def test_a_stream_of_experiences_gives_accuracy_and_forgetting(tmp_path):
-    arms = ["plain", "clr", "interlayer.learn.continual:EWC(samples=8)"]
+    arms = ["plain", "clr"]
     base = "convnet(width=4)"
     result, _ = study(tmp_path, task="digits-stream", base=base, arms=arms, seeds=1, steps=10, lr=3e-2, evaluations=1)
     assert result.finished, [r.error for r in result.runs]
