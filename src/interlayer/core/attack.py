@@ -102,12 +102,12 @@ def attack(
         model.requires_grad_(False)  # `at_rest` gives the flags back
         for _ in range(restarts):
             delta = _start(clean, norm, radius, generator) if random else torch.zeros_like(clean)
-            delta = _inside(clean, delta, bounds)
+            delta = inside(clean, delta, bounds)
             for _ in range(steps):
                 at = (clean + delta).requires_grad_()
                 with torch.enable_grad():
                     (gradient,) = torch.autograd.grad(each(at).sum(), at)
-                delta = _inside(clean, project(delta + size * steepest(gradient, norm), norm, radius), bounds)
+                delta = inside(clean, project(delta + size * steepest(gradient, norm), norm, radius), bounds)
             if restarts == 1:
                 return clean + delta
             with torch.no_grad():
@@ -169,18 +169,34 @@ def _start(x: Tensor, norm: Norm, radius: float, generator: torch.Generator) -> 
     return (radius * length * flat / own).view_as(x).to(x.device)
 
 
-def _inside(x: Tensor, delta: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+def inside(x: Tensor, delta: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """The change of x that keeps ``x + delta`` within the bounds."""
     return delta if bounds is None else (x + delta).clamp(*bounds) - x
+
+
+def movable(who: str, x: Any, bounds: tuple[float, float] | None) -> Tensor:
+    """Inputs, if they can be moved a little and lie within the bounds.
+
+    Raises:
+        TypeError: No floating-point tensor.
+        ValueError: Numbers out of bounds.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"{who}: inputs of {got}; expected a floating-point tensor. Move embeddings where inputs are tokens."
+        )
+    if bounds is not None and x.numel() and (x.min() < bounds[0] or x.max() > bounds[1]):
+        raise ValueError(
+            f"{who}: inputs from {float(x.min()):.4g} to {float(x.max()):.4g}, bounds {bounds}; expected inputs within "
+            "the bounds. Give the bounds of normalised inputs, or None."
+        )
+    return x
 
 
 def _check(
     x: Any, norm: Any, radius: float, steps: int, size: float | None, restarts: int, random: bool, bounds: Any
 ) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(
-            f"attack: inputs of {got}; expected a floating-point tensor. Attack embeddings where inputs are tokens."
-        )
     if norm not in get_args(Norm):
         raise ValueError(f"attack: norm {norm!r}; expected one of {', '.join(map(repr, get_args(Norm)))}.")
     if not 0 <= radius < math.inf or (size is not None and not 0 <= size < math.inf):
@@ -189,10 +205,7 @@ def _check(
         raise ValueError(f"attack: {steps} steps, {restarts} restarts; expected 1 or more of both.")
     if restarts > 1 and not random:
         raise ValueError(f"attack: {restarts} restarts from the same start; expected random=True, or restarts=1.")
+    movable("attack", x, None)
     if x.ndim < 2 or not bool(x.isfinite().all()):
         raise ValueError(f"attack: inputs {tuple(x.shape)}; expected [batch, ...] of finite numbers.")
-    if bounds is not None and x.numel() and (x.min() < bounds[0] or x.max() > bounds[1]):
-        raise ValueError(
-            f"attack: inputs from {float(x.min()):.4g} to {float(x.max()):.4g}, bounds {bounds}; expected inputs within "
-            "the bounds. Give the bounds of normalised inputs, or None."
-        )
+    movable("attack", x, bounds)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -94,6 +96,15 @@ class Example:
     outputs: Callable[..., Any] | None = None
     precision: float = 0.0
     exceptions: Mapping[str, str] = field(default_factory=dict)
+
+
+def perturbed(model: nn.Module) -> tuple[nn.Module]:
+    """A second model for transforms that merge: the first with noise on its weights."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return (other,)
 
 
 class Backbone(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import recipe, taps
-from interlayer.core.example import Example
+from interlayer.core.example import Example, perturbed
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.paths import blend
@@ -205,15 +204,6 @@ def _activations(
     return sums
 
 
-def _others(model: nn.Module) -> tuple[nn.Module, ...]:
-    """A second model: the first with noise on its weights."""
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    return (other,)
-
-
 def _plain() -> tuple[Any, ...]:
     return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), torch.randn(5, 6)
 
@@ -226,4 +216,4 @@ def _gpt2() -> tuple[Any, ...]:
     return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
 
 
-EXAMPLE = Example(make=OTFusion, inputs=_plain, hf=_gpt2, others=_others)
+EXAMPLE = Example(make=OTFusion, inputs=_plain, hf=_gpt2, others=perturbed)

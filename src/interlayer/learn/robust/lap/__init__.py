@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import aside, datasets
-from interlayer.core.attack import Loss, errors
+from interlayer.core.attack import Loss, errors, inside, movable
 from interlayer.core.data import answer, run
 from interlayer.core.example import Example
 from interlayer.core.kinds import Rule
@@ -105,16 +105,16 @@ class LAP(Rule):
     def step(self, batch: tuple[Any, Any]) -> dict[str, float]:
         """Attack and push, then learn; the loss is that of the attacked inputs before the step."""
         x, targets = batch
-        self._check(x)
+        movable("LAP", x, self.bounds)
         self.model.train()
-        delta = self._inside(x, self.noise * (2 * torch.rand_like(x) - 1))
+        delta = inside(x, self.noise * (2 * torch.rand_like(x) - 1), self.bounds)
         noisy = (x + delta).requires_grad_()
         first = self._backward(noisy, targets)
         assert noisy.grad is not None
         delta = delta + self.size * noisy.grad.sign()
         if self.clip:
             delta = delta.clamp(-self.radius, self.radius)
-        delta = self._inside(x, delta)
+        delta = inside(x, delta, self.bounds)
         if any(self.strengths):
             self._push()
         loss = self._backward(x + delta, targets)
@@ -143,19 +143,6 @@ class LAP(Rule):
             change = after[id(weight)] - weight
             length = change.norm()
             weight.add_(change * torch.where(length > 0, strength * weight.norm() / length, 0.0))
-
-    def _inside(self, x: Tensor, delta: Tensor) -> Tensor:
-        return delta if self.bounds is None else (x + delta).clamp(*self.bounds) - x
-
-    def _check(self, x: Any) -> None:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"LAP: inputs of {got}; expected a floating-point tensor, which can be moved a little.")
-        if self.bounds is not None and x.numel() and (x.min() < self.bounds[0] or x.max() > self.bounds[1]):
-            raise ValueError(
-                f"LAP: inputs from {float(x.min()):.4g} to {float(x.max()):.4g}, bounds {self.bounds}; expected inputs "
-                "within the bounds. Give the bounds of normalised inputs, or None."
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.core import recipe, taps
-from interlayer.core.example import Example
+from interlayer.core.example import Example, perturbed
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.paths import interpolate
@@ -158,15 +158,6 @@ class GitRebasin(Transform):
         return model
 
 
-def _perturbed(model: nn.Module) -> tuple[nn.Module, ...]:
-    """A second model: the first with noise on its weights."""
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    return (other,)
-
-
 def _plain() -> tuple[Any, ...]:
     return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), torch.randn(5, 6)
 
@@ -179,4 +170,4 @@ def _gpt2() -> tuple[Any, ...]:
     return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
 
 
-EXAMPLE = Example(make=GitRebasin, inputs=_plain, hf=_gpt2, others=_perturbed)
+EXAMPLE = Example(make=GitRebasin, inputs=_plain, hf=_gpt2, others=perturbed)
