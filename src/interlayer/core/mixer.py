@@ -163,7 +163,7 @@ class Attention(nn.Module):
         q, k, *own = self.project(x)
         v = own[0] if own else None
         q, k = self.place(q, k, context.position, offset)
-        if context.share:
+        if context.share is not None:
             k, v = context.share(context.layer, k, v)
         assert v is not None
         if cache is not None:

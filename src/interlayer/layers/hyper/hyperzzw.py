@@ -106,8 +106,9 @@ class SlowNet(nn.Module):
             lines += self.modulate
         with torch.no_grad():
             for layer, weight in enumerate(self.waves.weight.split(hidden)):
-                gamma = torch.distributions.Gamma(6.0 / (layer + 1), 1.0, validate_args=False)  # no checks on meta
-                weight.mul_(2 * math.pi * omega * gamma.sample((hidden, dims)))
+                if not weight.is_meta:  # which has no Gamma variables
+                    gamma = torch.distributions.Gamma(6.0 / (layer + 1), 1.0)
+                    weight.mul_(2 * math.pi * omega * gamma.sample((hidden, dims)))
             self.waves.bias.zero_()
             for line in cast(list[nn.Linear], [*lines, self.last]):
                 nn.init.kaiming_uniform_(line.weight, nonlinearity="linear")
