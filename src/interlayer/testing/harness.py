@@ -63,7 +63,8 @@ def outcome(module: nn.Module, inputs: Inputs) -> tuple[list[Tensor], dict[str, 
     module.zero_grad()
     out = [t for t in tensors(module(*inputs)) if t.is_floating_point()]
     require(bool(out), "the output has no floating-point tensor")
-    loss = sum((t.double() * torch.linspace(-1, 1.3, t.numel(), dtype=torch.float64).view(t.shape)).sum() for t in out)
+    uneven = [torch.linspace(-1, 1.3, t.numel(), dtype=torch.float64, device=t.device).view(t.shape) for t in out]
+    loss = sum((t.double() * w).sum() for t, w in zip(out, uneven, strict=True))
     if isinstance(loss, Tensor) and loss.requires_grad:
         loss.backward()
     return [t.detach() for t in out], {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
