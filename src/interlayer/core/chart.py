@@ -157,6 +157,31 @@ class Chart:
         return re.sub("|".join(names), lambda found: names[found[0]], drawing)
 
 
+def curves(x: str, y: str, at: Sequence[Any], lines: Mapping[str, Sequence[float]]) -> Any:
+    """A matplotlib figure of several lines over the same positions.
+
+    Args:
+        x: What the horizontal axis shows, with its unit.
+        y: What the vertical axis shows.
+        at: The positions, numbers or names.
+        lines: The values of each line, by its name.
+
+    Examples:
+        >>> figure = curves("width", "barrier [nat]", [8, 16], {"matched": [0.2, 0.1], "unmatched": [0.5, 0.6]})
+        >>> len(figure.axes[0].lines) > 2
+        True
+    """
+    named = any(isinstance(a, str) for a in at)
+    chart, ends, places = Chart(x, y), {}, list(range(len(at))) if named else [float(a) for a in at]
+    for number, (name, values) in enumerate(lines.items()):
+        tips = [f"{name}, {a}: {v:.4g}" for a, v in zip(at, values, strict=True)]
+        ends[name] = chart.band(places, [[v] for v in values], number, tips), number
+    if named:
+        chart.axes.set_xticks(places, [shorten(str(a), 12) for a in at], rotation=35, ha="right")
+    chart.names(ends)
+    return chart.figure
+
+
 def matrix(values: Any, rows: Sequence[str], columns: Sequence[str], label: str, text: str = "{:.2g}") -> str:
     """A table of numbers as a heat map, each with its number.
 

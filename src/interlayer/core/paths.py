@@ -12,6 +12,19 @@ from torch import Tensor, nn
 from interlayer.core import taps
 
 
+def expect_alike(who: str, model: nn.Module, other: nn.Module) -> None:
+    """Raise ValueError in the name of ``who`` unless two models have tensors of the same names and shapes."""
+    ours, theirs = (
+        {n: tuple(t.shape) for n, t in m.state_dict().items() if isinstance(t, Tensor)} for m in (model, other)
+    )
+    if ours != theirs:
+        odd = next(n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n))
+        raise ValueError(
+            f"{who}: the models differ at {odd!r}: {ours.get(odd, 'nothing')} here, {theirs.get(odd, 'nothing')} in the other. "
+            "Both need the same structure."
+        )
+
+
 def blend(
     model: nn.Module, states: Sequence[Mapping[str, Any]], weights: Sequence[float], data: Any = None
 ) -> nn.Module:

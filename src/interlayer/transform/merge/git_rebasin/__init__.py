@@ -14,7 +14,7 @@ from interlayer.core import recipe, taps
 from interlayer.core.example import Example, perturbed
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
-from interlayer.core.paths import interpolate
+from interlayer.core.paths import expect_alike, interpolate
 from interlayer.core.wiring import trace
 from interlayer.transform.merge.git_rebasin.matching import (
     Loss,
@@ -106,13 +106,7 @@ class GitRebasin(Transform):
             raise ValueError("git-rebasin: no data; wanted at least one batch, to trace the model with.")
         if self.method == "straight-through" and not all(isinstance(b, tuple | list) and len(b) > 1 for b in batches):
             raise ValueError("git-rebasin: straight-through matching needs (inputs, targets) batches.")
-        ours, theirs = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (model, other))
-        if ours != theirs:
-            odd = next(n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n))
-            raise ValueError(
-                f"git-rebasin: the models differ at {odd!r}: {ours.get(odd)} here, {theirs.get(odd)} in the other. "
-                "Both need the same structure."
-            )
+        expect_alike(self.slug, model, other)
         args, kwargs = taps.arguments(batches[0])
         wiring = trace(model, *args, output=self.output, **kwargs)
         if not wiring.groups:
