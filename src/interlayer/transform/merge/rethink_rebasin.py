@@ -112,7 +112,7 @@ class RethinkRebasin(Transform):
             else:
                 end = matching.apply() if matching else other
                 out = interpolate(model, end, self.merge)
-                goals = goal(*(moments(m, names, batches) for m in (model, end)), self.merge)
+                goals = goal(moments(model, names, batches), moments(end, names, batches), self.merge)
             renormalise(out, goals, batches, self.parts)
             recipe.record(out, self.slug, options, {})
             return out
