@@ -21,6 +21,7 @@ PRIMITIVES = (
     "wiring.shrink",
     "transport",
     "paths",
+    "renormalise",
     "weights",
     "attach",
     "options",

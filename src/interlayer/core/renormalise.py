@@ -115,9 +115,10 @@ def places(model: nn.Module, batch: Any) -> tuple[list[str], list[Row]]:
     refused = {name: why(name, layer) for name, layer in layers.items()}
     skipped = [Row(name, type(layers[name]).__name__, reason) for name, reason in refused.items() if reason]
     for name, module in model.named_modules():
-        if name not in layers and any(p is not None and p.ndim > 1 for p in module._parameters.values()):
-            what = type(module).__name__
-            skipped.append(Row(name or "(root)", what, "neither a linear map, a convolution nor a batch norm"))
+        wide = any(p is not None and p.ndim > 1 for p in module._parameters.values())
+        if wide and name not in layers and "parametrizations" not in name.split("."):
+            why_not = "neither a linear map, a convolution nor a batch norm"
+            skipped.append(Row(name or "(root)", type(module).__name__, why_not))
     return [name for name in given if not refused[name]], skipped
 
 

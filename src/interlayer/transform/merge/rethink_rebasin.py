@@ -56,8 +56,8 @@ class RethinkRebasin(Transform):
 
     Examples:
         >>> from interlayer.transform.sparsify.lamp import Lamp
-        >>> dense = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
-        >>> x = torch.randn(200, 4)
+        >>> dense = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> x = torch.randn(200, 16)
         >>> pruned = Lamp(sparsity=0.5).plan(dense).apply()
         >>> repaired = RethinkRebasin(merge=None).plan(pruned, x, others=(dense,)).apply()
         >>> torch.allclose(repaired[0](x).std(0), dense[0](x).std(0), rtol=1e-2)
