@@ -308,21 +308,29 @@ def probe(
     slug: Slug,
     model: Annotated[str, typer.Option(help="package.module:function, a saved folder, or hf:NAME_OR_PATH.")],
     data: Annotated[str, typer.Option(help="package.module:function that gives batches.")],
+    other: Annotated[
+        list[str] | None, typer.Option(help="A further model, as --model; as often as the probe takes one.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the page and the tables as CSV.")] = None,
     option: Options = None,
     seed: Seed = 0,
 ) -> None:
-    """Look into a model: tables on the terminal, and a page with pictures."""
+    """Look into a model, or compare several: tables on the terminal, and a page with pictures."""
     make = _of_kind(slug, "probe")
-    _check_model(slug, model)
+    _check_model(slug, model, *(other or []))
     if not _is_function(data):
         _stop(f"probe: --data {data!r}; wanted package.module:function.")
     given = _or_stop(lambda: _options(option or []))
+    from interlayer.core.kinds import Comparison
     from interlayer.core.options import checked
 
-    found = _or_stop(lambda: make(**checked(make, given, f"probe {slug}")))
-    the_model, batches = _or_stop(lambda: _model(model, None)), _or_stop(lambda: _call(data))
-    _show(_or_stop(lambda: _seeded(lambda: found(the_model, batches), seed)), out, slug, f"{slug}: {model}")
+    look = _or_stop(lambda: make(**checked(make, given, f"probe {slug}")))
+    if other and not isinstance(look, Comparison):
+        _stop(f"probe: {slug!r} looks at one model. Leave out --other.")
+    the_model, *others = [_or_stop(lambda path=path: _model(path, None)) for path in (model, *(other or []))]
+    batches, more = _or_stop(lambda: _call(data)), {"others": tuple(others)} if isinstance(look, Comparison) else {}
+    found = _or_stop(lambda: _seeded(lambda: look(the_model, batches, **more), seed))
+    _show(found, out, slug, " and ".join([f"{slug}: {model}", *(other or [])]))
 
 
 @app.command("run")

@@ -44,7 +44,7 @@ class Example:
     Args:
         make: Builds the component, drawing from torch's global generator.
         inputs: Makes the inputs, drawing from the same.
-        others: The other models that a transform's ``plan`` takes, made from the first.
+        others: The other models that a transform's ``plan``, or a comparing probe, takes, made from the first.
         odd: Inputs of odd sizes, such as a prime length, where the layer allows several.
         wrong: Inputs of a wrong shape, which must raise ``ValueError`` or ``TypeError``. Defaults to one feature more.
         axis: For a layer: the axis of its inputs that counts positions (tokens, pixels), where any length is allowed.

@@ -52,36 +52,17 @@ class Plan:
         return "\n".join(lines)
 
 
-class Transform(ABC):
-    """Something done to a trained model: options in the constructor, ``plan(model, data)``, then ``apply()``.
-
-    A subclass names its catalogue ``slug``, takes its options as keywords that all have defaults, and gives two methods.
-    ``plan`` decides. ``restore`` puts the structure of a saved result (the JSON-able dict that ``plan(...).apply()``
-    recorded with ``recipe.record``) onto a fresh base model, in place and without data, so that the saved weights fit.
-    """
+class Takes:
+    """What takes further models beside the first says how many."""
 
     slug: ClassVar[str]
     merges: ClassVar[int] = 0
-    """How many other models ``plan`` takes."""
+    """How many other models it takes."""
     more: ClassVar[bool] = False
     """Whether it takes any number above that too."""
 
-    @abstractmethod
-    def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
-        """Say what will be touched and what will not, and why. Never changes ``model``. Nothing to do is an error.
-
-        Args:
-            model: The trained model.
-            data: Batches as ``taps.feed`` takes them, where the method needs any.
-            others: Further trained models, where the method takes any (merging).
-        """
-
-    @abstractmethod
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Rebuild on ``model`` (a base with fresh weights) the structure that ``apply`` recorded; return the model."""
-
     def take(self, others: Sequence[nn.Module]) -> Sequence[nn.Module]:
-        """The other models, which must be as many as the transform merges.
+        """The other models, which must be as many as it takes.
 
         Raises:
             ValueError: There are more or fewer.
@@ -96,6 +77,29 @@ class Transform(ABC):
                 )
             )
         return others
+
+
+class Transform(Takes, ABC):
+    """Something done to a trained model: options in the constructor, ``plan(model, data)``, then ``apply()``.
+
+    A subclass names its catalogue ``slug``, takes its options as keywords that all have defaults, and gives two methods.
+    ``plan`` decides. ``restore`` puts the structure of a saved result (the JSON-able dict that ``plan(...).apply()``
+    recorded with ``recipe.record``) onto a fresh base model, in place and without data, so that the saved weights fit.
+    """
+
+    @abstractmethod
+    def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
+        """Say what will be touched and what will not, and why. Never changes ``model``. Nothing to do is an error.
+
+        Args:
+            model: The trained model.
+            data: Batches as ``taps.feed`` takes them, where the method needs any.
+            others: Further trained models, where the method takes any (merging).
+        """
+
+    @abstractmethod
+    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
+        """Rebuild on ``model`` (a base with fresh weights) the structure that ``apply`` recorded; return the model."""
 
 
 class NotBegun(LookupError):
@@ -182,6 +186,16 @@ class Probe(ABC):
     @abstractmethod
     def __call__(self, model: nn.Module, data: Any) -> Finding:
         """Look, and leave no trace."""
+
+
+class Comparison(Takes, Probe):
+    """A probe of several models of one structure: ``probe(model, data, others=(other,)) -> Finding``."""
+
+    merges: ClassVar[int] = 1
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, data: Any, *, others: Sequence[nn.Module] = ()) -> Finding:
+        """Look at all of them, and leave no trace in any."""
 
 
 class Construction(ABC):

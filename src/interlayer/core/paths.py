@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,31 @@ def expect_alike(who: str, model: nn.Module, other: nn.Module) -> None:
         )
 
 
+def layers(model: nn.Module) -> dict[str, list[str]]:
+    """The floating-point tensors of each module, by their names in the ``state_dict``, in its order.
+
+    Tensors that share memory count to the module that comes first.
+
+    Examples:
+        >>> layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+        {'0': ['0.weight', '0.bias'], '2': ['2.weight', '2.bias']}
+    """
+    found: dict[str, list[str]] = {}
+    first: dict[int, str] = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            owner = first.setdefault(value.data_ptr(), name.rpartition(".")[0])
+            found.setdefault(owner, []).append(name)
+    return found
+
+
 def blend(
-    model: nn.Module, states: Sequence[Mapping[str, Any]], weights: Sequence[float], data: Any = None
+    model: nn.Module,
+    states: Sequence[Mapping[str, Any]],
+    weights: Sequence[float],
+    data: Any = None,
+    *,
+    names: Collection[str] | None = None,
 ) -> nn.Module:
     """A copy of ``model`` with the weighted mean of several states of its shapes.
 
@@ -38,9 +61,10 @@ def blend(
         states: State dictionaries with the model's names and shapes.
         weights: One for each state.
         data: Batches as ``taps.feed`` takes them, for the statistics of batch norms.
+        names: Tensors that are mixed; all others stay the model's own. Defaults to all.
 
     Raises:
-        ValueError: Not one weight for each state.
+        ValueError: Not one weight for each state, or a name that the model has not.
 
     Examples:
         >>> a, b = nn.Linear(2, 1), nn.Linear(2, 1)
@@ -51,9 +75,14 @@ def blend(
     if len(states) != len(weights) or not states:
         raise ValueError(f"blend: {len(states)} states and {len(weights)} weights; expected one weight for each state.")
     out = copy.deepcopy(model)
+    own = out.state_dict()
+    if unknown := [name for name in names or () if name not in own]:
+        raise ValueError(
+            f"blend: no tensor {unknown[0]!r} in {type(model).__name__}; expected names of its state_dict."
+        )
     with torch.no_grad():
-        for name, value in out.state_dict().items():
-            if isinstance(value, Tensor) and value.is_floating_point():
+        for name, value in own.items():
+            if (names is None or name in names) and isinstance(value, Tensor) and value.is_floating_point():
                 value.copy_(sum(w * state[name] for w, state in zip(weights, states, strict=True)))
     if data is not None:
         estimate_statistics(out, data)
@@ -101,3 +130,35 @@ def barrier(
     ends = (loss(model), loss(other))
     between = [loss(interpolate(model, other, w, data)) for w in torch.linspace(0, 1, points).tolist()[1:-1]]
     return max(*ends, *between) - sum(ends) / 2
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, data: Any, loss: Callable[[Any, Any], Tensor]) -> float:
+    """The mean loss of a model, in evaluation mode, over the examples of batches.
+
+    Args:
+        model: Left as it was.
+        data: One batch or an iterable of them: (inputs, targets), or a mapping with which the model returns a ``loss``.
+        loss: ``loss(output, target)``.
+
+    Raises:
+        ValueError: No batches, or one without targets.
+    """
+    total, count = 0.0, 0
+    with taps.at_rest(model):
+        for batch in [data] if isinstance(data, Tensor | Mapping | tuple) else data:
+            output = next(taps.feed(model, [batch]))
+            if isinstance(batch, tuple | list) and len(batch) > 1:
+                value: Any = loss(output, batch[1])
+                size = len(batch[1])
+            else:
+                value, size = getattr(output, "loss", None), 1
+                if value is None:
+                    raise ValueError(
+                        f"mean_loss: a batch of type {type(batch).__name__} without targets; expected (inputs, targets), or a "
+                        "mapping with labels for which the model returns its loss."
+                    )
+            total, count = total + float(value) * size, count + size
+    if not count:
+        raise ValueError("mean_loss: no batches; expected at least one.")
+    return total / count

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from interlayer.core.example import Example
-from interlayer.core.kinds import Finding, Probe
+from interlayer.core.kinds import Comparison, Finding, Probe
 from interlayer.testing.common import make, picture, require, seeded, unchanged
 from interlayer.testing.findings import equal, sound
 
@@ -19,11 +19,16 @@ def _given(example: Example) -> tuple[nn.Module, Any]:
     return model, data[0] if data else None
 
 
-def _find(example: Example, model: nn.Module, data: Any) -> Finding:
+def _others(example: Example, model: nn.Module) -> tuple[nn.Module, ...]:
+    return make(lambda: example.others(model))
+
+
+def _find(example: Example, model: nn.Module, data: Any, others: tuple[nn.Module, ...] | None = None) -> Finding:
     probe = make(example.make)
     require(isinstance(probe, Probe), f"make() gave {type(probe).__name__}; wanted a Probe")
+    given = _others(example, model) if others is None else others
     with seeded(5):
-        return probe(model, data)
+        return probe(model, data, others=given) if isinstance(probe, Comparison) else probe(model, data)
 
 
 def finding(example: Example) -> None:
@@ -38,9 +43,11 @@ def no_trace(example: Example) -> None:
         model.train(training)
         for p in list(model.parameters())[:1]:
             p.grad = torch.ones_like(p)  # a gradient of the user's own
-        before = picture(model)
-        _find(example, model, data)
-        unchanged(before, model, "the probe")
+        others = _others(example, model)
+        before = [picture(m) for m in (model, *others)]
+        _find(example, model, data, others)
+        for seen, m in zip(before, (model, *others), strict=True):
+            unchanged(seen, m, "the probe")
 
 
 def planted(example: Example) -> None:
@@ -56,9 +63,25 @@ def seed(example: Example) -> None:
     require(equal(first, second), "the tables of the same seed differ")
 
 
+def others(example: Example) -> None:
+    """Other models than the probe takes, one more or one fewer, are a ValueError, not ignored."""
+    model, data = _given(example)
+    probe, given = make(example.make), _others(example, model)
+    if not isinstance(probe, Comparison):
+        require(not given, "the example has other models; a probe that takes any is a Comparison")
+        return
+    for wrong in ([] if probe.more else [(*given, model)]) + [given[: probe.merges - 1]]:
+        try:
+            probe(model, data, others=wrong)
+        except ValueError:
+            continue
+        raise AssertionError(f"{len(wrong)} other models instead of {len(given)} raise no ValueError")
+
+
 PROBE: dict[str, Callable[[Example], None]] = {
     "finding": finding,
     "no_trace": no_trace,
+    "others": others,
     "planted": planted,
     "seed": seed,
 }
