@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from interlayer.core.paths import barrier, blend, estimate_statistics, interpolate
+from interlayer.core.paths import barrier, blend, estimate_statistics, interpolate, layers, mean_loss
 
 
 def mlp(*widths: int, seed: int = 0) -> nn.Sequential:
@@ -53,3 +53,19 @@ def test_a_blend_is_the_weighted_mean_and_keeps_integers():
     assert nets[1].weight.tolist() == [10.0, 10.0]
     with pytest.raises(ValueError, match="3 states and 2 weights; expected one weight for each"):
         blend(nets[0], [net.state_dict() for net in nets], (0.5, 0.5))
+
+
+def test_a_blend_of_some_tensors_leaves_the_others_alone():
+    a, b = mlp(4, 6, 3, seed=0), mlp(4, 6, 3, seed=1)
+    out = blend(a, (a.state_dict(), b.state_dict()), (0.5, 0.5), names=layers(a)["2"])
+    assert torch.equal(out[0].weight, a[0].weight) and torch.allclose(out[2].bias, (a[2].bias + b[2].bias) / 2)
+    with pytest.raises(ValueError, match=r"no tensor '7.weight' in Sequential"):
+        blend(a, (a.state_dict(),), (1.0,), names=["7.weight"])
+
+
+def test_a_mean_loss_weighs_batches_by_their_examples():
+    model, y = nn.Sequential(nn.Dropout(), nn.Flatten()).train(), torch.zeros(5, 1)
+    batches = [(torch.full((2, 1), 1.0), y[:2]), (torch.full((3, 1), 2.0), y[:3])]
+    assert mean_loss(model, batches, nn.functional.mse_loss) == pytest.approx((2 * 1 + 3 * 4) / 5) and model.training
+    with pytest.raises(ValueError, match="a batch of type Tensor without targets"):
+        mean_loss(model, y, nn.functional.mse_loss)
