@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from interlayer.core import taps
 
+Loss = Callable[[Any, Any], Tensor]
+"""``loss(output, target)``."""
+
 
 def expect_alike(who: str, model: nn.Module, other: nn.Module) -> None:
     """Raise ValueError in the name of ``who`` unless two models have tensors of the same names and shapes."""
@@ -133,7 +136,7 @@ def barrier(
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, data: Any, loss: Callable[[Any, Any], Tensor]) -> float:
+def mean_loss(model: nn.Module, data: Any, loss: Loss) -> float:
     """The mean loss of a model, in evaluation mode, over the examples of batches.
 
     Args:

@@ -15,9 +15,8 @@ from interlayer.core import taps
 from interlayer.core.chart import curves
 from interlayer.core.example import Example
 from interlayer.core.kinds import Comparison, Finding
-from interlayer.core.paths import blend, expect_alike, layers, mean_loss
+from interlayer.core.paths import Loss, blend, expect_alike, layers, mean_loss
 
-Loss = Callable[[Any, Any], Tensor]
 Groups = Mapping[str, Sequence[str]]
 UNITS = {"into first": "nat", "into second": "nat", "half, averaging": "nat", "half, random": "nat", "whole, other": "nat",
          "whole, random": "nat", "weights": "1", "distance": "1"}  # fmt: skip
