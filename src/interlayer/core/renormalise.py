@@ -210,7 +210,7 @@ class _Seen:
         assert axis is not None
 
         def note(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            rows = output.movedim(axis, 0).flatten(1).float()
+            rows = output.movedim(axis, 0).flatten(1).to(torch.promote_types(output.dtype, torch.float32))
             if rows.shape[1] < 2:
                 return None
             count, means, variances = self.sums.get(name, (0, 0, 0))

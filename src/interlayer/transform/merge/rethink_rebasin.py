@@ -117,7 +117,7 @@ class RethinkRebasin(Transform):
             recipe.record(out, self.slug, options, {})
             return out
 
-        options = {"parts": self.parts, "merge": self.merge, "method": self.method, "seed": self.seed}
+        options = {"parts": self.parts, "merge": self.merge, "method": aligning, "seed": self.seed}
         what = {"both": "rescaled and reshifted", "rescale": "rescaled", "reshift": "reshifted"}[self.parts]
         touched = [
             Row(n, what) if biased[n] or self.parts != "both" else Row(n, "rescaled", "has no bias to absorb a shift")
