@@ -143,6 +143,7 @@ class Attention(nn.Module):
         self.sizes = [width, kv, kv] if values else [width, kv]
         self.qkv = linear(inputs=width, outputs=sum(self.sizes))
         self.out = linear(inputs=width, outputs=width)
+        self.attend: nn.Module | None = None  # what computes attention in place of ``attend``, such as rounded products
 
     def project(self, x: Tensor | QKV) -> list[Tensor]:
         """Queries, keys and (where it has its own) values as [B, heads, S, K]."""
@@ -179,14 +180,14 @@ class Attention(nn.Module):
         bias = None if context.position is None else context.position.bias(q.shape[-2], k.shape[-2])
         if bias is None:
             return self.mix(q, k, v, context.mask)
-        return attend(q, k, v, causal=self.causal, mask=context.mask, bias=bias)
+        return (self.attend or attend)(q, k, v, causal=self.causal, mask=context.mask, bias=bias)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """What each head reads, [B, H, new, K], without a bias. Another kind of attention may override this alone.
 
         One that cannot add a position's bias to the scores does not offer ``"bias"``.
         """
-        return attend(q, k, v, causal=self.causal, mask=mask)
+        return (self.attend or attend)(q, k, v, causal=self.causal, mask=mask)
 
 
 def attend(
@@ -213,7 +214,33 @@ def attend(
         bias: Added to the scores, broadcast to [B, H, new, total].
     """
     new, all_ = q.shape[-2], k.shape[-2]
-    if causal and new > 1 and (new != all_ or mask is not None or allowed is not None or bias is not None):
+    if causal and new > 1 and new == all_ and mask is None and allowed is None and bias is None:
+        met, fused = None, True  # torch.jit.trace gives sizes as tensors
+    else:
+        met, fused = meetings(q, k, causal=causal, mask=mask, allowed=allowed, bias=bias), False
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=met,
+        is_causal=fused,
+        scale=scale,
+        enable_gqa=bool(q.shape[1] != k.shape[1]),
+    )
+
+
+def meetings(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None = None,
+    allowed: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor | None:
+    """Which queries meet which keys: a mask of bool, or scores to add; None if all meet. Arguments are those of ``attend``."""
+    new, all_ = q.shape[-2], k.shape[-2]
+    if causal and new > 1:
         past = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
         allowed = past if allowed is None else past & allowed
     if mask is not None:
@@ -225,12 +252,4 @@ def attend(
     if bias is not None:
         bias = bias.to(q.dtype)
         allowed = bias if allowed is None else torch.where(allowed, bias, -torch.inf)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=allowed,
-        is_causal=bool(causal and new > 1 and allowed is None),  # torch.jit.trace gives sizes as tensors
-        scale=scale,
-        enable_gqa=bool(q.shape[1] != k.shape[1]),
-    )
+    return allowed

@@ -99,8 +99,13 @@ def out_of_reach(model: nn.Module, slot: str) -> Iterator[tuple[str, nn.Module, 
             function = getattr(getattr(value, "func", value), "__name__", "")
             if function in FUNCTIONS[slot]:
                 yield name, module, f"its {key} is the function {function}, not a module"
-        if known(module) is None and (found := sorted(FUNCTIONS[slot] & _calls(type(module)) - module._modules.keys())):  # type: ignore[arg-type]
+        if known(module) is None and (found := sorted(FUNCTIONS[slot] & mentions(module) - module._modules.keys())):
             yield name, module, f"calls {', '.join(found)} in its forward pass, not a module"
+
+
+def mentions(module: nn.Module) -> set[str]:
+    """All names that ``forward`` of a module, and the methods of its class that it calls, mention."""
+    return _calls(type(module))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -139,7 +144,7 @@ def bypassed(model: nn.Module) -> dict[str, str]:
             for child, inner in (
                 module.named_children() if isinstance(value, str) and value in FUNCTIONS["activation"] else ()
             ):
-                if known(inner) == "activation" and child not in _calls(type(module)):  # type: ignore[arg-type]
+                if known(inner) == "activation" and child not in mentions(module):
                     found[f"{name}.{child}"] = f"{type(module).__name__} reads {key}={value!r} and never calls it"
     return {name.lstrip("."): why for name, why in found.items()}
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-Kind = Literal["symmetric", "unsigned", "asymmetric", "midrise"]
+Kind = Literal["symmetric", "unsigned", "asymmetric", "midrise", "affine"]
 Rounding = Literal["nearest", "learned", "stochastic"]
 By = Literal["minmax", "mse"] | float
 LEAST = 1e-12  # scale of a tensor of zeros
@@ -28,7 +28,8 @@ class Grid:
         kind: ``"symmetric"``: codes ``-2^(bits-1)`` to ``2^(bits-1) - 1``, zero at 0. ``"unsigned"``: codes 0 to ``2^bits - 1``,
             zero at 0, for values that are never negative. ``"asymmetric"``: the same codes, zero at an integer.
             ``"midrise"``: the same codes, zero in the middle between two, so that the levels are symmetric and none is 0;
-            with 1 bit they are ``-scale / 2`` and ``scale / 2``.
+            with 1 bit they are ``-scale / 2`` and ``scale / 2``. ``"affine"``: the same codes, zero at any real number, so that
+            a range far from 0 is covered without a level at 0; for activations.
         group: With ``axis=0``: this many neighbours in an output channel have a scale of their own. None is all of them.
 
     Raises:
@@ -70,9 +71,29 @@ class Grid:
         """Where zero lies, unless the grid is asymmetric."""
         return self.high / 2 if self.kind == "midrise" else 0.0
 
+    @property
+    def moves(self) -> bool:
+        """Whether zero is found with the scale."""
+        return self.kind in ("asymmetric", "affine")
+
     def options(self) -> dict[str, Any]:
         """The arguments that build this grid again."""
         return asdict(self)
+
+    def by_token(self, x: Float[Tensor, "..."], axis: int = -1) -> Scaled:
+        """The grid with a scale for each position of ``x``, by the range of its features: dynamic quantisation.
+
+        Args:
+            x: Values.
+            axis: The axis of the features.
+
+        Examples:
+            >>> Grid(8).by_token(torch.tensor([[1.27, 0.5], [-12.8, 0.0]])).scale
+            tensor([[0.0100],
+                    [0.1000]])
+        """
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        return Scaled(self, *self.cover(x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)))
 
     def fit(self, x: Float[Tensor, "..."], by: By = "minmax", power: float = 2.0) -> Scaled:
         """The grid with scales that suit ``x``.
@@ -118,6 +139,9 @@ class Grid:
             lowest, highest = lowest.clamp_max(0), highest.clamp_min(0)
             scale = ((highest - lowest) / self.high).clamp_min(LEAST)
             return scale, (-lowest / scale).round()
+        if self.kind == "affine":
+            scale = ((highest - lowest) / self.high).clamp_min(LEAST)
+            return scale, -lowest / scale
         if self.kind == "midrise":
             scale = torch.maximum(lowest.abs(), highest.abs()) / self.middle
         elif self.kind == "symmetric":
@@ -228,8 +252,8 @@ def fake(
     """
     if rounding not in get_args(Rounding):
         raise ValueError(f"fake: rounding {rounding!r}; expected one of {', '.join(get_args(Rounding))}.")
-    if zero is None and grid.kind == "asymmetric":
-        raise ValueError("fake: an asymmetric grid needs zero=; pass what Grid.fit found.")
+    if zero is None and grid.moves:
+        raise ValueError(f"fake: an {grid.kind} grid needs zero=; pass what Grid.fit found.")
     held = scale.detach()
     if rounding == "learned":
         held = held + (scale - held) / (x.numel() / scale.numel() * grid.high) ** 0.5
@@ -253,3 +277,99 @@ def fake_naive(x: Tensor, scale: float, zero: float, low: int, high: int) -> Ten
     """One value after the other."""
     codes = [min(max(round(float(v) / scale + zero), low), high) for v in x.flatten()]
     return torch.tensor([(c - zero) * scale for c in codes]).view(x.shape)
+
+
+@dataclass(frozen=True)
+class LogGrid:
+    """A grid for probabilities, whose levels fall by a constant factor: ``value = scale base^-code``; the last code is 0.
+
+    Levels lie close together where most probabilities after a softmax are. With base 2 a level is a shift. With the root of 2 it
+    is one too, by a change of base that is exact: ``scale (1 or sqrt(2)) 2^-ceil(code / 2)``, where the factor is ``sqrt(2)`` for
+    odd codes.
+
+    Args:
+        bits: 2 to 8.
+        base: ``"2"`` or ``"sqrt2"``.
+
+    Raises:
+        ValueError: ``bits`` out of range, or another base.
+
+    Examples:
+        >>> held = LogGrid(3, "sqrt2").fit(torch.tensor([1.0, 0.5]))
+        >>> held.codes(torch.tensor([1.0, 0.7, 0.5, 0.01])).tolist(), held.fake(torch.tensor([0.7, 0.01])).tolist()
+        ([0, 1, 2, 7], [0.7071067690849304, 0.0])
+    """
+
+    bits: int
+    base: Literal["2", "sqrt2"] = "2"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.bits, int) and 2 <= self.bits <= 8) or self.base not in ("2", "sqrt2"):
+            raise ValueError(f"LogGrid: bits {self.bits!r}, base {self.base!r}; expected 2 to 8, and '2' or 'sqrt2'.")
+
+    @property
+    def kind(self) -> str:
+        """The name of the grid, for people."""
+        return f"log {self.base}"
+
+    @property
+    def high(self) -> int:
+        """The last code, which means 0."""
+        return 2**self.bits - 1
+
+    def options(self) -> dict[str, Any]:
+        """The arguments that build this grid again."""
+        return asdict(self)
+
+    def fit(self, x: Float[Tensor, "..."], by: By = "minmax") -> LogScaled:
+        """The grid with the scale that suits ``x``; ``by`` is that of ``Grid.fit``."""
+        top = Grid(self.bits, kind="unsigned").fit(x, "minmax" if by == "mse" else by).scale * (2**self.bits - 1)
+        if by != "mse":
+            return LogScaled(self, top)
+        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        tried = [LogScaled(self, top * step / RATIOS) for step in range(RATIOS, 0, -1)]
+        return min(tried, key=lambda held: float((held.fake(wide) - wide).square().sum()))
+
+
+@dataclass(frozen=True)
+class LogScaled:
+    """A logarithmic grid with its scale, the value of code 0.
+
+    Args:
+        grid: The grid.
+        scale: Positive, [].
+    """
+
+    grid: LogGrid
+    scale: Tensor
+
+    def codes(self, x: Float[Tensor, "..."]) -> Integer[Tensor, "..."]:
+        """The nearest codes by exponent, as uint8; ``-log(x / scale)`` is rounded."""
+        each = 2 if self.grid.base == "sqrt2" else 1
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)) / self.scale
+        return (-each * wide.clamp_min(2.0**-126).log2()).round().clamp(0, self.grid.high).to(torch.uint8)
+
+    def values(self, codes: Integer[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The values of codes: the scale, by parity times the root of 2, shifted."""
+        scale = self.scale.to(torch.promote_types(self.scale.dtype, torch.float32))
+        if self.grid.base == "sqrt2":
+            shift, scale = (codes.int() + 1) // 2, torch.where(codes % 2 == 1, math.sqrt(2) * scale, scale)
+        else:
+            shift = codes.int()
+        found = scale * torch.ldexp(torch.ones_like(shift, dtype=scale.dtype), -shift)
+        return torch.where(codes == self.grid.high, torch.zeros_like(found), found).to(self.scale.dtype)
+
+    def fake(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """``x`` on the grid; gradients pass as if nothing had been rounded."""
+        return straight(x, self.values(self.codes(x.detach())).to(x.dtype))
+
+    def to(self, where: Tensor | torch.device) -> LogScaled:
+        """The same on a device, or on a tensor's device in its type."""
+        return LogScaled(self.grid, self.scale.to(where))
+
+
+def log_naive(x: Tensor, bits: int, base: float, scale: float) -> Tensor:
+    """One value after the other."""
+    last = 2**bits - 1
+    codes = [last if float(v) <= 0 else round(-math.log(float(v) / scale, base)) for v in x.flatten()]
+    return torch.tensor([0.0 if c >= last else scale * base ** -max(c, 0) for c in codes]).view(x.shape)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from interlayer.core.quantizer.grid import Grid, Scaled
+from interlayer.core.quantizer.grid import Grid, LogGrid, LogScaled, Scaled
 from interlayer.core.quantizer.packing import bit_product, pack, planes, unpack
 
 CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -39,14 +41,14 @@ def weight_of(layer: nn.Module) -> Float[Tensor, "out inputs"]:
 class _Map(nn.Module):
     """What stays of a linear map or convolution without its weight: sizes, settings, bias, and the grids."""
 
-    def __init__(self, layer: nn.Module, grid: Grid, inputs: Scaled | None) -> None:
+    def __init__(self, layer: nn.Module, grid: Grid, inputs: Scaled | Grid | None) -> None:
         super().__init__()
         weight = weight_of(layer)
-        self.shape, self.grid = tuple(weight.shape), grid
-        self.inputs = None if inputs is None else inputs.grid
+        self.shape, self.grid, self.dynamic = tuple(weight.shape), grid, isinstance(inputs, Grid)
+        self.inputs = inputs.grid if isinstance(inputs, Scaled) else inputs
         bias: Any = layer.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
-        self._hold("input_", None if inputs is None else inputs.to(weight.detach()))
+        self._hold("input_", inputs.to(weight.detach()) if isinstance(inputs, Scaled) else None)
         self.conv = next((call for cls, call in CONVOLUTIONS.items() if isinstance(layer, cls)), None)
         if self.conv is not None:
             self.settings = {key: getattr(layer, key) for key in SETTINGS}
@@ -60,7 +62,7 @@ class _Map(nn.Module):
         if held is None:
             return
         self.register_buffer(f"{which}scale", held.scale.clone())
-        if held.grid.kind == "asymmetric":
+        if held.grid.moves:
             self.register_buffer(f"{which}zero", held.zero.clone())
 
     def _held(self, which: str, grid: Grid) -> Scaled:
@@ -73,9 +75,11 @@ class _Map(nn.Module):
         """The grid of the weight, with its scales."""
         return self._held("", self.grid)
 
-    def scaled_inputs(self) -> Scaled | None:
-        """The grid of the inputs, with its scale."""
-        return None if self.inputs is None else self._held("input_", self.inputs)
+    def scaled_inputs(self, x: Tensor) -> Scaled | None:
+        """The grid of the inputs with its scale, or the scales of ``x`` where they are found in the call."""
+        if self.inputs is None:
+            return None
+        return self.inputs.by_token(x, axis_of(self.shape)) if self.dynamic else self._held("input_", self.inputs)
 
     def call(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer with float weights."""
@@ -87,7 +91,7 @@ class _Map(nn.Module):
 
     def expect(self, x: Tensor) -> None:
         """Raise ValueError where the inputs have another number of features."""
-        axis = -1 if self.conv is None else 1 - len(self.shape)
+        axis = axis_of(self.shape)
         wanted = self.shape[1] * (1 if self.conv is None else self.settings["groups"])
         if x.ndim < -axis or x.shape[axis] != wanted:
             raise ValueError(
@@ -97,11 +101,13 @@ class _Map(nn.Module):
     def structure(self) -> dict[str, Any]:
         """The grids, as ``restore`` needs them."""
         inputs = None if self.inputs is None else self.inputs.options()
-        return {"kind": type(self).__name__, "grid": self.grid.options(), "inputs": inputs}
+        found = {"kind": type(self).__name__, "grid": self.grid.options(), "inputs": inputs}
+        return {**found, "dynamic": self.dynamic, "bias": self.bias is not None}
 
     def extra_repr(self) -> str:
         """The shape and the grids."""
         inputs = "" if self.inputs is None else f", inputs={self.inputs.bits} bits {self.inputs.kind}"
+        inputs += " by token" if self.dynamic else " by channel" if self.inputs and self.inputs.axis is not None else ""
         return f"{list(self.shape)}, {self.grid.bits} bits {self.grid.kind}{inputs}"
 
 
@@ -109,7 +115,8 @@ class Packed(_Map):
     """A linear map or convolution with packed weights.
 
     Without a grid for inputs, the weights are unpacked to floats in every call. With one, inputs are rounded to it; a linear
-    map whose weights have no groups then multiplies 8-bit integers, and all others multiply the rounded floats.
+    map whose weights have no groups, and whose inputs have no scales by channel, then multiplies 8-bit integers, and all others
+    multiply the rounded floats.
 
     Memory: ``bits`` of 1, 2, 4 or 8 a weight (3 take 4, 5 to 7 take 8), and one scale and one zero in the type of the weights
     for each channel or group; while it runs, the unpacked weight of this one layer too.
@@ -118,7 +125,8 @@ class Packed(_Map):
         layer: ``nn.Linear``, ``nn.Conv1d`` to ``nn.Conv3d``, or transformers' ``Conv1D``. It is not changed.
         weights: The grid of its weight (outputs first) with scales. A ``Grid`` is fitted to the weight by its range.
         codes: The codes of its weight, if they are not the nearest ones.
-        inputs: The grid of the inputs with its scale, one for the whole tensor, if they are rounded.
+        inputs: The grid of the inputs with its scale, one for the whole tensor or one for each feature, if they are rounded. A
+            ``Grid`` alone rounds them by token: the scale of each position is found in the call.
 
     Shapes: those of ``layer``.
 
@@ -135,12 +143,17 @@ class Packed(_Map):
     codes: Tensor
 
     def __init__(
-        self, layer: nn.Module, weights: Grid | Scaled, *, codes: Tensor | None = None, inputs: Scaled | None = None
+        self,
+        layer: nn.Module,
+        weights: Grid | Scaled,
+        *,
+        codes: Tensor | None = None,
+        inputs: Scaled | Grid | None = None,
     ) -> None:
         grid = weights.grid if isinstance(weights, Scaled) else weights
         super().__init__(layer, grid, inputs)
         weight = weight_of(layer).detach()
-        _check(type(self).__name__, grid, inputs)
+        _check(type(self).__name__, grid, inputs, axis_of(self.shape))
         held = (weights if isinstance(weights, Scaled) else weights.fit(weight)).to(weight)
         codes = held.codes(weight) if codes is None else codes
         self.register_buffer("codes", pack(codes.flatten(1).short() - grid.low, grid.bits))
@@ -160,10 +173,11 @@ class Packed(_Map):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Multiply."""
         self.expect(x)
-        inputs = self.scaled_inputs()
+        inputs = self.scaled_inputs(x)
         if inputs is None:
             return self.call(x, self.weight)
-        if self.conv is not None or self.grid.group is not None or x.requires_grad:
+        wide = self.conv is not None or self.grid.group is not None or inputs.grid.axis is not None
+        if wide or x.requires_grad:
             return self.call(inputs.fake(x), self.weight)
         return self.product(x, inputs)
 
@@ -175,13 +189,16 @@ class Packed(_Map):
         wide = torch.promote_types(weights.scale.dtype, torch.float32)
         found = integer_product(codes, weight).to(wide)
         # A value is its scale times (integer + back); back is 0 on a symmetric grid.
-        back_x = shift(inputs.grid) - inputs.zero.to(wide)
+        scale_x, zero_x = (
+            t.reshape(-1, 1) if self.dynamic else t for t in (inputs.scale.to(wide), inputs.zero.to(wide))
+        )
+        back_x = shift(inputs.grid) - zero_x
         back_w = shift(self.grid) - weights.zero.to(wide)
         if inputs.grid.kind != "symmetric":
             found = found + back_x * weight.sum(1, dtype=torch.int32)
         if self.grid.kind != "symmetric":
             found = found + back_w * (codes.sum(1, dtype=torch.int32)[:, None] + back_x * codes.shape[1])
-        found = found * (inputs.scale.to(wide) * weights.scale.to(wide))
+        found = found * (scale_x * weights.scale.to(wide))
         if self.bias is not None:
             found = found + self.bias
         return found.view(*x.shape[:-1], self.shape[0]).to(x.dtype)
@@ -224,7 +241,7 @@ class BitMap(_Map):
             raise ValueError(
                 f"BitMap: {layer}; expected nn.Linear or nn.Conv2d with zero padding. Use Packed for other layers."
             )
-        if grid.group is not None or grid.low or inputs.grid.kind != "unsigned":
+        if grid.group is not None or grid.low or inputs.grid.kind != "unsigned" or inputs.grid.axis is not None:
             raise ValueError(
                 f"BitMap: weights {grid}, inputs {inputs.grid}; expected weights without groups on a grid other than "
                 "symmetric, and inputs on an unsigned one. Use Packed for other grids."
@@ -247,7 +264,7 @@ class BitMap(_Map):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Round the inputs, count bits and scale. Inputs get no gradient."""
         self.expect(x)
-        inputs = self.scaled_inputs()
+        inputs = self.scaled_inputs(x)
         assert inputs is not None
         codes = inputs.codes(x.detach())
         counted = self.count(codes)
@@ -288,6 +305,54 @@ class BitMap(_Map):
         return (found - zero * inside).movedim(-1, 2).flatten(1, 2)
 
 
+class Round(nn.Module):
+    """Round activations, where no layer with a weight does: the operands of attention, for one.
+
+    Args:
+        to: A grid with its scale, or a ``Grid`` whose scale is found in the call for each position of the last axis but one.
+
+    Shapes: any to the same.
+
+    Examples:
+        >>> Round(LogGrid(4, "sqrt2").fit(torch.ones(1)))(torch.tensor([1.0, 0.7, 0.001]))
+        tensor([1.0000, 0.7071, 0.0000])
+    """
+
+    def __init__(self, to: Scaled | LogScaled | Grid) -> None:
+        super().__init__()
+        self.dynamic = isinstance(to, Grid)
+        self.grid: Grid | LogGrid = to if isinstance(to, Grid) else to.grid
+        if not isinstance(to, Grid):
+            self.register_buffer("scale", to.scale.clone())
+        if isinstance(to, Scaled):
+            self.register_buffer("zero", to.zero.clone())
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Round to the nearest level."""
+        grid, found = self.grid, self._buffers
+        if isinstance(grid, LogGrid):
+            return LogScaled(grid, found["scale"]).fake(x)  # type: ignore[arg-type]
+        return (grid.by_token(x) if self.dynamic else Scaled(grid, found["scale"], found["zero"])).fake(x)  # type: ignore[arg-type]
+
+    def structure(self) -> dict[str, Any]:
+        """As ``restore`` needs it."""
+        shape = [] if self.dynamic else list(self._buffers["scale"].shape)  # type: ignore[union-attr]
+        return {"kind": "Round", "grid": self.grid.options(), "dynamic": self.dynamic, "shape": shape}
+
+    @classmethod
+    def hollow(cls, given: Mapping[str, Any], like: Tensor) -> Round:
+        """One whose numbers come from a file."""
+        options, shape = given["grid"], given["shape"]
+        if "base" in options:
+            return cls(LogScaled(LogGrid(**options), like.new_ones(shape)))
+        grid = Grid(**options)
+        return cls(grid if given["dynamic"] else Scaled(grid, like.new_ones(shape), like.new_zeros(shape)))
+
+    def extra_repr(self) -> str:
+        """The grid."""
+        return f"{self.grid.bits} bits {self.grid.kind}{' by token' if self.dynamic else ''}"
+
+
 class Bound(nn.Module):
     """Bring activations into 0 to 1, the range of an unsigned grid: ``min(max(x, 0), 1)``, or ``min(|x|, 1)`` folded.
 
@@ -308,6 +373,21 @@ class Bound(nn.Module):
         return {"kind": "Bound", "fold": self.fold}
 
 
+def axis_of(shape: tuple[int, ...]) -> int:
+    """The axis of the inputs that holds the features of a layer whose weight has this shape."""
+    return -1 if len(shape) == 2 else 1 - len(shape)
+
+
+def biased(layer: nn.Module) -> nn.Module:
+    """The layer, or a copy with a bias of zeros that shares its weight if it has none."""
+    if layer.bias is not None:
+        return layer
+    weight = weight_of(layer)
+    new = copy.copy(layer)
+    new._parameters = dict(layer._parameters) | {"bias": nn.Parameter(weight.new_zeros(len(weight)))}
+    return new
+
+
 def shift(grid: Grid) -> int:
     """What makes the codes of a grid fit into signed integers of 8 bits."""
     return 128 if grid.high > 127 else 0
@@ -322,8 +402,12 @@ def integer_product(a: Int8[Tensor, "m k"], b: Int8[Tensor, "n k"]) -> Tensor:
     return torch._int_mm(a, b.T)[:m, :n]
 
 
-def _check(name: str, grid: Grid, inputs: Scaled | None) -> None:
-    if grid.axis not in (None, 0):
-        raise ValueError(f"{name}: weights with axis={grid.axis}; expected None or 0, the output channels.")
-    if inputs is not None and inputs.grid.axis is not None:
-        raise ValueError(f"{name}: inputs with axis={inputs.grid.axis}; expected None, one scale for all.")
+def _check(name: str, grid: Grid, inputs: Scaled | Grid | None, features: int | None = None) -> None:
+    if grid.axis not in (None, 0) or grid.kind == "affine":
+        raise ValueError(
+            f"{name}: weights with axis={grid.axis}, kind={grid.kind!r}; expected None or 0, the output channels, and zero at a code."
+        )
+    axis = None if inputs is None else inputs.axis if isinstance(inputs, Grid) else inputs.grid.axis
+    if axis is not None and (isinstance(inputs, Grid) or axis != features):
+        wanted = "None, one scale for all" + ("" if features is None else f", or {features}, the features")
+        raise ValueError(f"{name}: inputs with axis={axis}; expected {wanted}.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.nn.utils import parametrize
 
 from interlayer.core.delivery import guard
 from interlayer.core.kinds import Plan, Row
-from interlayer.core.quantizer.grid import By, Grid, Scaled
-from interlayer.core.quantizer.layers import BitMap, Bound, Packed, is_conv1d, weight_of
+from interlayer.core.quantizer.attention import OPERANDS, opened, opening, operands
+from interlayer.core.quantizer.grid import By, Grid, LogScaled, Scaled
+from interlayer.core.quantizer.layers import BitMap, Bound, Packed, Round, axis_of, biased, is_conv1d, weight_of
 from interlayer.core.quantizer.observe import observe
 from interlayer.core.record import QUANTIZE, record
 from interlayer.core.select import At, exchange, select, ties
@@ -73,6 +75,8 @@ def nearest(
     grid: Grid,
     *,
     inputs: Grid | None = None,
+    dynamic: bool = False,
+    attention: bool = False,
     data: Any = None,
     at: At | None = None,
     by: By = "minmax",
@@ -83,7 +87,11 @@ def nearest(
     Args:
         model: Any module. It is not changed.
         grid: The grid of the weights, outputs first.
-        inputs: The grid of the inputs of the same layers, one scale for each layer; needs ``data``.
+        inputs: The grid of the inputs of the same layers, one scale for each layer; needs ``data``. With ``axis=-1`` one for
+            each feature.
+        dynamic: Find the scales of inputs in each call, one for each token, in place of ``data``.
+        attention: Also round what the two products of attention multiply, on the grid ``inputs``, and probabilities on an
+            unsigned one of as many bits. The plan lists the attentions that this reaches and those that stay in float.
         data: Batches as ``taps.feed`` takes them, run once.
         at: Among which modules. Defaults to all.
         by: How ranges are chosen; see ``Grid.fit``.
@@ -91,7 +99,8 @@ def nearest(
             any format can carry, Hugging Face's too.
 
     Raises:
-        ValueError: No layer can be quantised, ``inputs`` without ``data`` or the reverse, or ``inputs`` with ``packed=False``.
+        ValueError: No layer can be quantised, ``inputs`` without ``data`` or the reverse, ``inputs`` with ``packed=False``,
+            ``dynamic`` with ``data``, or ``dynamic`` or ``attention`` without ``inputs``.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -104,45 +113,84 @@ def nearest(
         >>> plan.apply()[0]
         Packed([8, 8], 4 bits symmetric)
     """
-    if (inputs is None) != (data is None):
+    if (inputs is None) != (data is None and not dynamic) or (dynamic and data is not None):
         raise ValueError(
-            f"nearest: inputs={inputs}, data {'given' if data is not None else 'missing'}; expected both or neither."
+            f"nearest: inputs={inputs}, data {'given' if data is not None else 'missing'}; expected both or neither, or "
+            "dynamic=True in place of data."
         )
     if inputs is not None and not packed:
         raise ValueError("nearest: rounded inputs cannot become plain floats; expected packed=True, or inputs=None.")
-    chosen, skipped = layers(model, at, grid)
-    ranges: dict[str, Scaled] = {}
-    if inputs is not None:
-        ranges = observe(model, data, inputs, at=lambda n, m: n in chosen, by=by)
+    if attention and inputs is None:
+        raise ValueError("nearest: attention=True without inputs; expected the grid of what attention multiplies.")
+    work, opens, rows = opening(model, at) if attention else (model, [], [])
+    chosen, skipped = layers(work, at, grid)
+    skipped += rows
+    points = operands(opens, replace(inputs, axis=None), Grid(inputs.bits, kind="unsigned")) if inputs and opens else {}
+    ranges: dict[str, Scaled | LogScaled] = {}
+    if inputs is not None and not dynamic:
+        wanted = {n: _features(inputs, m) for n, m in chosen.items()} | points
+        ranges = observe(work, data, wanted, by=by)
         skipped += [Row(n, type(m).__name__, "never ran on the data") for n, m in chosen.items() if n not in ranges]
         chosen = {n: m for n, m in chosen.items() if n in ranges}
         if not chosen:
             raise ValueError("nearest: no layer that can be quantised ran on the data.")
+    touched, idle = attended(opens, points if dynamic else ranges, inputs)
     also = f", inputs {inputs.bits} bits {inputs.kind}" if inputs else ""
-    what = f"{grid.bits} bits {grid.kind}{also}"
-    touched = [Row(n, type(m).__name__, f"{weight_of(m).numel()} weights, {what}") for n, m in chosen.items()]
+    what = f"{grid.bits} bits {grid.kind}{also}{' by token' if dynamic else ''}"
+    touched = [Row(n, type(m).__name__, f"{weight_of(m).numel()} weights, {what}") for n, m in chosen.items()] + touched
 
     def build() -> nn.Module:
-        if packed:
-            return packs(
-                model,
-                {n: Packed(m, grid.fit(weight_of(m), by), inputs=ranges.get(n)) for n, m in chosen.items()},
-            )
-        return rounds(model, {n: grid.fit(weight_of(m), by).fake(weight_of(m).detach()) for n, m in chosen.items()})
+        if not packed:
+            return rounds(model, {n: grid.fit(weight_of(m), by).fake(weight_of(m).detach()) for n, m in chosen.items()})
+        new: dict[str, nn.Module] = {}
+        for n, m in chosen.items():
+            scaled: Any = inputs if dynamic else ranges.get(n)
+            new[n] = Packed(m, grid.fit(weight_of(m), by), inputs=scaled)
+        for n, g in points.items():
+            if dynamic or n in ranges:
+                new[n] = Round(g if dynamic else ranges[n])  # type: ignore[arg-type]
+        return packs(model, new, opens=opens)
 
-    return Plan(QUANTIZE, {"bits": grid.bits}, touched, skipped, build)
+    return Plan(QUANTIZE, {"bits": grid.bits}, touched, skipped + idle, build)
+
+
+def _features(grid: Grid, layer: nn.Module) -> Grid:
+    """The grid of a layer's inputs, with the axis of its features if it has one."""
+    return grid if grid.axis is None else replace(grid, axis=axis_of(tuple(weight_of(layer).shape)))
+
+
+def attended(opens: Iterable[str], ran: Iterable[str], grid: Grid | None) -> tuple[list[Row], list[Row]]:
+    """Rows of a plan: attentions whose operands are rounded, and those that never ran."""
+    ran, touched, idle = set(ran), list[Row](), list[Row]()
+    for name in opens:
+        if f"{name}.attend.{OPERANDS[0]}" in ran and grid is not None:
+            touched.append(Row(name, "attention", f"{', '.join(OPERANDS)}, {grid.bits} bits"))
+        else:
+            idle.append(Row(name, "attention", "its products never ran on the data, stay in float"))
+    return touched, idle
 
 
 def packs(
-    model: nn.Module, new: Mapping[str, Packed | BitMap | Bound], options: Mapping[str, Any] | None = None
+    model: nn.Module,
+    new: Mapping[str, nn.Module],
+    options: Mapping[str, Any] | None = None,
+    *,
+    opens: Iterable[str] = (),
 ) -> nn.Module:
     """A copy of a model with these layers in the places of others; ``save`` and ``load`` rebuild it.
 
-    A Hugging Face model refuses ``save_pretrained``: its format has no place for them. ``options`` are noted in the recipe.
+    A Hugging Face model refuses ``save_pretrained``: its format has no place for them.
+
+    Args:
+        model: Any module. It is not changed.
+        new: ``Packed``, ``BitMap``, ``Bound`` and ``Round`` by name.
+        options: Noted in the recipe.
+        opens: Attentions that are opened first, so that ``new`` finds their operands; see ``attention.opened``.
     """
-    result = copy.deepcopy(model)
-    record(result, QUANTIZE, options or {}, {"places": {name: m.structure() for name, m in new.items()}})
-    return _exchanged(result, new)
+    result, opens = copy.deepcopy(model), list(opens)
+    places = {name: m.structure() for name, m in new.items()}  # type: ignore[operator]
+    record(result, QUANTIZE, options or {}, {"places": places, **({"opens": opens} if opens else {})})
+    return _exchanged(opened(result, opens), new)
 
 
 def rounds(model: nn.Module, new: Mapping[str, Tensor], options: Mapping[str, Any] | None = None) -> nn.Module:
@@ -184,7 +232,7 @@ class _Float(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.layer, Packed | BitMap)
-        inputs = self.layer.scaled_inputs()
+        inputs = self.layer.scaled_inputs(x)
         return self.layer.call(x if inputs is None else inputs.fake(x), self.weight)
 
 
@@ -197,20 +245,28 @@ def restore(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     places = structure.get("places")
     if not isinstance(places, dict):
         raise ValueError(f"quantizer.restore: {str(structure)[:80]!r}; expected places.")
-    return _exchanged(model, {n: _hollow(model.get_submodule(n), given) for n, given in places.items()})
+    like = next((t for t in model.parameters() if t.is_floating_point()), torch.zeros(()))
+    opened(model, structure.get("opens", ()))
+    return _exchanged(model, {n: _hollow(model.get_submodule(n), given, like) for n, given in places.items()})
 
 
-def _hollow(layer: nn.Module, given: Mapping[str, Any]) -> Packed | BitMap | Bound:
+def _hollow(layer: nn.Module, given: Mapping[str, Any], near: Tensor) -> nn.Module:
     kind = given.get("kind")
     if kind == "Bound":
         return Bound(fold=given["fold"])
+    if kind == "Round":
+        return Round.hollow(given, near.detach())
     grid = Grid(**given["grid"])
     shape = grid.shape(weight_of(layer))
     like = weight_of(layer).detach()
     weights = Scaled(grid, like.new_ones(shape), like.new_zeros(shape))
-    inputs = given["inputs"] and Scaled(Grid(**given["inputs"]), like.new_ones(()), like.new_zeros(()))
+    inputs: Any = given["inputs"] and Grid(**given["inputs"])
+    if inputs and not given.get("dynamic"):
+        wide = () if inputs.axis is None else (like.shape[1] * getattr(layer, "groups", 1),)
+        inputs = Scaled(inputs, like.new_ones(wide), like.new_zeros(wide))
     if kind not in ("Packed", "BitMap"):
-        raise ValueError(f"quantizer.restore: layers of kind {kind!r}; expected Packed, BitMap or Bound.")
+        raise ValueError(f"quantizer.restore: layers of kind {kind!r}; expected Packed, BitMap, Bound or Round.")
+    layer = biased(layer) if given.get("bias") else layer
     codes = torch.zeros_like(like, dtype=torch.uint8) + max(grid.low, 0)
     return (Packed if kind == "Packed" else BitMap)(layer, weights, codes=codes, inputs=inputs)
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from interlayer.core import taps
-from interlayer.core.quantizer.grid import By, Grid, Scaled
+from interlayer.core.quantizer.grid import By, Grid, LogGrid, LogScaled, Scaled
 from interlayer.core.select import At, select
 
 KEPT = 2**16  # values of one activation and batch that percentiles and squared errors are computed from
 
 
+@overload
+def observe(model: nn.Module, data: Any, grid: Grid, *, at: At, by: By = ..., side: str = ...) -> dict[str, Scaled]: ...
+@overload
 def observe(
-    model: nn.Module, data: Any, grid: Grid, *, at: At, by: By = "minmax", side: str = "input"
-) -> dict[str, Scaled]:
+    model: nn.Module, data: Any, grid: Mapping[str, Grid | LogGrid], *, by: By = ..., side: str = ...
+) -> dict[str, Scaled | LogScaled]: ...
+def observe(
+    model: nn.Module,
+    data: Any,
+    grid: Grid | Mapping[str, Grid | LogGrid],
+    *,
+    at: At | None = None,
+    by: By = "minmax",
+    side: str = "input",
+) -> Any:
     """Run the model over the data once, and fit the grid to what each selected module gets or gives.
 
     Memory: the smallest and largest value of every module, and a sample of evenly spaced values, at most 65,536 for each
@@ -25,8 +38,9 @@ def observe(
     Args:
         model: Any module. It is in eval mode while it runs, and unchanged afterwards.
         data: Batches as ``taps.feed`` takes them.
-        grid: With one scale for the whole tensor.
-        at: Which modules.
+        grid: With one scale for the whole tensor, or with one for each entry of an axis counted from the last, such as
+            ``axis=-1`` for features. A mapping gives each module, by name, a grid of its own.
+        at: Which modules, unless ``grid`` is a mapping.
         by: How the range is chosen; see ``Grid.fit``.
         side: ``"input"`` or ``"output"``.
 
@@ -34,7 +48,7 @@ def observe(
         The scaled grid by the name of the module; modules that did not run are missing.
 
     Raises:
-        ValueError: A grid with an axis, no data, or a module that got no numbers.
+        ValueError: A grid with an axis counted from the first (examples are its first), no data, or a module that got no numbers.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -42,29 +56,38 @@ def observe(
         >>> list(found), round(found["0"].scale.item() * 255, 3)
         (['0', '2'], 1.0)
     """
-    if grid.axis is not None:
-        raise ValueError(f"observe: a grid with axis={grid.axis}; expected axis=None, one scale for all examples.")
+    at = (lambda n, m: n in grid) if isinstance(grid, Mapping) else "**" if at is None else at
+    names = list(select(model, at).chosen)
+    grids = dict(grid) if isinstance(grid, Mapping) else dict.fromkeys(names, grid)
+    axes = {n: g.axis if isinstance(g, Grid) else None for n, g in grids.items()}
+    if any(axis is not None and axis >= 0 for axis in axes.values()):
+        axis = next(a for a in axes.values() if a is not None and a >= 0)
+        raise ValueError(
+            f"observe: a grid with axis={axis}; expected axis=None, one scale for all examples, or one below 0."
+        )
     seen: dict[str, list[Tensor]] = {}
     ran = False
-    names = list(select(model, at).chosen)
     with taps.at_rest(model), torch.no_grad(), taps.read(model, at, side=side, every=True) as last:
         for _ in taps.feed(model, data):
             ran = True
             for name, values in last.items():
-                seen.setdefault(name, []).extend(_some(v, by) for v in values)
+                seen.setdefault(name, []).extend(_some(v, by, axes[name]) for v in values)
             last.clear()
     if not ran:
         raise ValueError(
             "observe: the data holds no batch. Pass a tensor, a mapping, a tuple, or an iterable of these."
         )
-    return {name: grid.fit(torch.cat(seen[name]), by) for name in names if name in seen}
+    return {n: grids[n].fit(torch.cat(seen[n], -1).movedim(0, axes[n] or 0), by) for n in names if n in seen}
 
 
-def _some(value: Tensor, by: By) -> Tensor:
+def _some(value: Tensor, by: By, axis: int | None) -> Tensor:
+    """Values [n], or [entries of the axis, n]: the ends, and evenly spaced ones between where the range depends on them."""
     if not value.is_floating_point():
         raise ValueError(f"observe: an activation of type {value.dtype}; expected floating-point numbers.")
-    flat = value.detach().float().flatten()
-    ends = torch.stack((flat.min(), flat.max()))
+    flat = value.detach().float()
+    flat = flat.flatten() if axis is None else flat.movedim(axis, 0).flatten(1)
+    ends = torch.stack((flat.amin(-1), flat.amax(-1)), -1)
     if by == "minmax":
         return ends
-    return flat if flat.numel() <= KEPT else torch.cat((ends, flat[:: -(-flat.numel() // KEPT)]))
+    step = -(-flat.numel() // KEPT)
+    return flat if step == 1 else torch.cat((ends, flat[..., ::step]), -1)

@@ -1,9 +1,10 @@
-"""Large activations moved into the weights that read them, so that both round well."""
+"""Scales and shifts of activations moved between norms and the weights that read them, so that both round well."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,15 @@ from interlayer.core.select import At
 from interlayer.core.swap import known
 
 CLOSE = 1e-3  # how far outputs may move, relative to the largest
+
+
+class Fold(NamedTuple):
+    """A change of what a norm gives, made up for in all that reads it: ``X' = (X + shift) / scale``, ``W' = W scale``,
+    ``b' = b - W shift``, by features."""
+
+    readers: list[str]
+    scale: Tensor
+    shift: Tensor | None = None
 
 
 def smooth(model: nn.Module, data: Any, *, alpha: float = 0.5, at: At | None = None) -> Plan:
@@ -47,54 +57,101 @@ def smooth(model: nn.Module, data: Any, *, alpha: float = 0.5, at: At | None = N
         raise ValueError(f"smooth: alpha={alpha}; expected 0 to 1.")
     batches = listed(data)
     there, _ = layers(model, at)
-    readers, largest = _readers(model, batches, there)
-    work = copy.deepcopy(model)
-    touched, skipped = list[Row](), list[Row]()
-    new: dict[str, Tensor] = {}
-    with torch.no_grad(), taps.at_rest(work):
-        before = taps.first(next(taps.feed(work, batches[:1])))
-        for norm, names in readers.items():
-            module: Any = work.get_submodule(norm)
-            maps = [weight_of(work.get_submodule(n)) for n in names]
-            inputs = largest[norm].clamp_min(1e-5)
-            weights = torch.stack([m.abs().amax(0) for m in maps]).amax(0).clamp_min(1e-5)
-            scale = (inputs.pow(alpha) / weights.pow(1 - alpha)).clamp_min(1e-5)
-            parts = [module.weight, *([module.bias] if getattr(module, "bias", None) is not None else [])]
-            held = [p.clone() for p in [*parts, *maps]]
-            for p in parts:
-                p.div_(scale)
-            for m in maps:
-                m.mul_(scale)
-            after = taps.first(next(taps.feed(work, batches[:1])))
-            if float((after - before).abs().max()) > CLOSE * float(before.abs().max()):
-                for p, old in zip([*parts, *maps], held, strict=True):
-                    p.copy_(old)
-                skipped.append(
-                    Row(norm, type(module).__name__, "others read its output too, or its gain is no plain factor")
-                )
-            else:
-                touched.append(Row(norm, type(module).__name__, f"scales go to {', '.join(names)}"))
-                new |= {n: m.clone() for n, m in zip(names, maps, strict=True)}
-                new |= {f"{norm} {i}": p.clone() for i, p in enumerate(parts)}
+    found, largest = readers(model, batches, there)
+    tried: dict[str, Fold] = {}
+    for norm, names in found.items():
+        maps = [weight_of(there[n]).detach() for n in names]
+        weights = torch.stack([m.abs().amax(0) for m in maps]).amax(0).clamp_min(1e-5)
+        scale = (largest[norm].clamp_min(1e-5).pow(alpha) / weights.pow(1 - alpha)).clamp_min(1e-5)
+        tried[norm] = Fold(names, scale)
+    refused = fold(copy.deepcopy(model), batches, tried)
+    skipped = [Row(n, type(model.get_submodule(n)).__name__, why) for n, why in refused.items()]
+    kept = {n: f for n, f in tried.items() if n not in refused}
+    touched = [
+        Row(n, type(model.get_submodule(n)).__name__, f"scales go to {', '.join(f.readers)}") for n, f in kept.items()
+    ]
     if not touched:
         why = f" ({skipped[0].name}: {skipped[0].why})" if skipped else ""
         raise ValueError(f"smooth: {type(model).__name__} has no norm whose output linear maps alone read{why}.")
 
     def build() -> nn.Module:
-        result = rounds(model, {n: v for n, v in new.items() if " " not in n}, {"method": "smooth", "alpha": alpha})
-        with torch.no_grad():
-            for row in touched:
-                norm: Any = result.get_submodule(row.name)
-                norm.weight.copy_(new[f"{row.name} 0"])
-                if f"{row.name} 1" in new:
-                    norm.bias.copy_(new[f"{row.name} 1"])
+        result = rounds(model, {}, {"method": "smooth", "alpha": alpha})
+        for norm, each in kept.items():
+            apply(*_modules(result, norm, each), each)
         return result
 
     return Plan(QUANTIZE, {"alpha": alpha}, touched, skipped, build)
 
 
-def _readers(
-    model: nn.Module, batches: list[Any], there: dict[str, nn.Module]
+def fold(model: nn.Module, data: Any, folds: Mapping[str, Fold]) -> dict[str, str]:
+    """Apply folds in place, as far as the model's outputs stay as they were; the norms where they did not, with the reason.
+
+    Two passes over the first batch, and one more for each norm where together they move the outputs.
+    """
+    refused: dict[str, str] = {}
+    touched = {id(p): p for n, f in folds.items() for p in _parts(model, n, f)}
+    old = {i: p.detach().clone() for i, p in touched.items()}
+    with taps.at_rest(model), torch.no_grad():
+
+        def run() -> Tensor:
+            return taps.first(next(taps.feed(model, listed(data)[:1])))
+
+        def moved() -> bool:
+            return float((run() - before).abs().max()) > CLOSE * float(before.abs().max())
+
+        before = run()
+        for norm, each in folds.items():
+            apply(*_modules(model, norm, each), each)
+        if moved():
+            for i, p in touched.items():
+                p.copy_(old[i])
+            for norm, each in folds.items():
+                mine = [(p, p.clone()) for p in _parts(model, norm, each)]
+                apply(*_modules(model, norm, each), each)
+                if moved():
+                    for p, value in mine:
+                        p.copy_(value)
+                    refused[norm] = "others read its output too, or its gain is no plain factor"
+    return refused
+
+
+def _modules(model: nn.Module, norm: str, each: Fold) -> tuple[nn.Module, list[nn.Module]]:
+    return model.get_submodule(norm), [model.get_submodule(n) for n in each.readers]
+
+
+def _parts(model: nn.Module, norm: str, each: Fold) -> list[Tensor]:
+    """The parameters that a fold changes."""
+    source, maps = _modules(model, norm, each)
+    return [t for m in (source, *maps) for t in (m.weight, getattr(m, "bias", None)) if t is not None]
+
+
+@torch.no_grad()
+def apply(norm: nn.Module, maps: Sequence[nn.Module], each: Fold) -> None:
+    """Carry one fold out on a norm and on the linear maps that read it, in place.
+
+    Raises:
+        ValueError: A shift, where the norm or a map has no bias.
+    """
+    source: Any = norm
+    scale = each.scale.to(source.weight)
+    if each.shift is not None:
+        if any(getattr(m, "bias", None) is None for m in (norm, *maps)):
+            raise ValueError(
+                f"fold: {type(norm).__name__} or what reads it ({', '.join(each.readers)}) has no bias; expected scales alone."
+            )
+        shift = each.shift.to(source.weight)
+        source.bias.add_(shift)
+        for m in maps:
+            m.bias.sub_(weight_of(m) @ shift)  # type: ignore[operator]
+    for p in (source.weight, getattr(source, "bias", None)):
+        if p is not None:
+            p.div_(scale)
+    for m in maps:
+        weight_of(m).mul_(scale)
+
+
+def readers(
+    model: nn.Module, batches: list[Any], there: Mapping[str, nn.Module]
 ) -> tuple[dict[str, list[str]], dict[str, Tensor]]:
     """Linear maps by the norm whose output they get, and the largest magnitude of each feature of that output."""
     norms = {
@@ -102,7 +159,7 @@ def _readers(
         if known(m) == "norm" and isinstance(getattr(m, "weight", None), Tensor) and not isinstance(m, nn.GroupNorm | nn.BatchNorm2d)
     }  # fmt: skip
     maps = {n: m for n, m in there.items() if getattr(m, "weight", torch.zeros(0)).ndim == 2}
-    readers: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     if not norms or not maps:
         return {}, {}
     largest: dict[str, Tensor] = {}
@@ -119,5 +176,5 @@ def _readers(
                 names = [
                     n for n, x in into.items() if x.data_ptr() == value.data_ptr() and x.shape[-1] == value.shape[-1]
                 ]
-                readers.setdefault(norm, []).extend(n for n in names if n not in readers[norm])
-    return {n: r for n, r in readers.items() if r}, largest
+                found.setdefault(norm, []).extend(n for n in names if n not in found[norm])
+    return {n: r for n, r in found.items() if r}, largest

@@ -1,0 +1,247 @@
+"""Attention whose operands are modules' outputs, so that they can be observed and rounded: queries, keys, values, probabilities."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interlayer.core.extras import need
+from interlayer.core.kinds import Row
+from interlayer.core.mixer import Attention, meetings
+from interlayer.core.quantizer.grid import Grid, LogGrid
+from interlayer.core.select import At, exchange, select
+from interlayer.core.swap import mentions
+
+OPERANDS = ("queries", "keys", "values", "probabilities")
+NAME = "interlayer_open"  # of the attention function that transformers calls
+LOST = ("softcap", "s_aux")  # what some models of transformers pass beside the mask
+
+
+class Attend(nn.Module):
+    """Attention by its two products, with a module at each operand: ``probabilities(softmax(q k' scale + bias)) v``.
+
+    The four modules are identities until ``Round`` takes their places.
+
+    Shapes: q [B, H, S, K], k and v [B, G, T, K] with G dividing H, to [B, H, S, K]; as ``core.mixer.attend``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries: nn.Module = nn.Identity()
+        self.keys: nn.Module = nn.Identity()
+        self.values: nn.Module = nn.Identity()
+        self.probabilities: nn.Module = nn.Identity()
+
+    def forward(
+        self,
+        q: Float[Tensor, "B H S K"],
+        k: Float[Tensor, "B G T K"],
+        v: Float[Tensor, "B G T K"],
+        *,
+        causal: bool,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        allowed: Tensor | None = None,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Float[Tensor, "B H S K"]:
+        """Let every query read."""
+        return self.weigh(q, k, v, causal=causal, mask=mask, scale=scale, allowed=allowed, bias=bias, dropout=dropout)[
+            0
+        ]
+
+    def weigh(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, dropout: float = 0.0, **met: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What is read, and the probabilities."""
+        seen = meetings(q, k, **met)
+        q, k, v = self.queries(q), self.keys(k), self.values(v)
+        if q.shape[1] != k.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
+        p = self.probabilities(scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype))
+        return F.dropout(p, dropout, self.training) @ v, p
+
+
+class Multihead(nn.Module):
+    """``nn.MultiheadAttention`` made of layers: a linear map for each of queries, keys and values, ``Attend``, and the output map.
+
+    Args:
+        old: Without added biases of keys and values.
+
+    Shapes: those of ``nn.MultiheadAttention``.
+    """
+
+    in_proj_bias = None  # tells torch's Transformer layers that there is nothing for their fused kernel
+
+    def __init__(self, old: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.dropout = old.embed_dim, old.num_heads, old.dropout
+        self.batch_first, self._qkv_same_embed_dim = old.batch_first, old._qkv_same_embed_dim
+        weights: Any = (old.q_proj_weight, old.k_proj_weight, old.v_proj_weight)
+        if old.in_proj_weight is not None:
+            weights = old.in_proj_weight.detach().chunk(3)
+        biases: Any = (None,) * 3 if old.in_proj_bias is None else old.in_proj_bias.detach().chunk(3)
+        self.query, self.key, self.value = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
+        self.attend = Attend()
+        self.out_proj = _linear(old.out_proj.weight, old.out_proj.bias)
+        self.train(old.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,  # a hint only: the mask is given too
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention``."""
+        single = query.ndim == 2
+        parts = [m(x) for m, x in ((self.query, query), (self.key, key), (self.value, value))]
+        if single:
+            parts = [x[None] for x in parts]
+        elif not self.batch_first:
+            parts = [x.transpose(0, 1) for x in parts]
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in parts)
+        met = _added(attn_mask, q)
+        if met is not None:
+            met = met.unflatten(0, (-1, self.num_heads)) if met.ndim == 3 else met[None, None]
+        if key_padding_mask is not None:
+            padded: Any = _added(key_padding_mask, q)
+            padded = padded[None, None, None] if padded.ndim == 1 else padded[:, None, None]
+            met = padded if met is None else met + padded
+        dropout = self.dropout if self.training else 0.0
+        read, p = self.attend.weigh(q, k, v, causal=False, bias=met, dropout=dropout)
+        out = self.out_proj(read.transpose(1, 2).flatten(2))
+        out = out[0] if single else out if self.batch_first else out.transpose(0, 1)
+        if not need_weights:
+            return out, None
+        p = p.mean(1) if average_attn_weights else p
+        return out, p[0] if single else p
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    new.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().clone())
+    return new
+
+
+def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A mask of torch, in which True hides, as scores to add."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
+
+
+def refuses(module: nn.Module) -> str | None:
+    """Why attention stays as it is; empty if it can be opened, None for a module that is no attention."""
+    if isinstance(module, nn.MultiheadAttention):
+        odd = module.bias_k is not None or module.add_zero_attn
+        return "it adds keys and values of its own, which stay in float" if odd else ""
+    if isinstance(module, Attention):
+        plain = type(module).mix is Attention.mix and type(module).read is Attention.read
+        return "" if plain else "an attention of another kind, its products stay in float"
+    if isinstance(module, Attend | Multihead):
+        return None
+    if hasattr(module, "processor") and hasattr(module, "set_processor"):
+        return "its processor is no module, its products stay in float"
+    calls = mentions(module)
+    if "ALL_ATTENTION_FUNCTIONS" in calls:
+        return ""
+    if {"scaled_dot_product_attention", "softmax", "attend"} & calls and next(module.children(), None) is not None:
+        return "its products or its softmax are function calls, which stay in float"
+    return None
+
+
+def attentions(model: nn.Module) -> tuple[list[str], list[Row]]:
+    """The names of the modules whose attention can be opened, and the others with the reason."""
+    names, rows = list[str](), list[Row]()
+    for name, module in model.named_modules():
+        why = refuses(module)
+        if why:
+            rows.append(Row(name or type(module).__name__, type(module).__name__, why))
+        elif why is not None and name:
+            names.append(name)
+    return names, rows
+
+
+def opening(model: nn.Module, at: At | None = None) -> tuple[nn.Module, list[str], list[Row]]:
+    """A copy to observe, with the weights of the model itself and its attentions opened; their names; the others with the reason.
+
+    Args:
+        model: Any module. It is not changed.
+        at: Among which modules. Defaults to all.
+    """
+    names, rows = attentions(model)
+    if at is not None:
+        chosen = select(model, at).chosen
+        rows = [r for r in rows if r.name in chosen]
+        names = [n for n in names if n in chosen]
+    own = [*model.parameters(), *model.buffers()]
+    return opened(copy.deepcopy(model, {id(t): t for t in own}), names), names, rows
+
+
+def operands(names: Iterable[str], grid: Grid, probabilities: Grid | LogGrid) -> dict[str, Grid | LogGrid]:
+    """The grids of the operands of opened attentions, by the names of their modules."""
+    return {f"{n}.attend.{o}": probabilities if o == OPERANDS[-1] else grid for n in names for o in OPERANDS}
+
+
+def opened(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Make the operands of these attentions modules, in place; the function stays. ``Attend`` is their ``attend``."""
+    names = list(names)
+    several = [n for n in names if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
+    if several:
+        exchange(model, several, Multihead)  # type: ignore[arg-type]
+    rest = [model.get_submodule(n) for n in names if n not in several]
+    for module in rest:
+        module.attend = Attend().train(module.training)
+    if any(not isinstance(m, Attention) for m in rest):
+        hf: Any = need("transformers", "hf", "opened attention")
+        hf.AttentionInterface.register(NAME, _transformers)
+        hf.AttentionMaskInterface.register(NAME, hf.masking_utils.eager_mask)
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "_attn_implementation"):
+                config._attn_implementation = NAME
+    return model
+
+
+def _transformers(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **more: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of transformers: by the module's ``attend`` if it has one."""
+    given = [k for k in LOST if more.get(k) is not None]
+    if given:
+        raise ValueError(
+            f"quantizer: {type(module).__name__} passes {given[0]} to its attention; expected scores with a mask alone. "
+            "Leave its products in float with attention=False."
+        )
+    if (moved := more.get("position_bias")) is not None:
+        attention_mask = moved if attention_mask is None else attention_mask + moved
+    causal = attention_mask is None and bool(getattr(module, "is_causal", False))
+    attend = getattr(module, "attend", None) or _plain
+    read, p = attend.weigh(query, key, value, causal=causal, bias=attention_mask, scale=scaling, dropout=dropout)
+    return read.transpose(1, 2).contiguous(), p
+
+
+_plain = Attend()
