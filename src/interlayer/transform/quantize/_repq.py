@@ -1,0 +1,153 @@
+"""What RepQ-ViT and its successor share: fine grids where they fit, folded into a model whose grids are simple."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from interlayer.core.blockwise import listed
+from interlayer.core.kinds import Plan, Row
+from interlayer.core.quantizer import Grid, LogGrid, Packed, Round, Scaled, layers, observe, opening, packs
+from interlayer.core.quantizer.attention import operands
+from interlayer.core.quantizer.grid import By, LogScaled
+from interlayer.core.quantizer.layers import biased, weight_of
+from interlayer.core.quantizer.nearest import attended
+from interlayer.core.quantizer.smooth import Fold, apply, fold, readers
+from interlayer.core.select import At
+
+LEAST = 1e-3  # of the largest scale: a feature that hardly moves gets no finer one
+Ranges: TypeAlias = dict[str, Scaled | LogScaled]
+Refine: TypeAlias = Callable[[nn.Module, list[Any], Mapping[str, list[str]], Ranges], None]
+"""Makes ranges better, in place: gets the opened model, the batches, the readers of each norm, and the ranges."""
+Choose: TypeAlias = Callable[[nn.Module, nn.Module, list[Any], Mapping[str, Packed]], Mapping[str, Packed]]
+"""Chooses better codes: gets the float model and the folded one, opened, the batches, and the packed layers."""
+
+
+def one(batch: Any) -> Any:
+    """The first example of a batch, or the whole batch where its parts have no common first axis."""
+    sizes = {t.shape[0] if t.ndim else None for t in tree_leaves(batch) if isinstance(t, Tensor)}
+    return tree_map(lambda t: t[:1] if isinstance(t, Tensor) else t, batch) if len(sizes - {None}) == 1 else batch
+
+
+def merged(held: Scaled, shifts: bool) -> tuple[Scaled, Tensor, Tensor | None]:
+    """One grid for all features, with the scale and the shift of each that make it as good as a grid for each.
+
+    Equations 8 to 11: with ``s' = mean(s)`` and ``z' = mean(z)``, ``r1 = s / s'`` and ``r2 = z - z'``, the codes of
+    ``(X + s r2) / r1`` at ``s'``, ``z'`` are those of ``X`` at ``s``, ``z``.
+    """
+    scale = held.scale.clamp_min(LEAST * float(held.scale.max()))
+    zero = held.zero * held.scale / scale
+    whole = Grid(held.grid.bits, kind=held.grid.kind)
+    return (
+        Scaled(whole, scale.mean(), zero.mean()),
+        scale / scale.mean(),
+        scale * (zero - zero.mean()) if shifts else None,
+    )
+
+
+def plan(
+    slug: str,
+    model: nn.Module,
+    data: Any,
+    *,
+    bits: int,
+    by: By,
+    at: At | None,
+    options: Mapping[str, Any],
+    refine: Refine | None = None,
+    choose: Choose | None = None,
+) -> Plan:
+    """Find all ranges in one pass over the data; ``apply`` folds and packs.
+
+    Args:
+        slug: The system's.
+        model: Any module. It is not changed.
+        data: Calibration data.
+        bits: Of weights and activations.
+        by: How ranges are chosen.
+        at: Which layers and attentions.
+        options: For the plan and the recipe.
+        refine: What makes the ranges better.
+        choose: What chooses better codes of the weights.
+    """
+    if data is None or not (batches := listed(data)):
+        raise ValueError(f"{slug}: no calibration data; expected batches that the model takes, without targets.")
+    work, opens, rows = opening(model, at)
+    there, skipped = layers(work, at)
+    first = [one(batches[0])]
+    found, _ = readers(work, first, there)
+    shifts = {n: getattr(work.get_submodule(n), "bias", None) is not None for n in found}
+    refused = fold(*_trial(work, first, found, there))
+    skipped += rows + [Row(n, type(work.get_submodule(n)).__name__, why) for n, why in refused.items()]
+    found = {n: names for n, names in found.items() if n not in refused}
+    norm_of = {reader: norm for norm, names in found.items() for reader in names}
+    grids: dict[str, Grid | LogGrid] = {}
+    for name, layer in there.items():
+        if name in norm_of:
+            grids[name] = Grid(bits, -1, "affine" if shifts[norm_of[name]] else "symmetric")
+        else:  # images and the like reach a first convolution in 8 bits, as in the authors' code
+            grids[name] = Grid(8 if weight_of(layer).ndim > 2 else bits, kind="asymmetric")
+    grids |= operands(opens, Grid(bits, kind="asymmetric"), LogGrid(bits, "sqrt2"))
+    ranges: Ranges = observe(work, batches, grids, by=by)
+    skipped += [Row(n, type(m).__name__, "never ran on the data") for n, m in there.items() if n not in ranges]
+    there = {n: m for n, m in there.items() if n in ranges}
+    if not there:
+        raise ValueError(f"{slug}: no layer that can be quantised ran on the data.")
+    touched, idle = attended(opens, ranges, Grid(bits))
+    for name, layer in there.items():
+        how = f"{bits} bits, inputs {grids[name].bits} bits"
+        if name in norm_of:
+            parts = "scales and zeros" if shifts[norm_of[name]] else "scales"
+            how += f", {parts} by feature folded into {norm_of[name]}"
+        touched.append(Row(name, type(layer).__name__, f"{weight_of(layer).numel()} weights, {how}"))
+
+    def build() -> nn.Module:
+        held = dict(ranges)
+        if refine:
+            refine(work, batches, found, held)
+        new: dict[str, nn.Module] = {n: Round(held[n]) for n in operands(opens, Grid(bits), Grid(bits)) if n in held}
+        grid, norms, folded = Grid(bits, 0, "asymmetric"), dict[str, nn.Module](), dict[str, nn.Module](there)
+        for norm, names in found.items():
+            names = [n for n in names if n in held]
+            if not names:
+                continue
+            source: Any = held[names[0]]
+            whole, scale, shift = merged(source, shifts[norm])
+            norms[norm] = copy.deepcopy(work.get_submodule(norm))
+            maps = {n: copy.deepcopy(there[n] if shift is None else biased(there[n])) for n in names}
+            apply(norms[norm], list(maps.values()), Fold(names, scale, shift))
+            folded |= maps
+            held |= dict.fromkeys(names, whole)
+        packed: dict[str, Packed] = {}
+        for n, m in folded.items():
+            inputs: Any = held[n]
+            packed[n] = Packed(m, grid.fit(weight_of(m), by), inputs=inputs)
+        if choose:
+            scratch = copy.deepcopy(work)
+            for n, m in (folded | norms).items():
+                _put(scratch, n, m)
+            packed = dict(choose(work, scratch, batches, packed))
+        result = packs(model, new | packed, {"method": slug, **options}, opens=opens)
+        for n, m in norms.items():
+            result.get_submodule(n).load_state_dict(m.state_dict())
+        return result
+
+    return Plan(slug, dict(options), touched, skipped + idle, build)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _trial(
+    work: nn.Module, first: list[Any], found: Mapping[str, list[str]], there: Mapping[str, nn.Module]
+) -> tuple[nn.Module, list[Any], dict[str, Fold]]:
+    """A fold of each norm that a model keeps its outputs under, if linear maps alone read the norm."""
+    folds = {n: Fold(names, torch.full((weight_of(there[names[0]]).shape[1],), 2.0)) for n, names in found.items()}
+    return copy.deepcopy(work), first, folds
