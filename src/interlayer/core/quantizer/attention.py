@@ -64,7 +64,7 @@ class Attend(nn.Module):
         q, k, v = self.queries(q), self.keys(k), self.values(v)
         if q.shape[1] != k.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
         if seen is not None:
             scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
         p = self.probabilities(scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype))

@@ -84,10 +84,13 @@ def _some(value: Tensor, by: By, axis: int | None) -> Tensor:
     """Values [n], or [entries of the axis, n]: the ends, and evenly spaced ones between where the range depends on them."""
     if not value.is_floating_point():
         raise ValueError(f"observe: an activation of type {value.dtype}; expected floating-point numbers.")
-    flat = value.detach().float()
-    flat = flat.flatten() if axis is None else flat.movedim(axis, 0).flatten(1)
-    ends = torch.stack((flat.amin(-1), flat.amax(-1)), -1)
+    if axis is None:
+        flat, (low, high) = value.detach().flatten(), torch.aminmax(value.detach())
+    else:
+        rows = value.detach().movedim(axis, -1).flatten(0, -2)
+        flat, low, high = rows.T, rows.amin(0), rows.amax(0)
+    ends = torch.stack((low, high), -1).float()
     if by == "minmax":
         return ends
     step = -(-flat.numel() // KEPT)
-    return flat if step == 1 else torch.cat((ends, flat[..., ::step]), -1)
+    return flat.float() if step == 1 else torch.cat((ends, flat[..., ::step].float()), -1)

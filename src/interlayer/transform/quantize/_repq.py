@@ -20,7 +20,7 @@ from interlayer.core.quantizer.nearest import attended
 from interlayer.core.quantizer.smooth import Fold, apply, fold, readers
 from interlayer.core.select import At
 
-LEAST = 1e-3  # of the largest scale: a feature that hardly moves gets no finer one
+LEAST = 1e-5  # of the largest scale: a feature that does not move gets no finer one, and keeps a zero point that floats hold
 Ranges: TypeAlias = dict[str, Scaled | LogScaled]
 Refine: TypeAlias = Callable[[nn.Module, list[Any], Mapping[str, list[str]], Ranges], None]
 """Makes ranges better, in place: gets the opened model, the batches, the readers of each norm, and the ranges."""
