@@ -48,6 +48,10 @@ def _vit(shape: DataShape, **options: Any) -> nn.Module:
     return VisionTransformer(shape.channels, (shape.height, shape.width), classes=shape.classes, **options)
 
 
+def _vit_digits(shape: DataShape, **options: Any) -> nn.Module:
+    return _vit(shape, **{"depth": 2, "width": 32, "heads": 2, **options})
+
+
 def _mlp(shape: DataShape, **options: Any) -> nn.Module:
     return MLP(shape.flat, shape.classes, **options)
 
@@ -103,6 +107,7 @@ BASES = {
     "transformer": (_transformer, {("tokens", "tokens")}),
     "encoder": (_encoder, {("tokens", "classes")}),
     "vit": (_vit, {("image", "classes")}),
+    "vit-digits": (_vit_digits, {("image", "classes")}),  # small enough to be trained on the built-in digits in seconds
     "mlp": (_mlp, {(kind, out) for kind in ("image", "vector", "series") for out in ("classes", "values")}),
     "convnet": (_convnet, {("image", "classes")}),
     "dit": (_dit, {("image", "noise")}),
