@@ -142,8 +142,8 @@ def collapse(model: nn.Module, ends: Sequence[nn.Module], data: Any) -> Finding:
     """How far a merged or pruned network has collapsed, layer by layer, against the networks that it was made of.
 
     ``activations`` is the standard deviation of a layer's channels as a share of that of the ends, ``activity`` the same of
-    the root mean square of the output, and ``weights`` that of the norm of its weights: 1 is none lost, and below 1 the activation or the magnitude
-    has collapsed.
+    the root mean square of the output, and ``weights`` that of the norm of its weights: 1 is none lost, and below 1 the
+    activation or the magnitude has collapsed.
 
     Args:
         model: The merged or pruned network.
