@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from interlayer.core import taps
-from interlayer.core.blockwise import blockwise, error, fit, sequence
+from interlayer.core.blockwise import Joined, Part, blockwise, error, fed, fit, runs, sequence
 from interlayer.core.cost import peak_bytes
 from tests.families import batch, model
 
@@ -153,6 +153,59 @@ def test_fitting_lowers_the_error_and_repeats():
     assert 5 <= found[0] < 5.1
 
 
+def test_groups_have_rates_of_their_own_and_the_loss_may_be_another():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    start = [p.detach().clone() for p in layer.parameters()]
+    part = Part("0", layer, [((torch.randn(8, 3),), {})], [torch.randn(8, 2)])
+    groups = [{"params": [layer.weight], "lr": 0.1}, {"params": [layer.bias]}]
+    losses = fit(part, groups, steps=1, lr=0.01, decay=False, loss=lambda found, wanted: (found - wanted).pow(4).mean())
+    moved = [(p - s).abs() for p, s in zip(layer.parameters(), start, strict=True)]
+    assert torch.allclose(moved[0], torch.full((2, 3), 0.1), atol=1e-4) and torch.allclose(
+        moved[1], torch.full((2,), 0.01), atol=1e-4
+    )
+    first = (nn.functional.linear(part.inputs[0][0][0], *start) - part.outputs[0]).pow(4).mean()
+    assert losses[0] == pytest.approx(float(first))
+    held = [{"params": [layer.bias], "decay": True}, {"params": [layer.weight], "decay": False}]
+    before = [p.detach().clone() for p in (layer.bias, layer.weight)]
+    fit(part, held, steps=2, lr=0.1)
+    late = [(p - s).abs().max() for p, s in zip((layer.bias, layer.weight), before, strict=True)]
+    assert late[0] < 0.16 < late[1]  # 0.1 and 0.05 along the cosine, else twice 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "resnet", "bert"])
+@pytest.mark.parametrize("prefix", ["changed", "original"])
+def test_joined_blocks_are_one_part_with_the_inputs_of_the_first_and_the_outputs_of_the_last(name, prefix):
+    start, data = model(name), [batch(name), batch(name)]
+    names, new = sequence(start, data)[0], copy.deepcopy(start)
+    after = [k for k, joins in enumerate(fed(start, data, names)) if joins]
+    assert len(after) >= 1
+    pair = [names[after[0] - 1], names[after[0]]]
+    truth, seen = naive(start, names, data), []
+    for part in blockwise(start, data, into=new, joined=[pair], prefix=prefix):
+        source = naive(new, names, data) if prefix == "changed" else truth
+        first, last = part.name.split("+")[0], part.name.split("+")[-1]
+        for b in range(2):
+            torch.testing.assert_close(taps.first(part.inputs[b]), source[b][0][first], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(part.outputs[b], truth[b][1][last], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(part.run(b), source[b][1][last], atol=1e-5, rtol=1e-4)
+        seen.append(part.name)
+        if not isinstance(part.block, nn.Embedding):
+            spoil(part.block)
+        assert isinstance(part.block, Joined) == ("+" in part.name)
+    assert "+".join(pair) in seen and len(seen) == len(names) - 1
+
+
+def test_only_neighbours_with_nothing_between_are_joined():
+    net, x = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)), nn.ReLU(), nn.Linear(2, 2)), torch.zeros(1, 2)
+    names = ["0", "1", "2", "3", "5"]
+    assert fed(net, x, names) == [False, True, True, True, False]
+    assert runs(net, x, names, [("0", "1", "2")]) == [[0, 1, 2], [3], [4]]
+    assert runs(net, x, names, [("0", "1"), ("1", "2")]) == [[0, 1, 2], [3], [4]]
+    assert runs(net, x, names, []) == [[0], [1], [2], [3], [4]]
+    assert fed(Net(skip=True), torch.zeros(1, 6), ["blocks.0", "blocks.1"]) == [False, False]
+
+
 class Bad(nn.Module):
     def __init__(self):
         super().__init__()
@@ -174,6 +227,11 @@ class Bad(nn.Module):
             lambda: blockwise(Net(), torch.zeros(2, 6), ["blocks.0", "blocks.0.0"], into=Net()),
             "lies within block blocks.0",
         ),
+        (
+            lambda: blockwise(Net(), torch.zeros(2, 6), into=Net(), joined=[("blocks.0", "blocks.1")]),
+            "cannot be joined",
+        ),
+        (lambda: blockwise(Net(), torch.zeros(2, 6), into=Net(), joined=[("blocks.0", "none")]), "cannot be joined"),
         (lambda: blockwise(nn.Sequential(nn.ReLU()), torch.zeros(2, 6), into=nn.ReLU()), "has no block"),
         (lambda: blockwise(nn.Sequential(Bad()), torch.ones(1, 2), "0", into=nn.Sequential(Bad())), "not finite"),
     ],

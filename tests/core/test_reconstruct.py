@@ -11,7 +11,7 @@ from interlayer.core.blockwise import Part
 from interlayer.core.quantizer import AdaRound, Grid, gptq, learned, nearest, reconstruct, simulated, smooth
 from interlayer.core.quantizer.gptq import columns, patches
 from interlayer.core.quantizer.layers import weight_of
-from interlayer.core.quantizer.reconstruct import annealed
+from interlayer.core.quantizer.reconstruct import Learned, annealed, through
 from tests.families import batch, model, output
 
 GRIDS = [Grid(3, None, "asymmetric"), Grid(4, 0), Grid(2, 0, "asymmetric", 4)]
@@ -144,6 +144,112 @@ def test_whole_models_are_closer_than_the_nearest_levels(name, method, tmp_path)
     torch.testing.assert_close(output(plain, batch(name)), output(new, batch(name)))
 
 
+@pytest.mark.parametrize(
+    "grid", [Grid(3, None, "asymmetric"), Grid(3), Grid(4, 0, "asymmetric"), Grid(2, None, "midrise")]
+)
+def test_learned_grids_are_the_fixed_ones_at_first_and_get_the_gradients_of_lsq(grid):
+    torch.manual_seed(0)
+    x, e = 2 * torch.randn(5, 6) + 0.5, torch.randn(5, 6)
+    held = grid.fit(0.5 * x)
+    made = Learned(held)
+    torch.testing.assert_close(made(x).detach(), held.fake(x), atol=1e-5, rtol=1e-5)
+    scale, zero = held.scale.clone().requires_grad_(), held.zero.clone().requires_grad_()
+    (through(x.requires_grad_(), grid, scale, zero) * e).sum().backward()
+    with torch.no_grad():
+        step, nil = grid.spread(held.scale, x), grid.spread(held.zero, x)
+        exact = x / step + nil
+        inside = (exact.round() >= grid.low) & (exact.round() <= grid.high)
+        by_scale = torch.where(inside, exact.round() - exact, exact.round().clamp(grid.low, grid.high) - nil) * e
+        by_zero = torch.where(inside, torch.zeros_like(x), -step.expand_as(x)) * e
+        axes = () if grid.axis is None else (1,)
+        torch.testing.assert_close(x.grad, inside * e)
+        torch.testing.assert_close(scale.grad, by_scale.sum(axes) if axes else by_scale.sum(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(zero.grad, by_zero.sum(axes) if axes else by_zero.sum(), atol=1e-5, rtol=1e-4)
+        made.log.add_(0.1)
+        if made.shift is not None:
+            made.shift.add_(0.3)
+        found = made.found()
+        torch.testing.assert_close(found.scale, held.scale * math.exp(0.1))
+        assert (made.shift is None) == torch.equal(found.zero, held.zero)
+        assert grid.kind == "midrise" or torch.equal(found.zero, found.zero.round().clamp(grid.low, grid.high))
+        torch.testing.assert_close(made(x), found.fake(x), atol=1e-5, rtol=1e-5)
+
+
+def layered():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    return net, [torch.randn(8, 2, 6, 6) for _ in range(3)]
+
+
+@pytest.mark.parametrize("method", ["adaround", "gptq"])
+def test_inputs_are_rounded_while_a_block_is_reconstructed_and_their_grids_are_learned(method):
+    net, data = layered()
+    coarse = Grid(2, None, "asymmetric")
+    seen = []
+
+    def watched(part, there, held):
+        with taps.read(nn.ModuleList(there.values()), "*", side="input") as got:
+            part.run(0)
+        seen.extend(len(x.unique()) for x in got.values())
+        return METHODS[method](part, there, held)
+
+    plan = reconstruct(net, data, Grid(4, 0), watched, inputs=coarse, by="minmax")
+    assert plan.touched[0].why == "72 weights, 4 bits symmetric, inputs 2 bits asymmetric, with block 0"
+    fixed = plan.apply()
+    assert seen == [4, 4] and [fixed[i].inputs for i in (0, 3)] == [coarse, coarse]  # levels
+    if method == "gptq":
+        return
+    solve = learned(AdaRound, steps=60, lr=3e-2, decay=False, inputs=3e-2)
+    moved = reconstruct(net, data, Grid(4, 0), solve, inputs=coarse, by="minmax").apply()
+    assert all(moved[i].input_scale != fixed[i].input_scale for i in (0, 3))
+    errors = [sum(float((m(x) - net(x)).detach().square().mean()) for x in data) for m in (moved, fixed)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_biases_are_learned_and_the_model_keeps_its_own():
+    net, data = layered()
+    before = [m.bias.detach().clone() for m in (net[0], net[3])]
+    solve = learned(AdaRound, steps=30, lr=1e-2, decay=False, biases=1e-2)
+    new = reconstruct(net, data, Grid(2, 0), solve).apply()
+    plain = reconstruct(net, data, Grid(2, 0), solve, packed=False).apply()
+    for i, bias in zip((0, 3), before, strict=True):
+        assert torch.equal(net[i].bias, bias) and not torch.equal(new[i].bias, bias) and net[i].bias.requires_grad
+        assert torch.equal(plain[i].bias, new[i].bias)
+    torch.testing.assert_close(plain(data[0]), new(data[0]))
+
+
+def test_each_layer_may_have_grids_of_its_own_and_what_was_kept_is_whole(tmp_path):
+    net, data = layered()
+    bits, solve = {"0": 3, "3": 8}, learned(AdaRound, steps=5, lr=1e-2, inputs=1e-2, biases=1e-2)
+    given = {n: Grid(b, None, "asymmetric") for n, b in bits.items()}
+    plan = reconstruct(net, data, given, solve, inputs=given, folder=tmp_path)
+    new = plan.apply()
+    assert {n: (new[int(n)].grid.bits, new[int(n)].inputs.bits) for n in bits} == {n: (b, b) for n, b in bits.items()}
+    assert new[0].bias is not None and len(list(tmp_path.iterdir())) == 2
+
+    def broken(part, there, held):
+        raise AssertionError
+
+    again = reconstruct(net, data, given, broken, inputs=given, folder=tmp_path).apply()
+    assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_joined_blocks_are_reconstructed_as_one():
+    start, data = model("gpt2"), [batch("gpt2")]
+    pair = ["transformer.h.1", "transformer.h.2"]
+    sizes = []
+
+    def solve(part, there, held):
+        sizes.append((part.name, len(there)))
+        return METHODS["adaround"](part, there, held)
+
+    plan = reconstruct(start, data, Grid(4, None, "asymmetric"), solve, joined=[pair])
+    assert "with block transformer.h.1+transformer.h.2" in str(plan)
+    new = plan.apply().eval()
+    assert [n for _, n in sizes] == [4, 8, 4] and sizes[1][0] == "+".join(pair)
+    assert output(new, batch("gpt2")).isfinite().all()
+
+
 @pytest.mark.parametrize(("name", "alpha"), [("gpt2", 0.5), ("llama", 0.8), ("t5", 0.3)])
 def test_smoothing_keeps_the_function_and_moves_ranges_into_weights(name, alpha):
     start, data = model(name), [batch(name)]
@@ -187,6 +293,9 @@ def test_errors_and_what_lies_in_no_block():
             lambda: reconstruct(net, x, Grid(4), gptq(), blocks="1", at="0", name="gptq"),
             "gptq: no layer that can be quantised lies",
         ),
+        (lambda: reconstruct(net, x, Grid(4), gptq(), joined=[("1", "0")]), "cannot be joined"),
+        (lambda: reconstruct(net, x, Grid(4), gptq(), inputs=Grid(4), packed=False), "cannot become plain floats"),
+        (lambda: reconstruct(net, x, {"0": Grid(4)}, gptq()), "no grid for 1"),
         (lambda: smooth(net, x), "has no norm"),
         (lambda: smooth(net, x, alpha=2), "alpha=2"),
         (lambda: patches(nn.Conv3d(1, 1, 1), torch.ones(1, 1, 1, 1, 1)), "convolutions with 1 or 2 axes"),

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ class Part:
         inputs: Positional and keyword arguments, for each batch.
         outputs: The first tensor that the original block gives in the original model, for each batch.
         kept: What ``keep`` stored in an earlier, interrupted run; empty otherwise.
+        before: What the inputs of layers inside the block pass first, by the name of the layer, where a method puts anything there.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Part:
     inputs: list[Call]
     outputs: list[Tensor]
     kept: dict[str, Tensor] = field(default_factory=dict)
+    before: dict[str, nn.Module] = field(default_factory=dict)
     path: Path | None = None
 
     def run(self, index: int) -> Tensor:
@@ -66,6 +69,7 @@ def blockwise(
     at: At | None = None,
     *,
     into: nn.Module,
+    joined: Sequence[Sequence[str]] = (),
     prefix: Prefix = "changed",
     folder: str | Path | None = None,
     key: str = "",
@@ -84,6 +88,7 @@ def blockwise(
         batches: Calibration data as ``taps.feed`` takes them.
         at: The blocks; see ``sequence``.
         into: A copy of the model, whose blocks are changed.
+        joined: Runs of neighbouring blocks that are worked on as one part, named ``first+second``; see ``fed``.
         prefix: What a block's inputs are computed by: the blocks before it as changed so far, so that it can make up for their errors,
             or the original ones.
         folder: Where results that ``part.keep`` stores are looked for. They are found by content: of the block, its inputs and
@@ -94,7 +99,8 @@ def blockwise(
         The parts.
 
     Raises:
-        ValueError: No data, data that the model does not run on, outputs that are not finite, unknown ``prefix``, or no block.
+        ValueError: No data, data that the model does not run on, outputs that are not finite, unknown ``prefix``, no block, or
+            joined blocks that are no neighbours.
 
     Examples:
         >>> import copy
@@ -111,43 +117,127 @@ def blockwise(
     data = listed(batches)
     with _resting(model), _resting(into):
         names = sequence(model, data, at)[0]
+        together = runs(model, data, names, joined)
         truth = _Way(model, names, data)
         prints = truth.prints()
         changed = _Way(into, names, data)
-        for k, name in enumerate(tqdm(names, desc="blocks", disable=None, leave=False)):
+        for run in tqdm(together, desc="blocks", disable=None, leave=False):
+            k = run[0]
             if k and not _alike(_print(truth.enter(k, 0)), prints[k]):
                 truth.chain = changed.chain = False
-            block = truth.block(k)
             inputs, outputs = list[Call](), list[Tensor]()
             for b in range(len(data)):
-                args, kwargs = truth.enter(k, b)
+                call = truth.enter(k, b)
                 if prefix == "original":
-                    inputs.append((args, kwargs))
-                with torch.no_grad():
-                    full = block(*args, **kwargs)
-                outputs.append(taps.first(full).detach())
-                truth.leave(k, b, full)
+                    inputs.append(call)
+                outputs.append(taps.first(truth.through(run, b, call)).detach())
                 if not bool(outputs[-1].isfinite().all()):
                     raise ValueError(
-                        f"blockwise: {name} gives numbers that are not finite; expected finite ones. Check the data."
+                        f"blockwise: {names[run[-1]]} gives numbers that are not finite; expected finite ones. Check the data."
                     )
             if prefix == "changed":
                 for b in range(len(data)):
                     inputs.append(changed.enter(k, b))
                     changed.last[b] = None
-            part = Part(name, changed.block(k), inputs, outputs)
+            block = changed.block(k) if len(run) == 1 else Joined(*(changed.block(i) for i in run))
+            part = Part("+".join(names[i] for i in run), block, inputs, outputs)
             if folder is not None:
                 part.path = Path(folder) / f"{k}-{_digest(part, key)}.safetensors"
                 part.kept = load_file(part.path) if part.path.is_file() else {}
             yield part
-            if changed.chain and prefix == "changed" and k + 1 < len(names):
+            if changed.chain and prefix == "changed" and run[-1] + 1 < len(names):
                 for b in range(len(data)):
-                    args, kwargs = inputs[b]
-                    inputs[b] = ((), {})
-                    with torch.no_grad():
-                        changed.leave(k, b, changed.block(k)(*args, **kwargs))
+                    call, inputs[b] = inputs[b], ((), {})
+                    changed.through(run, b, call)
             inputs.clear()
             outputs.clear()
+
+
+class Joined(nn.Module):
+    """Neighbouring blocks as one: the output of each is the first argument of the next, and the other arguments are the same.
+
+    >>> Joined(nn.Linear(2, 3), nn.Linear(3, 1))(torch.zeros(5, 2)).shape
+    torch.Size([5, 1])
+    """
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One after the other."""
+        for block in self.blocks:
+            found = block(x, *args, **kwargs)
+            x = taps.first(found)
+        return found
+
+
+def fed(model: nn.Module, batches: Any, names: Sequence[str]) -> list[bool]:
+    """Whether each block, as it is, gets the output of the one before as its first argument, and its other arguments.
+
+    Such neighbours can be joined (``blockwise(joined=)``). Nothing may happen between them, such as a residual connection.
+
+    Args:
+        model: Any module.
+        batches: Calibration data; the first batch is run.
+        names: The blocks in the order in which they run, as ``sequence`` gives them.
+
+    Returns:
+        One for each block; False for the first.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> fed(net, torch.zeros(1, 2), ["0", "2", "3"])
+        [False, False, True]
+    """
+    found = list[bool]()
+    last: list[tuple[Tensor, Call]] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        rest = (args[1:], kwargs)
+        found.append(bool(args and last) and args[0] is last[0][0] and _alike(_print(rest), _print(last[0][1])))
+        last.clear()
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        last.append((taps.first(output), (args[1:], kwargs)))
+
+    with _resting(model), ExitStack() as hooks, torch.no_grad():
+        for name in names:
+            block = model.get_submodule(name)
+            hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(leave, with_kwargs=True).remove)
+        _call(model, listed(batches)[0])
+    return found
+
+
+def runs(model: nn.Module, batches: Any, names: Sequence[str], joined: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Blocks by index, in lists of those that are joined.
+
+    Raises:
+        ValueError: Joined blocks that are no neighbours of which the second is ``fed`` by the first.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> runs(net, torch.zeros(1, 2), ["0", "1", "2"], [("1", "2")])
+        [[0], [1, 2]]
+    """
+    after = fed(model, batches, names) if joined else []
+    inner = set[int]()
+    for a, b in (pair for group in joined for pair in pairwise(group)):
+        k = names.index(b) if b in names else 0
+        if not k or names[k - 1] != a or not after[k]:
+            raise ValueError(
+                f"blockwise: blocks {a} and {b} cannot be joined; expected neighbours of which the second gets what the first "
+                "gives, with nothing between them. Join others."
+            )
+        inner.add(k)
+    found = list[list[int]]()
+    for k in range(len(names)):
+        if k in inner:
+            found[-1].append(k)
+        else:
+            found.append([k])
+    return found
 
 
 def sequence(model: nn.Module, batches: Any, at: At | None = None) -> tuple[list[str], list[Row]]:
@@ -208,50 +298,55 @@ def sequence(model: nn.Module, batches: Any, at: At | None = None) -> tuple[list
 
 def fit(
     part: Part,
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     *,
     steps: int,
     lr: float,
     decay: bool = True,
     seed: int = 0,
     penalty: Callable[[float], Tensor] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> list[float]:
     """Let a block give the outputs that it should: Adam on the squared error.
 
-    The error is summed over axis 1 and averaged over all others, as reconstruction of blocks does it. Each step takes one batch;
-    every batch is taken once before one is taken again.
+    Each step takes one batch; every batch is taken once before one is taken again.
 
     Args:
         part: The block.
-        parameters: What is trained.
+        parameters: What is trained; or groups of ``params``, each with an ``lr`` and a ``decay`` of its own where given.
         steps: How many.
-        lr: The first learning rate.
+        lr: The first learning rate, where a group has none.
         decay: Let the learning rate fall to zero along a cosine.
         seed: Of the order of the batches.
         penalty: Added to the error; called with the share of the steps that are done.
+        loss: Another error, of what was found and what was wanted. Defaults to ``error``.
 
     Returns:
         The error and penalty at every step.
     """
-    optimizer = torch.optim.Adam(list(parameters), lr)
+    groups: Any = list(parameters)
+    optimizer = torch.optim.Adam(groups, lr)
+    rates = [(group, group["lr"]) for group in optimizer.param_groups]
     order, rest, losses = torch.Generator().manual_seed(seed), list[int](), list[float]()
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (0.5 * (1 + math.cos(math.pi * step / steps)) if decay else 1)
+        for group, rate in rates:
+            falls = group.get("decay", decay)
+            group["lr"] = rate * (0.5 * (1 + math.cos(math.pi * step / steps)) if falls else 1)
         rest = rest or torch.randperm(len(part.inputs), generator=order).tolist()
         index = rest.pop()
 
-        def loss(index: int = index, share: float = step / steps) -> Tensor:
+        def total(index: int = index, share: float = step / steps) -> Tensor:
             with aside.collect():  # what layers report is not this loss's
-                found = error(part.run(index), part.outputs[index])
+                found = (loss or error)(part.run(index), part.outputs[index])
             return found if penalty is None else found + penalty(share)
 
         with torch.enable_grad():
-            losses.append(descend(part.block, optimizer, loss, share=1.0, clip=None)[0])
+            losses.append(descend(part.block, optimizer, total, share=1.0, clip=None)[0])
     return losses
 
 
 def error(found: Float[Tensor, "B ..."], wanted: Float[Tensor, "B ..."]) -> Float[Tensor, ""]:
-    """Squared error, summed over axis 1 and averaged over the others.
+    """Squared error, summed over axis 1 and averaged over the others, as reconstruction of blocks does it.
 
     >>> error(torch.zeros(2, 3), torch.ones(2, 3))
     tensor(3.)
@@ -321,6 +416,17 @@ class _Way:
                 _call(self.model, self.data[b])
         args, kwargs = seen[0]
         return tree_map(_detached, args), tree_map(_detached, kwargs)
+
+    def through(self, run: Sequence[int], b: int, call: Call) -> Any:
+        """Run joined blocks on what the first gets of batch b, keep what each gives, and return what the last gives."""
+        args, kwargs = call
+        for k in run:
+            with torch.no_grad():
+                found = self.block(k)(*args, **kwargs)
+            self.leave(k, b, found)
+            if k != run[-1]:
+                args = (taps.first(found), *args[1:])
+        return found
 
     def leave(self, k: int, b: int, output: Any) -> None:
         """Keep what block k gave for batch b, in place of what the block before gave."""

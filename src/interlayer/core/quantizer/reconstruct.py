@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,11 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from interlayer.core.blockwise import Part, Prefix, blockwise, fit, listed, sequence
+from interlayer.core import taps
+from interlayer.core.blockwise import Part, Prefix, blockwise, fit, listed, runs, sequence
 from interlayer.core.kinds import Plan, Row
-from interlayer.core.quantizer.grid import By, Grid, Scaled
+from interlayer.core.quantizer.grid import By, Grid, Scaled, straight
 from interlayer.core.quantizer.layers import Packed, is_conv1d, weight_of
 from interlayer.core.quantizer.nearest import layers, packs, rounds
+from interlayer.core.quantizer.observe import observe
 from interlayer.core.record import QUANTIZE
 from interlayer.core.select import At, exchange
 
@@ -102,6 +105,57 @@ def annealed(share: float, first: float = 20.0, last: float = 2.0) -> float:
     return last + 0.5 * (first - last) * (1 + float(torch.tensor(share * torch.pi).cos()))
 
 
+def through(x: Float[Tensor, "..."], grid: Grid, scale: Tensor, zero: Tensor) -> Float[Tensor, "..."]:
+    """``x`` on a grid whose scale and zero are learned too.
+
+    Gradients pass the rounding. Those of the scale are LSQ's (Esser et al., arXiv:1902.08153): ``code - x / scale`` inside the
+    range, the lowest or highest code less the zero outside. The zero gets minus the scale outside.
+
+    Args:
+        x: Values.
+        grid: The grid.
+        scale: Positive.
+        zero: The code that means zero.
+    """
+    step, zero = grid.spread(scale, x), grid.spread(zero, x)
+    exact = grid.grouped(x.to(torch.promote_types(x.dtype, torch.float32))) / step + zero
+    whole = straight(exact, exact.round()).clamp(grid.low, grid.high)
+    return ((whole - zero) * step).view(x.shape).to(x.dtype)
+
+
+class Learned(nn.Module):
+    """A grid whose scale is learned as a logarithm, and its zero, if it is asymmetric, as a share of the range.
+
+    >>> held = Grid(4, kind="asymmetric").fit(torch.randn(64))
+    >>> torch.equal(Learned(held)(torch.ones(3)), held.fake(torch.ones(3)))
+    True
+    """
+
+    def __init__(self, held: Scaled) -> None:
+        super().__init__()
+        self.held = held
+        self.log = nn.Parameter(torch.zeros_like(held.scale))
+        self.shift = nn.Parameter(torch.zeros_like(held.scale)) if held.grid.kind == "asymmetric" else None
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Round."""
+        now = self.now()
+        return through(x, now.grid, now.scale, now.zero)
+
+    def now(self) -> Scaled:
+        """The grid so far. Gradients pass the rounding of the zero to an integer among the codes."""
+        grid, zero = self.held.grid, self.held.zero
+        if self.shift is not None:
+            exact = (zero + grid.high * self.shift).clamp(grid.low, grid.high)
+            zero = straight(exact, exact.round())
+        return Scaled(grid, self.held.scale * self.log.exp(), zero)
+
+    def found(self) -> Scaled:
+        """The grid in the end."""
+        now = self.now()
+        return Scaled(now.grid, now.scale.detach(), now.zero.detach())
+
+
 class _As(nn.Module):
     """A rounder as the parametrisation of a layer's weight, in its own orientation and type."""
 
@@ -115,35 +169,73 @@ class _As(nn.Module):
         return (value.T if self.transposed else value).to(weight.dtype)
 
 
+class _Moved(nn.Module):
+    """A bias that is learned, in units of its own size, or the weight's if that is larger."""
+
+    def __init__(self, bias: Tensor, weight: Tensor) -> None:
+        super().__init__()
+        self.unit = float(
+            torch.maximum(bias.detach().norm() / bias.numel() ** 0.5, weight.norm() / weight.numel() ** 0.5)
+        )
+        self.by = nn.Parameter(torch.zeros_like(bias, dtype=weight.dtype))
+
+    def forward(self, bias: Tensor) -> Tensor:
+        return (bias + self.unit * self.by).to(bias.dtype)
+
+
 def learned(
     make: Callable[[Float[Tensor, "out ..."], Scaled], Rounder],
     *,
     steps: int,
     lr: float,
     decay: bool = True,
+    inputs: float = 0.0,
+    biases: float = 0.0,
     seed: int = 0,
 ) -> Solve:
     """Choose codes by training the rounders of all layers of a block together; see ``blockwise.fit``.
 
     Memory: for each weight of the block, its rounder's parameters, their gradients and Adam's two moments.
+
+    Args:
+        make: The rounder of a weight.
+        steps: For each block.
+        lr: Of the rounders.
+        decay: Let it fall to zero along a cosine.
+        inputs: Learning rate of the grids of inputs, where ``reconstruct`` rounds them, relative to their range (``Learned``). It
+            falls along a cosine. 0 keeps them.
+        biases: Learning rate of the layers' biases, relative to their size, with the ``decay`` of ``lr``. 0 keeps them.
+        seed: Of the order of the batches.
     """
 
     def solve(part: Part, there: Mapping[str, nn.Module], held: Mapping[str, Scaled]) -> Found:
         made = {n: make(wide(m), held[n]) for n, m in there.items()}
+        moved = {n: _Moved(m.bias, wide(m)) for n, m in there.items() if biases and isinstance(m.bias, Tensor)}
         flags = [(p, p.requires_grad) for p in part.block.parameters()]
         for p, _ in flags:
             p.requires_grad_(False)
         for n, m in there.items():
             parametrize.register_parametrization(m, "weight", _As(made[n], is_conv1d(m)), unsafe=True)
+        for n, by in moved.items():
+            parametrize.register_parametrization(there[n], "bias", by, unsafe=True)
 
         def penalty(share: float) -> Tensor:
             found = [p for r in made.values() if (p := r.penalty(share)) is not None]
             return torch.stack(found).sum() if found else torch.zeros(())
 
-        rates = [p for r in made.values() for p in r.parameters()]
-        fit(part, rates, steps=steps, lr=lr, decay=decay, seed=seed, penalty=penalty)
+        before = part.before.values() if inputs else ()
+        groups: list[dict[str, Any]] = [
+            {"params": [p for r in made.values() for p in r.parameters()]},
+            {"params": [p for m in moved.values() for p in m.parameters()], "lr": biases},
+            {"params": [p for m in before for p in m.parameters()], "lr": inputs, "decay": True},
+        ]
+        fit(part, [g for g in groups if g["params"]], steps=steps, lr=lr, decay=decay, seed=seed, penalty=penalty)
         for m in there.values():
             parametrize.remove_parametrizations(m, "weight", leave_parametrized=False)
+        for n, by in moved.items():
+            layer: Any = there[n]
+            parametrize.remove_parametrizations(layer, "bias", leave_parametrized=False)
+            layer.bias = nn.Parameter(by(layer.bias).detach())  # a new one: the old is the model's own
         for p, flag in flags:
             p.requires_grad_(flag)
         with torch.no_grad():
@@ -161,10 +253,12 @@ def wide(layer: nn.Module) -> Float[Tensor, "out ..."]:
 def reconstruct(
     model: nn.Module,
     data: Any,
-    grid: Grid,
+    grid: Grid | Mapping[str, Grid],
     solve: Solve,
     *,
+    inputs: Grid | Mapping[str, Grid] | None = None,
     blocks: At | None = None,
+    joined: Sequence[Sequence[str]] = (),
     at: At | None = None,
     by: By = "mse",
     power: float = 2.4,
@@ -179,12 +273,15 @@ def reconstruct(
     Args:
         model: Any module. It is not changed.
         data: Calibration data as ``taps.feed`` takes them; every method that gets the same is compared fairly.
-        grid: The grid of the weights, outputs first.
+        grid: The grid of the weights, outputs first; or one for each layer, by name.
         solve: The method: ``learned(AdaRound, ...)``, ``gptq()``, or one of your own.
+        inputs: The grid of the inputs of the same layers, or one for each. They are rounded while a block is reconstructed. Ranges come
+            from a pass of the float model over the data, and ``solve`` may learn them (``Part.before``).
         blocks: The blocks; see ``blockwise.sequence``.
+        joined: Runs of neighbouring blocks that are reconstructed as one; see ``blockwise``.
         at: Which layers are rounded. Defaults to all that can be.
         by: How ranges are chosen; see ``Grid.fit``.
-        power: Power of the error where ``by="mse"``.
+        power: Power of the error of weights where ``by="mse"``.
         packed: Keep the weights packed (``Packed``), or return plain floats.
         prefix: See ``blockwise``.
         folder: Where the result of each block is stored, so that an interrupted run goes on there.
@@ -192,7 +289,7 @@ def reconstruct(
         options: The method's options; part of what stored results are found by.
 
     Raises:
-        ValueError: No data, no layer that can be quantised, or what ``blockwise`` refuses.
+        ValueError: No data, no layer that can be quantised, ``inputs`` with ``packed=False``, or what ``blockwise`` refuses.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -204,63 +301,129 @@ def reconstruct(
         >>> plan.apply()[0]
         Packed([8, 8], 4 bits symmetric)
     """
+    if inputs is not None and not packed:
+        raise ValueError(f"{name}: rounded inputs cannot become plain floats; expected packed=True, or no inputs.")
     batches = listed(data)
-    there, skipped = layers(model, at, grid)
+    there, skipped = layers(model, at, grid if isinstance(grid, Grid) else None)
     names, out = sequence(model, batches, blocks)
     owner = {n: b for n in there for b in names if n == b or n.startswith(f"{b}.") or not b}
     lost = {n: m for n, m in there.items() if n not in owner}
     reason = {row.name: row.why for row in out}
     skipped += [Row(n, type(m).__name__, _why(n, reason) or "in no block, stays in float") for n, m in lost.items()]
+    weights = _each(grid, owner)
+    ranges = _ranges(model, batches, _each(inputs, owner), by) if inputs is not None else {}
+    for n in [n for n in owner if inputs is not None and n not in ranges]:
+        skipped.append(Row(n, type(there[n]).__name__, "never ran on the data"))
+        del owner[n]
     if not owner:
         raise ValueError(
             f"{name}: no layer that can be quantised lies in a block ({', '.join(names[:3])}). Pass other blocks."
         )
-    used = [b for b in names if b in owner.values()]
-    what = f"{grid.bits} bits {grid.kind}"
-    touched = [
-        Row(n, type(there[n]).__name__, f"{weight_of(there[n]).numel()} weights, {what}, with block {b or 'model'}")
-        for n, b in owner.items()
-    ]
+    label = {b: "+".join(run) for run in joined for b in run}
+    used = [b for b in names if b in owner.values() or b in label]
+    runs(model, batches, used, joined)
+
+    def what(n: str) -> str:
+        also = f", inputs {ranges[n].grid.bits} bits {ranges[n].grid.kind}" if n in ranges else ""
+        block = label.get(owner[n], owner[n]) or "model"
+        return (
+            f"{weight_of(there[n]).numel()} weights, {weights[n].bits} bits {weights[n].kind}{also}, with block {block}"
+        )
+
+    touched = [Row(n, type(there[n]).__name__, what(n)) for n in owner]
     given = dict(options or {})
-    key = json.dumps([name, given, grid.options(), str(by), power, prefix, sorted(owner)], sort_keys=True)
+    grids = [[n, weights[n].options(), ranges[n].grid.options() if n in ranges else None] for n in sorted(owner)]
+    key = json.dumps([name, given, grids, str(by), power, prefix], sort_keys=True)
 
     def build() -> nn.Module:
         new: dict[str, Packed] = {}
         own = [*model.parameters(), *model.buffers()]
         scratch = copy.deepcopy(model, {id(t): t for t in own})  # its weights are the model's until they are rounded
-        for part in blockwise(model, batches, list(used), into=scratch, prefix=prefix, folder=folder, key=key):
-            mine = {n: scratch.get_submodule(n) for n, b in owner.items() if b == part.name}
+        for part in blockwise(
+            model, batches, list(used), into=scratch, joined=joined, prefix=prefix, folder=folder, key=key
+        ):
+            mine = {n: scratch.get_submodule(n) for n, b in owner.items() if label.get(b, b) == part.name}
+            before = {n: Learned(ranges[n]) for n in mine if n in ranges}
+            part.before = dict(before)
             if part.kept:
-                found = _loaded(part.kept, grid, mine)
+                found = {n: _loaded(part.kept, n, m, weights[n], ranges.get(n)) for n, m in mine.items()}
             else:
-                found = solve(part, mine, {n: grid.fit(wide(m), by, power) for n, m in mine.items()})
-                part.keep({f"{n} {k}": t for n, (s, c) in found.items() for k, t in _named(s, c)})
-            rounded = {n: Packed(mine[n], s, codes=c) for n, (s, c) in found.items()}
+                held = {n: weights[n].fit(wide(m), by, power) for n, m in mine.items()}
+                chosen, learnt = _with(part, mine, held, solve), {n: m.found() for n, m in before.items()}
+                found = {n: (s, c, learnt.get(n)) for n, (s, c) in chosen.items()}
+                part.keep({f"{n} {k}": t for n, m in mine.items() for k, t in _named(m, *found[n])})
+            rounded = {n: Packed(mine[n], s, codes=c, inputs=i) for n, (s, c, i) in found.items()}
             exchange(scratch, list(rounded), {mine[n]: p for n, p in rounded.items()}.__getitem__)
             new |= rounded
         del scratch, part, mine
-        told = {"method": name, "bits": grid.bits, **given}
+        told = {
+            "method": name,
+            "bits": grid.bits if isinstance(grid, Grid) else {n: g.bits for n, g in weights.items()},
+            **given,
+        }
         if packed:
             return packs(model, new, told)
         result = rounds(model, {}, told)
         with torch.no_grad():
             for n, each in new.items():
-                weight_of(result.get_submodule(n)).copy_(each.weight)
+                layer: Any = result.get_submodule(n)
+                weight_of(layer).copy_(each.weight)
+                if each.bias is not None:
+                    layer.bias.copy_(each.bias)
         return result
 
     return Plan(name or QUANTIZE, given, touched, skipped, build)
 
 
-def _named(scaled: Scaled, codes: Tensor) -> list[tuple[str, Tensor]]:
-    return [("scale", scaled.scale), ("zero", scaled.zero), ("codes", codes)]
+def _each(grid: Grid | Mapping[str, Grid], names: dict[str, str]) -> dict[str, Grid]:
+    """The grid of each layer."""
+    if isinstance(grid, Grid):
+        return dict.fromkeys(names, grid)
+    if lacking := [n for n in names if n not in grid]:
+        raise ValueError(f"reconstruct: no grid for {lacking[0]}; expected one for each layer that is rounded.")
+    return {n: grid[n] for n in names}
 
 
-def _loaded(kept: Mapping[str, Tensor], grid: Grid, there: Mapping[str, nn.Module]) -> Found:
-    found: Found = {}
-    for n, m in there.items():
-        scale, zero, codes = (kept[f"{n} {k}"].to(weight_of(m).device) for k in ("scale", "zero", "codes"))
-        found[n] = (Scaled(grid, scale, zero), codes)
+def _ranges(model: nn.Module, batches: list[Any], grids: Mapping[str, Grid], by: By) -> dict[str, Scaled]:
+    """The grids of inputs with scales that suit the float model."""
+    found: dict[str, Scaled] = {}
+    for grid in dict.fromkeys(grids.values()):
+        names = [n for n, g in grids.items() if g == grid]
+        found |= observe(model, batches, grid, at=names, by=by)
     return found
+
+
+def _with(part: Part, there: Mapping[str, nn.Module], held: Mapping[str, Scaled], solve: Solve) -> Found:
+    """What a method finds while the inputs of layers are rounded."""
+
+    def enter(grid: nn.Module) -> Callable[..., Any]:
+        return lambda module, args, kwargs: taps.swap((args, kwargs), grid(taps.first((args, kwargs))))
+
+    with ExitStack() as hooks:
+        for n, grid in part.before.items():
+            hooks.callback(there[n].register_forward_pre_hook(enter(grid), with_kwargs=True).remove)
+        return solve(part, there, held)
+
+
+def _named(layer: nn.Module, scaled: Scaled, codes: Tensor, inputs: Scaled | None) -> list[tuple[str, Tensor]]:
+    found = [("scale", scaled.scale), ("zero", scaled.zero), ("codes", codes)]
+    if inputs is not None:
+        found += [("input_scale", inputs.scale), ("input_zero", inputs.zero)]
+    return [*found, ("bias", layer.bias.detach())] if isinstance(layer.bias, Tensor) else found
+
+
+def _loaded(
+    kept: Mapping[str, Tensor], name: str, layer: nn.Module, grid: Grid, inputs: Scaled | None
+) -> tuple[Scaled, Tensor, Scaled | None]:
+    """What was stored of a layer, which gets its bias back."""
+    held = {
+        k.removeprefix(f"{name} "): t.to(weight_of(layer).device) for k, t in kept.items() if k.startswith(f"{name} ")
+    }
+    if "bias" in held:
+        layer.bias = nn.Parameter(held["bias"])
+    if inputs is not None:
+        inputs = Scaled(inputs.grid, held["input_scale"], held["input_zero"])
+    return Scaled(grid, held["scale"], held["zero"]), held["codes"], inputs
 
 
 def _why(name: str, reasons: Mapping[str, str]) -> str:
