@@ -7,7 +7,7 @@ from interlayer.core.quantizer.layers import BitMap, Bound, Packed, Round, integ
 from interlayer.core.quantizer.nearest import layers, nearest, packs, restore, rounds, simulated
 from interlayer.core.quantizer.observe import observe
 from interlayer.core.quantizer.packing import bit_product, ones, pack, planes, stored, unpack
-from interlayer.core.quantizer.reconstruct import AdaRound, Rounder, learned, reconstruct
+from interlayer.core.quantizer.reconstruct import AdaRound, Learned, Rounder, learned, reconstruct, through
 from interlayer.core.quantizer.smooth import smooth
 
 __all__ = [
@@ -15,4 +15,7 @@ __all__ = [
     "bit_product", "fake", "fake_naive", "gptq", "integer_product", "layers", "learned", "nearest", "observe", "ones", "opened",
     "opening", "pack", "packs", "planes", "reconstruct", "restore", "rounds", "simulated", "smooth", "stored", "straight", "unpack",
     "weight_of",
+    "AdaRound", "BitMap", "Bound", "Grid", "Learned", "Packed", "Rounder", "Scaled", "bit_product", "fake", "fake_naive", "gptq",
+    "integer_product", "layers", "learned", "nearest", "observe", "ones", "pack", "packs", "planes", "reconstruct",
+    "restore", "rounds", "simulated", "smooth", "stored", "straight", "through", "unpack", "weight_of",
 ]  # fmt: skip

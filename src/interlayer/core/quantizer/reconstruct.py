@@ -118,8 +118,9 @@ def through(x: Float[Tensor, "..."], grid: Grid, scale: Tensor, zero: Tensor) ->
         zero: The code that means zero.
     """
     step, zero = grid.spread(scale, x), grid.spread(zero, x)
-    exact = grid.grouped(x.to(torch.promote_types(x.dtype, torch.float32))) / step + zero
-    whole = straight(exact, exact.round()).clamp(grid.low, grid.high)
+    wide = grid.grouped(x.to(torch.promote_types(x.dtype, torch.float32)))
+    exact = (wide / step + zero).clamp(grid.low, grid.high)
+    whole = straight(exact, exact.round())
     return ((whole - zero) * step).view(x.shape).to(x.dtype)
 
 

@@ -1,0 +1,91 @@
+"""What is set right in a whole model once its layers are quantised: statistics of batch norms, and biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from interlayer.core import taps
+from interlayer.core.blockwise import Part, fit
+
+
+def counts(module: nn.Module) -> bool:
+    """Whether this is a batch norm with statistics of its own."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+def estimate(model: nn.Module, batches: Any) -> None:
+    """Estimate the statistics of all batch norms again, in place: the mean over the batches. All else is in eval mode meanwhile.
+
+    Args:
+        model: Any module.
+        batches: As ``taps.feed`` takes them, each of more than one value for a channel.
+
+    Examples:
+        >>> norm = nn.BatchNorm1d(1)
+        >>> estimate(norm, torch.tensor([[1.0], [3.0]]))
+        >>> norm.running_mean, norm.running_var
+        (tensor([2.]), tensor([2.]))
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    norms: list[Any] = [m for m in model.modules() if counts(m)]
+    held = [m.momentum for m in norms]
+    model.eval()
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # the mean of all batches
+        m.train()
+    with torch.no_grad():
+        for _ in taps.feed(model, batches):
+            pass
+    for m, momentum in zip(norms, held, strict=True):
+        m.momentum = momentum
+    for each, mode in modes:
+        each.training = mode
+
+
+def tune(new: nn.Module, model: nn.Module, batches: list[Any], *, steps: int, lr: float, seed: int = 0) -> None:
+    """Train every bias of a model, in place, until its softmax is that of another; nothing else moves.
+
+    Args:
+        new: The model.
+        model: What it should be like.
+        batches: As ``taps.feed`` takes them.
+        steps: One batch each.
+        lr: First learning rate of Adam.
+        seed: Of the order of the batches.
+
+    Raises:
+        ValueError: It has no bias.
+    """
+    biases = [p for n, p in new.named_parameters() if n.split(".")[-1] == "bias"]
+    if not biases:
+        raise ValueError(f"tune: {type(new).__name__} has no bias; expected a model with one.")
+    part = Part("", new, [taps.arguments(b) for b in batches], logits(model, batches))
+    with taps.at_rest(new):
+        for p in new.parameters():
+            p.requires_grad_(False)
+        for p in biases:
+            p.requires_grad_(True)
+        fit(part, biases, steps=steps, lr=lr, seed=seed, loss=divergence)
+
+
+def logits(model: nn.Module, batches: list[Any]) -> list[Tensor]:
+    """The first tensor that the model gives for each batch."""
+    with taps.at_rest(model), torch.no_grad():
+        return [taps.first(out) for out in taps.feed(model, batches)]
+
+
+def divergence(found: Float[Tensor, "... classes"], wanted: Float[Tensor, "... classes"]) -> Float[Tensor, ""]:
+    """Mean Kullback-Leibler divergence of the softmax of ``found`` from that of ``wanted``, in nats.
+
+    >>> divergence(torch.zeros(3, 2), torch.zeros(3, 2))
+    tensor(0.)
+    """
+    mine, theirs = (x.float().flatten(0, -2).log_softmax(-1) for x in (found, wanted))
+    return F.kl_div(mine, theirs, log_target=True, reduction="batchmean")
