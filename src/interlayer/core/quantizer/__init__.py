@@ -11,11 +11,8 @@ from interlayer.core.quantizer.reconstruct import AdaRound, Learned, Rounder, le
 from interlayer.core.quantizer.smooth import smooth
 
 __all__ = [
-    "AdaRound", "Attend", "BitMap", "Bound", "Grid", "LogGrid", "LogScaled", "Multihead", "Packed", "Round", "Rounder", "Scaled",
-    "bit_product", "fake", "fake_naive", "gptq", "integer_product", "layers", "learned", "nearest", "observe", "ones", "opened",
-    "opening", "pack", "packs", "planes", "reconstruct", "restore", "rounds", "simulated", "smooth", "stored", "straight", "unpack",
-    "weight_of",
-    "AdaRound", "BitMap", "Bound", "Grid", "Learned", "Packed", "Rounder", "Scaled", "bit_product", "fake", "fake_naive", "gptq",
-    "integer_product", "layers", "learned", "nearest", "observe", "ones", "pack", "packs", "planes", "reconstruct",
-    "restore", "rounds", "simulated", "smooth", "stored", "straight", "through", "unpack", "weight_of",
+    "AdaRound", "Attend", "BitMap", "Bound", "Grid", "Learned", "LogGrid", "LogScaled", "Multihead", "Packed", "Round",
+    "Rounder", "Scaled", "bit_product", "fake", "fake_naive", "gptq", "integer_product", "layers", "learned", "nearest",
+    "observe", "ones", "opened", "opening", "pack", "packs", "planes", "reconstruct", "restore", "rounds", "simulated",
+    "smooth", "stored", "straight", "through", "unpack", "weight_of",
 ]  # fmt: skip
