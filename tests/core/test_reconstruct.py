@@ -92,12 +92,13 @@ def test_gptq_is_the_loop_over_columns(grid, width):
     x = correlated(400, width)
     weight = torch.randn(5, width)
     held, moment = grid.fit(weight, "mse"), x.T @ x
-    found = columns(weight, moment[None], held)
+    found, moved = columns(weight, moment[None], held)
+    assert torch.equal(held.codes(moved), found) and torch.equal(moved[:, 0], weight[:, 0])
     assert (found == naive_gptq(weight, moment, held)).float().mean() > 0.995  # a tie may fall the other way
     errors = [float((x @ (w - weight).T).square().mean()) for w in (held.values(found), held.fake(weight))]
     assert errors[0] < 0.8 * errors[1]
     moment[:, 0] = moment[0] = 0  # an input that is always zero
-    assert (held.values(columns(weight, moment[None], held))[:, 0] == 0).all()
+    assert (held.values(columns(weight, moment[None], held)[0])[:, 0] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ def gptq(*, damp: float = 0.01) -> Solve:
         found: Found = {}
         for name, moment in moments(part, there).items():
             weight = wide(there[name])
-            codes = columns(weight.flatten(1), moment, held[name], damp=damp)
+            codes, _ = columns(weight.flatten(1), moment, held[name], damp=damp)
             found[name] = held[name], codes.view(weight.shape)
         return found
 
@@ -45,8 +47,8 @@ def columns(
     held: Scaled,
     *,
     damp: float = 0.01,
-) -> Integer[Tensor, "out inputs"]:
-    """Codes of a weight: round a column, and spread its error over the columns to come.
+) -> tuple[Integer[Tensor, "out inputs"], Float[Tensor, "out inputs"]]:
+    """Codes of a weight: round a column, and spread its error over the columns to come. Also what each column was when its turn came.
 
     With U the upper Cholesky factor of the inverse of ``moment``, column q is rounded to the nearest code, and each column
     j > q moves by ``-(w_q - round(w_q)) U_qj / U_qq``, by blocks of columns.
@@ -68,37 +70,51 @@ def columns(
     rest.masked_fill_(idle[:, None], 0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
     factor = torch.linalg.cholesky(inverse, upper=True).to(weight)
-    codes = torch.empty_like(rest)
+    codes, moved = torch.empty_like(rest), torch.empty_like(rest)
     for start in range(0, weight.shape[1], WIDTH):
         end = min(start + WIDTH, weight.shape[1])
         errors = torch.empty_like(rest[..., start:end])
         for q in range(start, end):
             code = (rest[..., q] / scale[..., q] + zero[..., q]).round().clamp(grid.low, grid.high)
-            codes[..., q] = code
+            codes[..., q], moved[..., q] = code, rest[..., q]
             left = (rest[..., q] - (code - zero[..., q]) * scale[..., q]) / factor[:, q, q, None]
             rest[..., q:end] -= left[..., None] * factor[:, None, q, q:end]
             errors[..., q - start] = left
         rest[..., end:] -= errors @ factor[:, start:end, end:]
-    return codes.view(weight.shape).to(torch.int8 if grid.low else torch.uint8)
+    return codes.view(weight.shape).to(torch.int8 if grid.low else torch.uint8), moved.view(weight.shape)
 
 
-def moments(part: Part, there: Mapping[str, nn.Module]) -> dict[str, Float[Tensor, "groups inputs inputs"]]:
-    """``X X^T`` of what each layer of a block gets, over all batches. The identity, for nearest codes, where nobody calls a layer.
+def moments(
+    part: Part,
+    there: Mapping[str, nn.Module],
+    *,
+    watch: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Float[Tensor, "groups inputs inputs"]]:
+    """The mean of ``x x^T`` over all inputs x of each layer of a block. The identity, for nearest codes, where nobody calls a layer.
+
+    Args:
+        part: The block.
+        there: Its layers.
+        watch: Makes the context in which each batch runs.
 
     Raises:
         ValueError: A convolution with other than 1 or 2 axes.
     """
     found: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
     names = {id(m): n for n, m in there.items()}
     root = nn.ModuleList([part.block])  # a block may be a layer itself
     for index in range(len(part.inputs)):
-        with torch.no_grad(), taps.read(root, lambda n, m: id(m) in names, side="input", every=True) as seen:
+        at = taps.read(root, lambda n, m: id(m) in names, side="input", every=True)
+        with torch.no_grad(), at as seen, watch():
             part.run(index)
         for place, values in seen.items():
             layer = root.get_submodule(place)
             rows = torch.cat([patches(layer, v) for v in values], 1)
             name = names[id(layer)]
             found[name] = found.get(name, torch.zeros((), device=rows.device)) + rows.mT @ rows
+            counts[name] += rows.shape[1]
+    found = {n: total / counts[n] for n, total in found.items()}
     for name in there.keys() - found.keys():  # its weight is read, but it is not called: its columns are alike
         count = wide(there[name])[0].numel()
         found[name] = torch.eye(count, device=wide(there[name]).device)[None]

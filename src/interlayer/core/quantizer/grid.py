@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Integer
@@ -13,6 +14,7 @@ from torch import Tensor
 Kind = Literal["symmetric", "unsigned", "asymmetric", "midrise", "affine"]
 Rounding = Literal["nearest", "learned", "stochastic"]
 By = Literal["minmax", "mse"] | float
+Measure: TypeAlias = Callable[[Tensor], Tensor]
 LEAST = 1e-12  # scale of a tensor of zeros
 RATIOS = 100  # ranges that the search for the least squared error tries
 
@@ -96,12 +98,14 @@ class Grid:
         return Scaled(self, *self.cover(x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)))
 
     def fit(self, x: Float[Tensor, "..."], by: By = "minmax", power: float = 2.0) -> Scaled:
+    def fit(self, x: Float[Tensor, "..."], by: By | Measure = "minmax", power: float = 2.0) -> Scaled:
         """The grid with scales that suit ``x``.
 
         Args:
             x: Values.
             by: ``"minmax"``: the whole range is covered. A number: this percentile of each side is, such as 99.9.
-                ``"mse"``: the part of the range with the least squared error of rounding.
+                ``"mse"``: the part of the range with the least squared error of rounding. A function: the part with the
+                least of what it makes of the differences by rounding, [scales, values], for each scale.
             power: With ``"mse"``: the power of the error, 2 for the square; more for outliers.
 
         Raises:
@@ -112,20 +116,21 @@ class Grid:
             raise ValueError(
                 f"Grid.fit: {'no values' if not rows.numel() else 'values that are not finite'}; expected finite ones."
             )
-        if by in ("minmax", "mse"):
+        if by in ("minmax", "mse") or callable(by):
             lowest, highest = rows.amin(1), rows.amax(1)
         elif isinstance(by, int | float) and 50 < by <= 100:
             k = max(1, round(by / 100 * rows.shape[1]))
             lowest, highest = rows.kthvalue(rows.shape[1] + 1 - k, 1).values, rows.kthvalue(k, 1).values
         else:
             raise ValueError(f"Grid.fit: by={by!r}; expected 'minmax', 'mse' or a percentile above 50 and at most 100.")
-        if by == "mse":
+        if by == "mse" or callable(by):
             best = torch.full_like(lowest, torch.inf)
             share = torch.ones_like(lowest)
             for step in range(RATIOS, 0, -1):
                 scale, zero = self.cover(lowest * step / RATIOS, highest * step / RATIOS)
                 codes = (rows / scale[:, None] + zero[:, None]).round().clamp(self.low, self.high)
-                error = ((codes - zero[:, None]) * scale[:, None] - rows).abs().pow(power).sum(1)
+                off = (codes - zero[:, None]) * scale[:, None] - rows
+                error = by(off) if callable(by) else off.abs().pow(power).sum(1)
                 share = torch.where(error < best, step / RATIOS, share)
                 best = torch.minimum(error, best)
             lowest, highest = lowest * share, highest * share
