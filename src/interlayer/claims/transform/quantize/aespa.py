@@ -187,12 +187,12 @@ CLAIM = Claim(
     ),
     pilots="Width 32, seeds 1000 and 1001, loss above the float model's 2.208 and 2.230 in 1e-4, at 4, 3 and 2 bits. Nearest, by range: "
     "10, 4; 35, 129; 380, 591; by squared error: 19, 37; 99, 136; 538, 637. GPTQ, by range: -5, 12; 15, 53; 206, 207; by squared "
-    "error: 12, 29; 49, 88; 278, 532. AdaRound, 100 steps, rate 0.1: 4, -1; 22, 46; 78, 132; 0.2: 5, -9; 37, 19; 103, 182; a penalty of "
-    "0.1 or 1 in place of 0.01 within 20 of these. aespa, 100 steps, rate 0.2, strength 10: 6, 15; 41, 74; 221, 249; strength 3 and "
-    "rate 0.1 worse by up to 70; strength 30, at 3 and 2 bits: 28, 94; 193, 215; rate 0.4: 48, 62; 203, 164; rate 0.2 and 300 steps: 41, 59; "
-    "143, 151. Divergence at 2 bits in 1e-4: aespa at rate 0.4 105, 111; layer by layer 111, 145; GPTQ 170, 161; AdaRound 67, 69; nearest 549, "
-    "471. Width 64, texts of 64 bytes, seed 1000: losses within 0.003 of each other at 4 bits. That blocks reconstructed by AdaRound lose "
-    "less than aespa at 2 bits was seen then.",
+    "error: 12, 29; 49, 88; 278, 532. AdaRound, 100 steps, rate 0.1: 4, -1; 22, 46; 78, 132; 0.2: 5, -9; 37, 19; 103, 182; a "
+    "penalty of 0.1 or 1 in place of 0.01 within 20 of these. aespa, 100 steps, rate 0.2, strength 10: 6, 15; 41, 74; 221, 249; "
+    "strength 3 and rate 0.1 worse by up to 70; strength 30, at 3 and 2 bits: 28, 94; 193, 215; rate 0.4: 48, 62; 203, 164; rate "
+    "0.2 and 300 steps: 41, 59; 143, 151. Divergence at 2 bits in 1e-4: aespa at rate 0.4 105, 111; layer by layer 111, 145; GPTQ "
+    "170, 161; AdaRound 67, 69; nearest 549, 471. Width 64, texts of 64 bytes, seed 1000: losses within 0.003 of each other at 4 "
+    "bits. That blocks reconstructed by AdaRound lose less than aespa at 2 bits was seen then.",
     scales={
         "smoke": {
             "depth": 1, "width": 16, "length": 8, "steps": 2, "calibration": 2, "rounding": 2, "blocks": 2, "judged": 1,
