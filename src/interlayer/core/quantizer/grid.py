@@ -97,7 +97,6 @@ class Grid:
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         return Scaled(self, *self.cover(x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)))
 
-    def fit(self, x: Float[Tensor, "..."], by: By = "minmax", power: float = 2.0) -> Scaled:
     def fit(self, x: Float[Tensor, "..."], by: By | Measure = "minmax", power: float = 2.0) -> Scaled:
         """The grid with scales that suit ``x``.
 
