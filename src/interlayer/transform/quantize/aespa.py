@@ -74,7 +74,7 @@ class Aespa(Transform):
         >>> net, text = Transformer(16, 8, 1, 16, 2), torch.randint(16, (4, 8))
         >>> plan = Aespa(bits=3, steps=10).plan(net, text)
         >>> next(row.why for row in plan.touched if "qkv" in row.name)
-        '768 weights, 3 bits asymmetric, with block blocks.0, keeps scores and what heads read'
+        '768 weights, 3 bits asymmetric, with block trunk, keeps scores and what heads read'
     """
 
     slug: ClassVar[str] = "aespa"
