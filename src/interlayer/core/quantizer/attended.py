@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from interlayer.core import taps
 from interlayer.core.blockwise import Part
@@ -217,7 +218,7 @@ def forms(part: Part, there: Mapping[str, nn.Module]) -> dict[str, list[Form]]:
         part: The block, with its weights in floats.
         there: Its layers, by name.
     """
-    pieces = attended(lambda: part.run(0), there)
+    pieces = attended(lambda: _single(part), there)
     wanted = {(p.call, p.role): p for p in pieces}
     sums: dict[tuple[int, Role], Tensor] = {}
     counts: Counter[tuple[int, Role]] = Counter()
@@ -261,6 +262,17 @@ def forms(part: Part, there: Mapping[str, nn.Module]) -> dict[str, list[Form]]:
             rows = torch.tensor(sorted(rest), device=own[name].device).view(len(own[name]), -1)
             found.setdefault(name, []).append(Form(rows, None, own[name]))
     return found
+
+
+def _single(part: Part) -> Tensor:
+    """The block on the first example of its first batch, from which all of a batch are alike in what is looked for."""
+    args, kwargs = part.inputs[0]
+    size = next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 1), 0)
+
+    def first(leaf: Any) -> Any:
+        return leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim > 1 and len(leaf) == size else leaf
+
+    return taps.first(part.block(*tree_map(first, args), **tree_map(first, kwargs)))
 
 
 def _matched(moment: Float[Tensor, "H K K"], heads: int) -> Float[Tensor, "_ K K"]:
