@@ -86,7 +86,7 @@ def _twins(width: int, steps: int, seed: int) -> tuple[Twins, Twins]:
     for half in (0, 1):
         start = copy.deepcopy(known)
         torch.manual_seed(seed + half)
-        start[-1] = nn.Linear(start[-1].in_features, 5)  # type: ignore[index]
+        start[-1] = nn.Linear(start[-1].in_features, 5)  # type: ignore[index, operator]
         data = _digits(half, "train")
         nets = [_learn(copy.deepcopy(start), *data, steps, seed + half, kind) for kind in ("", *KINDS)]
         made.append(Twins(start, nets[0], dict(zip(KINDS, nets[1:], strict=True))))
