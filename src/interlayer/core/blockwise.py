@@ -206,7 +206,7 @@ def fed(model: nn.Module, batches: Any, names: Sequence[str]) -> list[bool]:
             block = model.get_submodule(name)
             hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(block.register_forward_hook(leave, with_kwargs=True).remove)
-        _call(model, listed(batches)[0])
+        call(model, listed(batches)[0])
     return found
 
 
@@ -272,7 +272,7 @@ def sequence(model: nn.Module, batches: Any, at: At | None = None) -> tuple[list
     with _resting(model), ExitStack() as hooks, torch.no_grad():
         for name, module in model.named_modules():
             hooks.callback(module.register_forward_pre_hook(count(name)).remove)
-        _call(model, data[0])
+        call(model, data[0])
     chosen = _units(model, "", calls) if at is None else list(select(model, at).chosen)
     skipped = [
         Row(
@@ -397,7 +397,7 @@ class _Way:
 
                 hooks.callback(self.block(k).register_forward_pre_hook(note, with_kwargs=True).remove)
             with torch.no_grad():
-                _call(self.model, self.data[0])
+                call(self.model, self.data[0])
         return [found[k] for k in range(len(self.names))]
 
     def enter(self, k: int, b: int) -> Call:
@@ -413,7 +413,7 @@ class _Way:
             for j in range(k if self.chain else 0):
                 hooks.enter_context(_gives(self.block(j), self.last[b] if j == k - 1 else self.hollow[j][b]))
             with suppress(_Reached):
-                _call(self.model, self.data[b])
+                call(self.model, self.data[b])
         args, kwargs = seen[0]
         return tree_map(_detached, args), tree_map(_detached, kwargs)
 
@@ -471,10 +471,15 @@ def _resting(model: nn.Module) -> Iterator[None]:
                 config.use_cache = True
 
 
-def _call(model: nn.Module, batch: Any) -> None:
+def call(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch, as ``taps.feed`` does.
+
+    Raises:
+        ValueError: It does not run on it.
+    """
     try:
         args, kwargs = taps.arguments(batch)
-        model(*args, **kwargs)
+        return model(*args, **kwargs)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as failure:
         raise ValueError(
             f"blockwise: {type(model).__name__} does not run on a batch of type {type(batch).__name__}: {failure}. "
