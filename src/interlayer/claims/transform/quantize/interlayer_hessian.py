@@ -271,8 +271,9 @@ CLAIM = Claim(
     "units 0.19 (0.12), 0.21 (0.07), 2.3 (0.2). Traces with pairs added, in place of forms in the direction of the errors: worse than "
     "traces alone, since the sum can be negative. Seeds 1000 to 1007, 256 examples: layers alone 0.25 (0.04), traces 0.47 (0.10), "
     "random 2.0 (0.2), pairs of other layers 0.69 (0.13), curvature of other layers 1.4 (0.2); size within 2% less that of pairs: 0.002 "
-    "(0.002), 0.033 (0.022), 0.32 (0.05). With the last unit at half the resolution: layers alone 0.16 (0.07), traces 0.36 (0.06), size -0.015 "
-    "(0.008), -0.001 (0.001). Wider and at half the resolution from the second unit on: no clear gain over traces on 1000, 1003, 1004.",
+    "(0.002), 0.033 (0.022), 0.32 (0.05). With the last unit at half the resolution: layers alone 0.16 (0.07), traces 0.36 (0.06), size "
+    "-0.015 (0.008), -0.001 (0.001). Wider and at half the resolution from the second unit on: no clear gain over traces on "
+    "1000, 1003 and 1004.",
     scales={
         "smoke": {"width": 2, "depth": 1, "steps": 1, "calibration": 32, "judged": 32},
         "small": {"width": 8, "depth": 3, "steps": 200, "calibration": 256, "judged": 256},
