@@ -94,6 +94,8 @@ def test_bisection_finds_the_last_model_within_the_tolerance_in_few_passes(quadr
     scores = [whole(at(net, held, m)) for m in models]
     assert scores == sorted(scores, reverse=True)
     assert found == max((m for m, s in zip(models, scores, strict=True) if s >= 0.98), key=models.index)
+    below_zero = InterlayerHessian(loss="square", tolerance=0.02, score=lambda new: whole(new) - 2)
+    assert below_zero.search(net, [x], held, models) == found  # the same share of a score of -1
     with pytest.raises(ValueError, match="with 8 bits everywhere the score is below"):
         InterlayerHessian(loss="square", tolerance=0.0).search(net, [x], held, models)
 

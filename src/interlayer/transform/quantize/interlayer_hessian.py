@@ -209,7 +209,8 @@ class InterlayerHessian(Transform):
         """The last of the models within the tolerance, if scores only fall on the way; in any case one that is within it."""
         work = copy.deepcopy(model).eval()
         score = self.score or agreement(work, batches, self.loss)
-        least = (1 - self.tolerance) * score(work)
+        whole = score(work)
+        least = whole - self.tolerance * abs(whole)
 
         def beyond(levels: Levels) -> bool:
             for (name, grids), k in zip(held.items(), levels, strict=True):
