@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from interlayer import catalog
-from interlayer.core import quantizer, select, weights
+from interlayer.core import factored, quantizer, select, weights
 from interlayer.core.extras import need
 from interlayer.core.kinds import Transform
 from interlayer.core.record import (
     BAKE,
+    FACTOR,
     QUANTIZE,
     REPLACE,
     TAKE,
@@ -295,6 +296,8 @@ def _restore(model: nn.Module, step: dict[str, Any]) -> nn.Module:
         return _fits(slug, model, lambda: quantizer.restore(model, structure))
     if slug == TAKE:
         return _fits(slug, model, lambda: shrink.restore(model, structure))
+    if slug == FACTOR:
+        return _fits(slug, model, lambda: factored.restore(model, structure))
     system = catalog.load().get(slug)
     cls = system.resolve() if system and system.kind == "transform" and system.state != "planned" else None
     if not (isinstance(cls, type) and issubclass(cls, Transform)):

@@ -15,7 +15,13 @@ from torch import nn
 
 from interlayer import catalog
 
-BAKE, REPLACE, QUANTIZE, TAKE = "bake", "replace", "quantize", "take"  # the steps that are not systems of the catalogue
+BAKE, REPLACE, QUANTIZE, TAKE, FACTOR = (
+    "bake",
+    "replace",
+    "quantize",
+    "take",
+    "factor",
+)  # the steps that are not systems of the catalogue
 _KEY = "_interlayer_recipe"
 # Keys of a Hugging Face configuration that could make a constructor fetch something; the weights come from the file.
 _FETCHING = ("implementation", "auto_map", "trust_remote_code", "quantization_config", "custom_pipelines")
