@@ -8,26 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from interlayer.core import order as orders
 from interlayer.core import taps
 from interlayer.core.kinds import Finding
+from interlayer.core.order import behind
 from interlayer.core.select import blocks
-from interlayer.core.stream import State
-from interlayer.probe.painters.places import backbone, check_order, find
-
-
-class _Recorder(orders.Sequential):
-    """The trained order, keeping what each block leaves in the stream."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(count)
-        self.seen: list[list[Tensor]] = [[] for _ in range(count)]
-
-    def forward(self, state: State, step: orders.Step) -> State:
-        for block in range(self.depth):
-            state = step(state, block)
-            self.seen[block].append(state.x)
-        return state
+from interlayer.probe.painters.places import check_order, find
 
 
 @torch.no_grad()
@@ -74,23 +59,12 @@ def similarity(model: nn.Module, data: Any, *, at: str | None = None) -> Finding
 
 def _states(model: nn.Module, data: Any, at: str) -> list[Tensor]:
     """The hidden states after each block: ``[tokens or pixels, features]``."""
-    own, count = backbone(model, at), len(model.get_submodule(at))  # type: ignore[arg-type]
 
     def flat(x: Tensor) -> Tensor:
         return (x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2)
 
-    with taps.at_rest(model):
-        if own is None:
-            names = [f"{at}.{i}" for i in range(count)]
-            with taps.read(model, names, every=True) as seen:
-                for _ in taps.feed(model, data):
-                    pass
-            return [torch.cat([flat(x) for x in seen[name]]) for name in names]
-        check_order(model, at, [])
-        trained, own.order = own.order, _Recorder(count)
-        try:
-            for _ in taps.feed(model, data):
-                pass
-            return [torch.cat([flat(x) for x in xs]) for xs in own.order.seen]
-        finally:
-            own.order = trained
+    check_order(model, at, [])
+    with taps.at_rest(model), behind(model, at) as seen:
+        for _ in taps.feed(model, data):
+            pass
+    return [torch.cat([flat(x) for x in states]) for states in seen]
