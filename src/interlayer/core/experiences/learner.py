@@ -23,8 +23,8 @@ class Learner(Rule):
     """Cross-entropy and Adam on one experience after another; all networks share the model's tensors but those of their own.
 
     Each experience has a linear head of its own in place of the model's (or all use the model's). A subclass says in
-    ``shared`` and ``adapt`` what else a network has of its own, and may add to ``loss``. Every trained tensor costs its
-    Euclidean norm times ``penalty``.
+    ``shared`` and ``adapt`` what else a network has of its own, and may add to ``loss`` or exchange the ``optimizer``. Every
+    trained tensor costs its Euclidean norm times ``penalty``.
 
     Args:
         model: Any network; its outputs, or their ``logits``, are [B, K].
@@ -61,7 +61,7 @@ class Learner(Rule):
         self.nets: dict[str, nn.Module] = {}
         self.classes: dict[str, int] = {}
         self.current = ""
-        self.optimiser: torch.optim.Adam | None = None
+        self.optimiser: torch.optim.Optimizer | None = None
 
     def shared(self) -> Iterable[Tensor]:
         """The tensors of the model that all networks share; each gets copies of the others."""
@@ -69,6 +69,10 @@ class Learner(Rule):
 
     def adapt(self, net: nn.Module) -> None:
         """Give a new network its own parts, in place."""
+
+    def optimizer(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """What an experience is learned with."""
+        return torch.optim.Adam(weights, lr=self.lr)
 
     def loss(self, net: nn.Module, scores: Tensor, labels: Tensor) -> Tensor:
         """What is minimised, without the penalty on norms."""
@@ -89,7 +93,7 @@ class Learner(Rule):
     def _begin(self, name: str, classes: int) -> None:
         self._add(name, classes)
         self.current = name
-        self.optimiser = torch.optim.Adam(self._trained(), lr=self.lr)
+        self.optimiser = self.optimizer(self._trained())
 
     def _add(self, name: str, classes: int) -> None:
         net = copy.deepcopy(self.model, {id(t): t for t in self.shared()})
@@ -119,7 +123,7 @@ class Learner(Rule):
         self.current = experience.name
 
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """Adam over what the experience that was begun last trains."""
+        """The optimiser of what the experience that was begun last trains."""
         return (self.optimiser,) if self.optimiser else ()
 
     def step(self, batch: tuple[Any, Tensor]) -> dict[str, float]:
@@ -216,5 +220,5 @@ class Learner(Rule):
             self._fill(name, state["own"][name])
         self.current = state["current"]
         if state["optimiser"] is not None:
-            self.optimiser = torch.optim.Adam(self._trained(), lr=self.lr)
+            self.optimiser = self.optimizer(self._trained())
             self.optimiser.load_state_dict(state["optimiser"])
