@@ -85,7 +85,8 @@ class TAPS(Learner):
         model: A trained network of any modules, with a linear head. Its parameters stop requiring gradients.
         sparsity: Weight of the penalty; larger values leave fewer layers to a task.
         warmup: Epochs of each task without penalty.
-        lr: Learning rate of SGD at the beginning of a task.
+        lr: Learning rate at the beginning of a task.
+        adam: Take Adam in place of SGD with momentum, as for Transformers and for short training.
         head: Name of the ``nn.Linear`` that each task replaces. Defaults to the last one.
 
     Shapes: a batch is (inputs [B, ...], labels [B]).
@@ -117,6 +118,7 @@ class TAPS(Learner):
         sparsity: float = 1.0,
         warmup: float = 3.0,
         lr: float = 1e-2,
+        adam: bool = False,
         head: str | None = None,
     ) -> None:
         if sparsity < 0 or warmup < 0:
@@ -124,7 +126,7 @@ class TAPS(Learner):
         if any(parametrize.is_parametrized(m) for m in model.modules()):
             raise ValueError("TAPS: the model has parametrizations. Remove them first (torch.nn.utils.parametrize).")
         super().__init__(model.requires_grad_(False), lr=lr, penalty=0.0, head=head)
-        self.sparsity, self.warmup = sparsity, warmup
+        self.sparsity, self.warmup, self.adam = sparsity, warmup, adam
         self.seen, self.free = 0, 0.0  # samples of the current task, and how many of them are without penalty
         if not list(self.shared()):
             raise ValueError(f"TAPS: {type(model).__name__} has no weight beside its head {self.head!r} to share.")
@@ -156,7 +158,9 @@ class TAPS(Learner):
                 module.register_forward_pre_hook(_flatten)
 
     def optimizer(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """SGD with momentum."""
+        """SGD with momentum, or Adam."""
+        if self.adam:
+            return super().optimizer(weights)
         return torch.optim.SGD(weights, self.lr, momentum=0.9)
 
     def begin(self, experience: Experience) -> None:
