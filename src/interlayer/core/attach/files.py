@@ -57,9 +57,11 @@ def save(model: nn.Module, directory: str | Path, *, task: str = "default") -> N
         )
     tensors, first, tied = dict[str, Tensor](), dict[int, str](), dict[str, str]()
     for name, part in parts.items():
-        tensors |= {f"{PREFIX}{name}.{key}": t.detach().cpu().contiguous().clone() for key, t in part.state().items()}
+        state = part.state()
+        tensors |= {f"{PREFIX}{name}.{key}": t.detach().cpu().contiguous().clone() for key, t in state.items()}
+        stored = {t.data_ptr() for t in state.values()}
         for key, p in part.named_parameters(remove_duplicate=False):
-            if (owner := first.setdefault(id(p), f"{name}:{key}")) != f"{name}:{key}":
+            if p.data_ptr() in stored and (owner := first.setdefault(id(p), f"{name}:{key}")) != f"{name}:{key}":
                 tied[f"{name}:{key}"] = owner
     config: dict[str, Any] = {
         "peft_type": (kinds or ["lora"])[0].upper(),

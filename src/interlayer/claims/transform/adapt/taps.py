@@ -90,8 +90,11 @@ ARMS: dict[str, tuple[type[Learner], dict[str, Any]]] = {
     "linear probe": (LinearProbe, {"lr": 1.0}),
 }
 BASE, NEXT, CLOSED, FREE = "the base as it was", "next task's layers", "all layers shared", "no penalty"
-TWINS = {CLOSED: (AllShared, OPTIONS), FREE: (TAPS, {**OPTIONS, "sparsity": 0.0})}
-SHORT = {"taps": TAPS, "soft gates": kind(Soft), "reversed": kind(Reversed), "no gradient": kind(Deaf),
+TWINS: dict[str, tuple[type[Learner], dict[str, Any]]] = {
+    CLOSED: (AllShared, OPTIONS),
+    FREE: (TAPS, {**OPTIONS, "sparsity": 0.0}),
+}
+SHORT: dict[str, type[TAPS]] = {"taps": TAPS, "soft gates": kind(Soft), "reversed": kind(Reversed), "no gradient": kind(Deaf),
          "open gates alone": kind(Cut)}  # fmt: skip
 
 
@@ -149,7 +152,7 @@ def mechanics(make: type[TAPS], seed: int, scale: Scale) -> dict[str, float]:
         rule.step((x[rows], y[rows]))
     net = rule.nets[task.name]
     places = [m for m in net.modules() if parametrize.is_parametrized(m)][::2]
-    closed: list[Any] = [m.parametrizations["weight"][0] for m in places]  # type: ignore[index, union-attr]
+    closed: list[Any] = [m.parametrizations["weight"][0] for m in places]  # type: ignore[index]
     with torch.no_grad():
         for number, part in enumerate(closed):
             part.gate.fill_(THRESHOLD / 2)
