@@ -79,23 +79,53 @@ def read(
         >>> {name: tuple(x.shape) for name, x in seen.items()}
         {'0': (5, 3), '1': (5, 3)}
     """
-    if side not in ("input", "output"):
-        raise ValueError(f"taps.read: side was {side!r}; wanted 'input' or 'output'.")
     seen: dict[str, Any] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            value = first(output if side == "output" else (args, kwargs))
-            value = value.detach() if detach else value
-            if every:
-                seen.setdefault(name, []).append(value)
-            else:
-                seen[name] = value
+    def keep(name: str, value: Tensor) -> None:
+        if every:
+            seen.setdefault(name, []).append(value)
+        else:
+            seen[name] = value
 
-        return keep
+    with watch(model, at, keep, side=side, detach=detach):
+        yield seen
+
+
+@contextmanager
+def watch(
+    model: nn.Module, at: At, see: Callable[[str, Tensor], None], *, side: str = "output", detach: bool = True
+) -> Iterator[None]:
+    """Hand each activation of the selected modules to a function as soon as it is there, so that none has to be kept.
+
+    Args:
+        model: Any module.
+        at: Which modules.
+        see: Called with the module's name and the activation.
+        side: ``"output"``, or ``"input"`` for the first tensor among the module's arguments.
+        detach: Detach the activations from the graph.
+
+    Raises:
+        ValueError: No module is selected, or ``side`` is unknown.
+
+    Examples:
+        >>> net, largest = nn.Sequential(nn.Linear(2, 3), nn.ReLU()), {}
+        >>> with watch(net, ["*"], lambda name, x: largest.update({name: float(x.max())})):
+        ...     _ = net(torch.zeros(5, 2))
+        >>> list(largest)
+        ['0', '1']
+    """
+    if side not in ("input", "output"):
+        raise ValueError(f"taps.read: side was {side!r}; wanted 'input' or 'output'.")
+
+    def hook(name: str) -> Callable[..., None]:
+        def told(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            value = first(output if side == "output" else (args, kwargs))
+            see(name, value.detach() if detach else value)
+
+        return told
 
     with _hooks(select(model, at), hook):
-        yield seen
+        yield
 
 
 @contextmanager

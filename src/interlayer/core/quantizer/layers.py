@@ -115,8 +115,8 @@ class Packed(_Map):
     """A linear map or convolution with packed weights.
 
     Without a grid for inputs, the weights are unpacked to floats in every call. With one, inputs are rounded to it; a linear
-    map whose weights have no groups, and whose inputs have no scales by channel, then multiplies 8-bit integers, and all others
-    multiply the rounded floats.
+    map whose inputs have no scales by channel then multiplies 8-bit integers, one product for each group of weights, and all
+    others multiply the rounded floats.
 
     Memory: ``bits`` of 1, 2, 4 or 8 a weight (3 take 4, 5 to 7 take 8), and one scale and one zero in the type of the weights
     for each channel or group; while it runs, the unpacked weight of this one layer too.
@@ -176,29 +176,33 @@ class Packed(_Map):
         inputs = self.scaled_inputs(x)
         if inputs is None:
             return self.call(x, self.weight)
-        wide = self.conv is not None or self.grid.group is not None or inputs.grid.axis is not None
+        wide = self.conv is not None or inputs.grid.axis is not None
         if wide or x.requires_grad:
             return self.call(inputs.fake(x), self.weight)
         return self.product(x, inputs)
 
     def product(self, x: Float[Tensor, "*rows inputs"], inputs: Scaled) -> Float[Tensor, "*rows out"]:
-        """``s_x s_w sum (c_x - z_x)(c_w - z_w)``: one product of 8-bit integers, and sums of rows for the zeros."""
-        weight = self.integers()
-        codes = (inputs.codes(x).short() - shift(inputs.grid)).to(torch.int8).reshape(-1, x.shape[-1])
-        weights = self.weights
+        """``s_x sum_g s_w,g sum (c_x - z_x)(c_w - z_w,g)``: a product of 8-bit integers for each group, and sums for the zeros."""
+        weight, weights = self.integers(), self.weights
         wide = torch.promote_types(weights.scale.dtype, torch.float32)
-        found = integer_product(codes, weight).to(wide)
-        # A value is its scale times (integer + back); back is 0 on a symmetric grid.
-        scale_x, zero_x = (
-            t.reshape(-1, 1) if self.dynamic else t for t in (inputs.scale.to(wide), inputs.zero.to(wide))
-        )
-        back_x = shift(inputs.grid) - zero_x
-        back_w = shift(self.grid) - weights.zero.to(wide)
-        if inputs.grid.kind != "symmetric":
-            found = found + back_x * weight.sum(1, dtype=torch.int32)
-        if self.grid.kind != "symmetric":
-            found = found + back_w * (codes.sum(1, dtype=torch.int32)[:, None] + back_x * codes.shape[1])
-        found = found * (scale_x * weights.scale.to(wide))
+        codes = (inputs.codes(x).short() - shift(inputs.grid)).to(torch.int8).reshape(-1, x.shape[-1])
+        # [rows or outputs, groups, members]; a value is its scale times (integer + back), and back is 0 on a symmetric grid.
+        size = self.grid.group or x.shape[-1]
+        codes, weight = codes.unflatten(1, (-1, size)), weight.unflatten(1, (-1, size))
+        scale_w = weights.scale.to(wide).reshape(-1, weight.shape[1] if self.grid.group else 1)
+        back_w = shift(self.grid) - weights.zero.to(wide).reshape(scale_w.shape)
+        scale_x, back_x = inputs.scale.to(wide), shift(inputs.grid) - inputs.zero.to(wide)
+        if self.dynamic:
+            scale_x, back_x = scale_x.reshape(-1, 1), back_x.reshape(-1, 1)
+        found: Tensor | float = 0.0
+        for k in range(weight.shape[1]):
+            part = integer_product(codes[:, k], weight[:, k]).to(wide)
+            if inputs.grid.kind != "symmetric":
+                part = part + back_x * weight[:, k].sum(1, dtype=torch.int32)
+            if self.grid.kind != "symmetric":
+                part = part + back_w[:, k] * (codes[:, k].sum(1, dtype=torch.int32)[:, None] + back_x * size)
+            found = found + part * (scale_x * scale_w[:, k])
+        assert isinstance(found, Tensor)
         if self.bias is not None:
             found = found + self.bias
         return found.view(*x.shape[:-1], self.shape[0]).to(x.dtype)

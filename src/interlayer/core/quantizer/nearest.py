@@ -176,6 +176,7 @@ def packs(
     options: Mapping[str, Any] | None = None,
     *,
     opens: Iterable[str] = (),
+    norms: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
     """A copy of a model with these layers in the places of others; ``save`` and ``load`` rebuild it.
 
@@ -186,8 +187,11 @@ def packs(
         new: ``Packed``, ``BitMap``, ``Bound`` and ``Round`` by name.
         options: Noted in the recipe.
         opens: Attentions that are opened first, so that ``new`` finds their operands; see ``attention.opened``.
+        norms: Modules whose values the copy takes, by name, such as norms that scales were folded into.
     """
     result, opens = copy.deepcopy(model), list(opens)
+    for name, module in (norms or {}).items():
+        result.get_submodule(name).load_state_dict(module.state_dict())
     places = {name: m.structure() for name, m in new.items()}  # type: ignore[operator]
     record(result, QUANTIZE, options or {}, {"places": places, **({"opens": opens} if opens else {})})
     return _exchanged(opened(result, opens), new)

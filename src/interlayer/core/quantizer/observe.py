@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import taps
@@ -65,32 +66,94 @@ def observe(
         raise ValueError(
             f"observe: a grid with axis={axis}; expected axis=None, one scale for all examples, or one below 0."
         )
-    seen: dict[str, list[Tensor]] = {}
-    ran = False
-    with taps.at_rest(model), torch.no_grad(), taps.read(model, at, side=side, every=True) as last:
+    if by == "minmax":
+        seen = extremes(model, data, {n: axes[n] for n in names}, side=side)
+    else:
+        kept: dict[str, list[Tensor]] = {}
+        _run(model, data, names, lambda n, x: kept.setdefault(n, []).append(_some(x, axes[n])), side)
+        seen = {n: torch.cat(each, -1) for n, each in kept.items()}
+    return {n: grids[n].fit(seen[n].movedim(0, axes[n] or 0), by) for n in names if n in seen}
+
+
+def extremes(
+    model: nn.Module, data: Any, axes: Mapping[str, int | None], *, side: str = "input"
+) -> dict[str, Float[Tensor, "_ 2"]]:
+    """Run the model over the data once, and find the smallest and the largest value that each module gets or gives.
+
+    Cost: each activation is read where it is made, once for all modules that get the same one; none is kept.
+
+    Args:
+        model: Any module. It is in eval mode while it runs, and unchanged afterwards.
+        data: Batches as ``taps.feed`` takes them.
+        axes: By the name of a module: None for the two of the whole tensor, or the axis, counted from the last, whose entries
+            have two each.
+        side: ``"input"`` or ``"output"``.
+
+    Returns:
+        [entries, 2], or [2] for a whole tensor, by name; modules that did not run are missing.
+
+    Raises:
+        ValueError: No data, or a module that got no numbers.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(2, 3))
+        >>> extremes(net, torch.tensor([[1.0, 2.0], [0.0, 5.0]]), {"0": -1})
+        {'0': tensor([[0., 1.],
+                [2., 5.]])}
+    """
+    found: dict[str, Tensor] = {}
+    before: tuple[Tensor, int | None, int, Tensor] | None = None
+
+    def see(name: str, value: Tensor) -> None:
+        nonlocal before
+        axis = axes[name]
+        if before and _same(before[0], value) and before[1:3] == (axis, value._version):
+            ends = before[3]
+        else:
+            ends = _ends(value, axis)
+            before = (value, axis, value._version, ends)
+        old = found.get(name, ends)
+        found[name] = torch.stack(
+            (torch.minimum(old[..., 0], ends[..., 0]), torch.maximum(old[..., 1], ends[..., 1])), -1
+        )
+
+    _run(model, data, list(axes), see, side)
+    return found
+
+
+def _run(model: nn.Module, data: Any, names: list[str], see: Callable[[str, Tensor], None], side: str) -> None:
+    """One pass over the data; ``see`` gets each activation."""
+    ran, wanted = False, set(names)
+
+    def told(name: str, value: Tensor) -> None:
+        if not value.is_floating_point():
+            raise ValueError(f"observe: an activation of type {value.dtype}; expected floating-point numbers.")
+        see(name, value)
+
+    with taps.at_rest(model), torch.no_grad(), taps.watch(model, lambda n, m: n in wanted, told, side=side):
         for _ in taps.feed(model, data):
             ran = True
-            for name, values in last.items():
-                seen.setdefault(name, []).extend(_some(v, by, axes[name]) for v in values)
-            last.clear()
     if not ran:
         raise ValueError(
             "observe: the data holds no batch. Pass a tensor, a mapping, a tuple, or an iterable of these."
         )
-    return {n: grids[n].fit(torch.cat(seen[n], -1).movedim(0, axes[n] or 0), by) for n in names if n in seen}
 
 
-def _some(value: Tensor, by: By, axis: int | None) -> Tensor:
-    """Values [n], or [entries of the axis, n]: the ends, and evenly spaced ones between where the range depends on them."""
-    if not value.is_floating_point():
-        raise ValueError(f"observe: an activation of type {value.dtype}; expected floating-point numbers.")
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _ends(value: Tensor, axis: int | None) -> Float[Tensor, "... 2"]:
+    """The smallest and the largest value, of all or of each entry of an axis."""
     if axis is None:
-        flat, (low, high) = value.detach().flatten(), torch.aminmax(value.detach())
-    else:
-        rows = value.detach().movedim(axis, -1).flatten(0, -2)
-        flat, low, high = rows.T, rows.amin(0), rows.amax(0)
-    ends = torch.stack((low, high), -1).float()
-    if by == "minmax":
-        return ends
+        return torch.stack(torch.aminmax(value)).float()
+    rows = value.movedim(axis, -1).flatten(0, -2)
+    return torch.stack((rows.amin(0), rows.amax(0)), -1).float()
+
+
+def _some(value: Tensor, axis: int | None) -> Tensor:
+    """Values [n], or [entries of the axis, n]: the ends, and evenly spaced ones between."""
+    flat = value.flatten() if axis is None else value.movedim(axis, -1).flatten(0, -2).T
     step = -(-flat.numel() // KEPT)
-    return flat.float() if step == 1 else torch.cat((ends, flat[..., ::step].float()), -1)
+    # A copy: what comes later in the model may change the activation in place.
+    return flat.float().clone() if step == 1 else torch.cat((_ends(value, axis), flat[..., ::step].float()), -1)

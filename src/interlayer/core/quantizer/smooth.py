@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from interlayer.core import taps
 from interlayer.core.blockwise import listed
@@ -113,6 +114,31 @@ def fold(model: nn.Module, data: Any, folds: Mapping[str, Fold]) -> dict[str, st
                         p.copy_(value)
                     refused[norm] = "others read its output too, or its gain is no plain factor"
     return refused
+
+
+def one(batch: Any) -> Any:
+    """The first example of a batch, or the whole batch where its parts have no common first axis."""
+    sizes = {t.shape[0] if t.ndim else None for t in tree_leaves(batch) if isinstance(t, Tensor)}
+    return tree_map(lambda t: t[:1] if isinstance(t, Tensor) else t, batch) if len(sizes - {None}) == 1 else batch
+
+
+def foldable(
+    model: nn.Module, batches: list[Any], there: Mapping[str, nn.Module]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Norms whose outputs these linear maps alone read, with the maps, and other norms with the reason. Found by trial.
+
+    A few passes over one example.
+
+    Args:
+        model: Any module. It is not changed.
+        batches: Of which the first is used.
+        there: The linear maps, by name.
+    """
+    first = [one(batches[0])]
+    found, _ = readers(model, first, there)
+    trial = {n: Fold(names, torch.full((weight_of(there[names[0]]).shape[1],), 2.0)) for n, names in found.items()}
+    refused = fold(copy.deepcopy(model), first, trial)
+    return {n: names for n, names in found.items() if n not in refused}, refused
 
 
 def _modules(model: nn.Module, norm: str, each: Fold) -> tuple[nn.Module, list[nn.Module]]:

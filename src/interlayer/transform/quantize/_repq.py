@@ -6,9 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from interlayer.core.blockwise import listed
 from interlayer.core.kinds import Plan, Row
@@ -17,7 +15,7 @@ from interlayer.core.quantizer.attention import operands
 from interlayer.core.quantizer.grid import By, LogScaled
 from interlayer.core.quantizer.layers import biased, weight_of
 from interlayer.core.quantizer.nearest import attended
-from interlayer.core.quantizer.smooth import Fold, apply, fold, readers
+from interlayer.core.quantizer.smooth import Fold, apply, foldable
 from interlayer.core.select import At
 
 LEAST = 1e-5  # of the largest scale: a feature that does not move gets no finer one, and keeps a zero point that floats hold
@@ -26,12 +24,6 @@ Refine: TypeAlias = Callable[[nn.Module, list[Any], Mapping[str, list[str]], Ran
 """Makes ranges better, in place: gets the opened model, the batches, the readers of each norm, and the ranges."""
 Choose: TypeAlias = Callable[[nn.Module, nn.Module, list[Any], Mapping[str, Packed]], Mapping[str, Packed]]
 """Chooses better codes: gets the float model and the folded one, opened, the batches, and the packed layers."""
-
-
-def one(batch: Any) -> Any:
-    """The first example of a batch, or the whole batch where its parts have no common first axis."""
-    sizes = {t.shape[0] if t.ndim else None for t in tree_leaves(batch) if isinstance(t, Tensor)}
-    return tree_map(lambda t: t[:1] if isinstance(t, Tensor) else t, batch) if len(sizes - {None}) == 1 else batch
 
 
 def merged(held: Scaled, shifts: bool) -> tuple[Scaled, Tensor, Tensor | None]:
@@ -79,12 +71,9 @@ def plan(
         raise ValueError(f"{slug}: no calibration data; expected batches that the model takes, without targets.")
     work, opens, rows = opening(model, at)
     there, skipped = layers(work, at)
-    first = [one(batches[0])]
-    found, _ = readers(work, first, there)
+    found, refused = foldable(work, batches, there)
     shifts = {n: getattr(work.get_submodule(n), "bias", None) is not None for n in found}
-    refused = fold(*_trial(work, first, found, there))
     skipped += rows + [Row(n, type(work.get_submodule(n)).__name__, why) for n, why in refused.items()]
-    found = {n: names for n, names in found.items() if n not in refused}
     norm_of = {reader: norm for norm, names in found.items() for reader in names}
     grids: dict[str, Grid | LogGrid] = {}
     for name, layer in there.items():
@@ -132,10 +121,7 @@ def plan(
             for n, m in (folded | norms).items():
                 _put(scratch, n, m)
             packed = dict(choose(work, scratch, batches, packed))
-        result = packs(model, new | packed, {"method": slug, **options}, opens=opens)
-        for n, m in norms.items():
-            result.get_submodule(n).load_state_dict(m.state_dict())
-        return result
+        return packs(model, new | packed, {"method": slug, **options}, opens=opens, norms=norms)
 
     return Plan(slug, dict(options), touched, skipped + idle, build)
 
@@ -143,11 +129,3 @@ def plan(
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
-
-
-def _trial(
-    work: nn.Module, first: list[Any], found: Mapping[str, list[str]], there: Mapping[str, nn.Module]
-) -> tuple[nn.Module, list[Any], dict[str, Fold]]:
-    """A fold of each norm that a model keeps its outputs under, if linear maps alone read the norm."""
-    folds = {n: Fold(names, torch.full((weight_of(there[names[0]]).shape[1],), 2.0)) for n, names in found.items()}
-    return copy.deepcopy(work), first, folds
