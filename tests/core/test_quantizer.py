@@ -16,6 +16,7 @@ from interlayer.core.quantizer import (
     Packed,
     Scaled,
     bit_product,
+    extremes,
     fake,
     nearest,
     observe,
@@ -361,3 +362,28 @@ def test_clear_errors(call, says):
 def test_bounds():
     x = torch.tensor([-0.25, 0.5, 3.0])
     assert Bound()(x).tolist() == [0, 0.5, 1] and Bound(fold=True)(x).tolist() == [0.25, 0.5, 1]
+
+
+def test_extremes_of_features_come_from_one_pass_and_shared_inputs_are_read_once():
+    torch.manual_seed(0)
+
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.a(x) + self.b(x)
+            x.mul_(2)  # the same memory, other values
+            return self.c(x) + self.c(y)
+
+    net, data = Three().train(), [torch.randn(5, 3, 4), torch.randn(2, 3, 4)]
+    x = torch.cat([d.flatten(0, -2) for d in data])
+    y = (net.a(x) + net.b(x)).detach()
+    found = extremes(net, [d.clone() for d in data], {"a": -1, "b": None, "c": -1})
+    assert net.training and torch.equal(found["a"], torch.stack((x.amin(0), x.amax(0)), -1))
+    assert torch.equal(found["b"], torch.stack((x.min(), x.max())))
+    both = torch.cat((2 * x, y))
+    torch.testing.assert_close(found["c"], torch.stack((both.amin(0), both.amax(0)), -1))
+    with pytest.raises(ValueError, match="holds no batch"):
+        extremes(net, [], {"a": -1})
