@@ -33,7 +33,8 @@ class RepQuant(Transform):
 
     - Dual clipping. After a norm, feature j of what the maps read has the range :math:`[\sigma(a_j) l_j, \sigma(b_j) u_j]`, where
       :math:`l_j` and :math:`u_j` are its smallest and largest value about its mean, and :math:`a`, :math:`b` are learned, so that
-      the maps give their outputs: :math:`\min \|W X - W Q(X)\|^2`. Scales and zero points then follow, and fold.
+      the maps give their outputs with both rounded: :math:`\min \|W X - \hat W Q(X)\|^2`. Scales and zero points then follow, and
+      fold. A norm without a bias has one share for both sides.
     - Reconstruction. With :math:`H = \hat X \hat X^\top` of the rounded inputs, the weight becomes
       :math:`W + W (X - \hat X) \hat X^\top (H + \lambda I)^{-1}`, which is rounded column by column (GPTQ) on the same :math:`H`; the
       bias takes up the mean that is left.
@@ -69,7 +70,7 @@ class RepQuant(Transform):
         self,
         *,
         bits: int = 4,
-        by: By = "minmax",
+        by: By = "mse",
         steps: int = 100,
         lr: float = 0.05,
         reconstruct: bool = True,
@@ -91,6 +92,8 @@ class RepQuant(Transform):
 
     def clip(self, model: nn.Module, data: list[Any], found: Mapping[str, list[str]], held: _repq.Ranges) -> None:
         """Learn the ranges of the features of each norm, in place."""
+        if not found:
+            return
         seen: dict[str, list[Tensor]] = {}
 
         def keep(name: str, x: Tensor) -> None:
@@ -120,11 +123,8 @@ class RepQuant(Transform):
             for step in range(self.steps + 1):
                 part = shares.sigmoid() / torch.sigmoid(torch.tensor(4.0))  # 1 at first
                 ends = middle + part[0] * (low - middle), middle + part[1] * (high - middle)
-                now = (
-                    Scaled(grid, *grid.cover(*ends))
-                    if grid.moves
-                    else Scaled(grid, held.scale * part.mean(0), held.zero)
-                )
+                scale, zero = grid.cover(*ends) if grid.moves else (held.scale * part.mean(0), held.zero)
+                now = Scaled(grid, scale, zero)
                 folded = maps * (ratio := now.scale / now.scale.mean())
                 rounded = through(folded, rows, *rows.cover(folded.amin(1), folded.amax(1))) / ratio
                 loss = (through(x, grid, now.scale, now.zero) @ rounded.mT - wanted).square().mean()
@@ -140,7 +140,9 @@ class RepQuant(Transform):
         self, model: nn.Module, folded: nn.Module, data: list[Any], packed: Mapping[str, Packed]
     ) -> dict[str, Packed]:
         """Codes and biases with which linear maps give their outputs on rounded inputs."""
-        names = [n for n, m in packed.items() if axis_of(m.shape) == -1]
+        names = {n for n, m in packed.items() if axis_of(m.shape) == -1}  # a convolution keeps its nearest codes
+        if not names:
+            return dict(packed)
         sums: dict[str, list[Tensor]] = {}
 
         def add(name: str, x: Tensor) -> None:
