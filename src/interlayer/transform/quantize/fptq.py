@@ -43,7 +43,7 @@ class FPTQ(Transform):
     Weights are rounded to the nearest level, symmetric, with a scale for each ``group`` neighbours of a row. A layer sums one
     integer product for each group, times the scales.
 
-    The paper's public text gives the thresholds and the equalisation; the authors published no code.
+    The thresholds and the equalisation could not be checked: two searches gave the abstract alone, and the authors published no code.
 
     Cost: one pass over the data. Memory: two numbers for each feature, and a copy of the model for the trial of its norms.
 
