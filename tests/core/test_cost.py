@@ -80,3 +80,12 @@ def test_a_parameter_as_the_input_of_a_part_is_counted():
             return self.map(self.queries.expand(len(x), -1, -1))
 
     assert cost.flops(Queries(), torch.zeros(5, 1)) == 2 * 5 * 3 * 4 * 2
+
+
+def test_packed_weights_and_their_integer_products_count():
+    from interlayer.core.quantizer import Grid, nearest
+
+    net, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(32, 16)
+    packed = nearest(net, Grid(4, 0), inputs=Grid(8, kind="asymmetric"), data=x).apply()
+    assert cost.parameters(packed) == cost.parameters(net)
+    assert cost.flops(packed, x) == cost.flops(net, x)

@@ -29,7 +29,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 
 def parameters(model: nn.Module, *, trainable: bool = False) -> int:
-    """Number of parameters, a shared one counted once.
+    """Number of parameters, a shared one counted once; weights that a layer keeps packed count too.
 
     Args:
         model: Any module.
@@ -39,7 +39,8 @@ def parameters(model: nn.Module, *, trainable: bool = False) -> int:
         >>> parameters(nn.Linear(3, 2))
         8
     """
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    packed = 0 if trainable else sum(getattr(m, "packed_weights", 0) for m in model.modules())
+    return packed + sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -48,7 +49,14 @@ def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any 
     return int(2 * batch * heads * length * key[2] * (width + value[3]))
 
 
-_OWN = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
+def _integers(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return int(2 * left[0] * left[1] * right[1])
+
+
+_OWN = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
+    torch.ops.aten._int_mm: _integers,
+}
 
 
 class _Whole(ModuleTracker):

@@ -13,6 +13,7 @@ from interlayer.core.search import CellNet, Supernet, read_genotype
 from interlayer.core.slots import parse_spec
 from interlayer.models.classic import MobileNetV3Small, ResNet18
 from interlayer.models.convnet import ConvNet
+from interlayer.models.crepe import Crepe
 from interlayer.models.diffusion import DiT
 from interlayer.models.encoder_decoder import EncoderDecoder
 from interlayer.models.mlp import MLP
@@ -23,6 +24,7 @@ __all__ = [
     "MLP",
     "CellNet",
     "ConvNet",
+    "Crepe",
     "DiT",
     "Encoder",
     "EncoderDecoder",

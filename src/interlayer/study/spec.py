@@ -59,7 +59,8 @@ class StudySpec(BaseModel):
 
     task: str = Field(
         default="stdlib-bytes",
-        description=f"what is learned: {', '.join(catalog.tasks())}, package.module:function, file:PATH or hf:NAME",
+        description=f"what is learned: {', '.join(catalog.tasks())}, package.module:function, file:PATH or hf:NAME; a base named "
+        "after one, such as vit-digits, brings it",
     )
     base: str | None = Field(
         default=None,
@@ -244,8 +245,13 @@ class StudySpec(BaseModel):
             text, base = "", {} if {"task", "base"} & set(values) else cls.default().model_dump(exclude_none=True)
         if "steps" in values or "seconds" in values:
             base = {k: v for k, v in base.items() if k not in ("steps", "seconds")}
+        if study is None and "task" not in values and (task := _named(values.get("base"))):
+            values["task"] = task
         if "base" in values and "arms" not in values and study is None:
             values["arms"] = ["plain"]
+        arms, given = values.get("arms"), str(values.get("base", ""))
+        if isinstance(arms, str) and given.startswith("trained:") and "plain" not in split_top(arms, ","):
+            values["arms"] = f"plain,{arms}"  # what is done to a trained model is judged beside that model
         return cls.parse({**base, **values}, str(study) if study is not None else "compare", text)
 
     def to_toml(self) -> str:
@@ -345,3 +351,9 @@ def _told(error: Any, source: str, text: str) -> str:
     )
     plain = {"number": "a number", "integer": "a whole number", "string": "a text", "list": "a list", "tuple": "a list"}
     return f"{where}: {key!r} ({means}): wanted {plain.get(wanted, wanted)}, got {error['input']!r}."
+
+
+def _named(base: Any) -> str:
+    """The built-in task that the name of a base ends in, as that of ``trained:vit-digits`` does; empty for none."""
+    name = base.rpartition(":")[2].partition("(")[0] if isinstance(base, str) else ""
+    return next((task for task in catalog.tasks() if name.endswith(f"-{task}")), "")

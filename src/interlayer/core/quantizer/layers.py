@@ -71,6 +71,11 @@ class _Map(nn.Module):
         return Scaled(grid, scale, torch.full_like(scale, grid.middle) if zero is None else zero)
 
     @property
+    def packed_weights(self) -> int:
+        """Weights that are codes, and no parameters."""
+        return math.prod(self.shape)
+
+    @property
     def weights(self) -> Scaled:
         """The grid of the weight, with its scales."""
         return self._held("", self.grid)

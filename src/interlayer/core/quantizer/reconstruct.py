@@ -314,7 +314,7 @@ def reconstruct(
     reason = {row.name: row.why for row in out}
     skipped += [Row(n, type(m).__name__, _why(n, reason) or "in no block, stays in float") for n, m in lost.items()]
     weights = _each(grid, owner)
-    ranges = _ranges(model, batches, _each(inputs, owner), by) if inputs is not None else {}
+    ranges: dict[str, Any] = {} if inputs is None else observe(model, batches, _each(inputs, owner), by=by)
     for n in [n for n in owner if inputs is not None and n not in ranges]:
         skipped.append(Row(n, type(there[n]).__name__, "never ran on the data"))
         del owner[n]
@@ -401,15 +401,6 @@ def _each(grid: Grid | Mapping[str, Grid], names: dict[str, str]) -> dict[str, G
     if lacking := [n for n in names if n not in grid]:
         raise ValueError(f"reconstruct: no grid for {lacking[0]}; expected one for each layer that is rounded.")
     return {n: grid[n] for n in names}
-
-
-def _ranges(model: nn.Module, batches: list[Any], grids: Mapping[str, Grid], by: By) -> dict[str, Scaled]:
-    """The grids of inputs with scales that suit the float model."""
-    found: dict[str, Scaled] = {}
-    for grid in dict.fromkeys(grids.values()):
-        names = [n for n, g in grids.items() if g == grid]
-        found |= observe(model, batches, grid, at=names, by=by)
-    return found
 
 
 def _with(part: Part, there: Mapping[str, nn.Module], held: Mapping[str, Scaled], solve: Solve) -> Found:
