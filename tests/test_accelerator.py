@@ -46,8 +46,8 @@ def test_outputs_and_gradients_are_those_of_the_cpu(system):
         if max(gap for o in again for gap in gaps(out, o)) > 0:  # it draws at evaluation; a GPU draws other numbers
             finite([there, [g for g in slopes.values() if g is not None]], "the output")
             continue
-        assert max(gaps(out, there)) < 1e-9
-        assert max(gaps(grads.values(), slopes.values()), default=0) < 1e-7
+        assert max(gaps(out, there)) < 1e-6
+        assert max(gaps(grads.values(), slopes.values()), default=0) < 1e-5
 
 
 @of("layer", "model")
@@ -109,5 +109,7 @@ def test_transforms_work_where_the_model_is(system, tmp_path):
 @of("probe")
 def test_probes_work_where_the_model_is(system):
     example = example_of(system.resolve())
+    model, data = on_gpu(make(example.inputs, 100))
+    others = on_gpu(make(lambda: example.others(model)))
     with seeded(5):
-        assert make(example.make)(*on_gpu(make(example.inputs, 100))).tables
+        assert make(example.make)(model, data, **({"others": others} if others else {})).tables
