@@ -8,13 +8,13 @@ from interlayer.core.quantizer.layers import BitMap, Bound, Packed, Round, integ
 from interlayer.core.quantizer.nearest import layers, nearest, packs, restore, rounds, simulated
 from interlayer.core.quantizer.observe import extremes, observe
 from interlayer.core.quantizer.packing import bit_product, ones, pack, planes, stored, unpack
-from interlayer.core.quantizer.reconstruct import AdaRound, Learned, Rounder, learned, lost, reconstruct, through
+from interlayer.core.quantizer.reconstruct import AdaRound, Learned, Rounder, learned, reconstruct, through
 from interlayer.core.quantizer.smooth import smooth
 
 __all__ = [
     "AdaRound", "Attend", "BitMap", "Bound", "Form", "Grid", "Learned", "LogGrid", "LogScaled", "Multihead", "Packed",
-    "Piece", "Round", "Rounder", "Scaled", "attended", "bit_product", "columns", "extremes", "fake", "fake_naive",
-    "forms", "gptq", "integer_product", "layers", "learned", "lost", "nearest", "observe", "ones", "opened", "opening",
-    "pack", "packs", "planes", "reconstruct", "restore", "rounds", "simulated", "smooth", "stored", "straight",
-    "through", "unpack", "weight_of",
+    "Piece", "Round", "Rounder", "Scaled", "attended", "bit_product", "columns", "extremes", "fake", "fake_naive", "forms",
+    "gptq", "integer_product", "layers", "learned", "nearest", "observe", "ones", "opened", "opening", "pack", "packs",
+    "planes", "reconstruct", "restore", "rounds", "simulated", "smooth", "stored", "straight", "through", "unpack",
+    "weight_of",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from interlayer.core import taps
-from interlayer.core.blockwise import Joined, Part, Prefix, blockwise, fit, listed, runs, sequence
+from interlayer.core.blockwise import Part, Prefix, blockwise, fit, listed, runs, sequence
 from interlayer.core.kinds import Plan, Row
 from interlayer.core.quantizer.grid import By, Grid, Scaled, straight
 from interlayer.core.quantizer.layers import Packed, is_conv1d, weight_of
@@ -268,7 +268,6 @@ def reconstruct(
     folder: str | Path | None = None,
     name: str = "reconstruct",
     options: Mapping[str, Any] | None = None,
-    watch: Callable[[Part], None] | None = None,
 ) -> Plan:
     """Plan to round the weights of a model block by block, so that each block gives its outputs on calibration data.
 
@@ -289,7 +288,6 @@ def reconstruct(
         folder: Where the result of each block is stored, so that an interrupted run goes on there.
         name: The method's name, in the plan.
         options: The method's options; part of what stored results are found by.
-        watch: Called with each block once it is rounded, such as ``lost`` to note its error.
 
     Raises:
         ValueError: No data, no layer that can be quantised, ``inputs`` with ``packed=False``, or what ``blockwise`` refuses.
@@ -358,10 +356,6 @@ def reconstruct(
             rounded = {n: Packed(mine[n], s, codes=c, inputs=i) for n, (s, c, i) in found.items()}
             exchange(scratch, list(rounded), {mine[n]: p for n, p in rounded.items()}.__getitem__)
             new |= rounded
-            if watch is not None:
-                together = [scratch.get_submodule(b) for b in used if label.get(b, b) == part.name]
-                part.block = together[0] if len(together) == 1 else Joined(*together)
-                watch(part)
         del scratch, part, mine
         told = {
             "method": name,
@@ -380,18 +374,6 @@ def reconstruct(
         return result
 
     return Plan(name or QUANTIZE, given, touched, skipped, build)
-
-
-@torch.no_grad()
-def lost(part: Part) -> float:
-    """The squared error of a block's outputs, relative to their square: 0 is exact, and 1 is as bad as zeros.
-
-    >>> lost(Part("0", nn.Identity(), [((torch.ones(2, 3),), {})], [2 * torch.ones(2, 3)]))
-    0.25
-    """
-    off = [(part.run(b).float() - wanted.float()).square().sum() for b, wanted in enumerate(part.outputs)]
-    whole = torch.stack([wanted.float().square().sum() for wanted in part.outputs]).sum()
-    return float(torch.stack(off).sum() / whole.clamp_min(1e-30))
 
 
 def _each(grid: Grid | Mapping[str, Grid], names: dict[str, str]) -> dict[str, Grid]:
