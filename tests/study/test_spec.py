@@ -152,6 +152,8 @@ def test_a_star_stands_for_all_ready_systems_of_a_slot():
 
 def test_a_base_named_after_a_task_brings_it_and_a_trained_base_is_judged_beside_its_transforms():
     spec = StudySpec.from_values(None, {"base": "trained:vit-digits", "arms": "lamp(sparsity=0.5)"})
-    assert spec.task == "digits" and [a.use for a in spec.arms] == ["plain", "lamp(sparsity=0.5)"]
+    assert (
+        spec.task == "digits" and spec.steps == 1500 and [a.use for a in spec.arms] == ["plain", "lamp(sparsity=0.5)"]
+    )
     assert StudySpec.from_values(None, {"base": "trained:vit", "task": "photos"}).task == "photos"
     assert StudySpec.from_values(None, {"base": "mlp", "arms": "rezero"}).task == "stdlib-bytes"

@@ -46,6 +46,9 @@ class ArmSpec(BaseModel):
     use: str = Field(min_length=1, description='what the arm is made of, such as "plain" or "denseformer+lr=0.002"')
 
 
+TRAINED_STEPS = 1500  # in which a base that is named after its task learns it
+
+
 class StudySpec(BaseModel):
     """A comparison: task, base, arms, seeds and budget. Every field is a key of the TOML file.
 
@@ -60,7 +63,7 @@ class StudySpec(BaseModel):
     task: str = Field(
         default="stdlib-bytes",
         description=f"what is learned: {', '.join(catalog.tasks())}, package.module:function, file:PATH or hf:NAME; a base named "
-        "after one, such as vit-digits, brings it",
+        "after one, such as vit-digits, brings it and 1500 steps",
     )
     base: str | None = Field(
         default=None,
@@ -247,6 +250,8 @@ class StudySpec(BaseModel):
             base = {k: v for k, v in base.items() if k not in ("steps", "seconds")}
         if study is None and "task" not in values and (task := _named(values.get("base"))):
             values["task"] = task
+            if "seconds" not in values:
+                values.setdefault("steps", TRAINED_STEPS)
         if "base" in values and "arms" not in values and study is None:
             values["arms"] = ["plain"]
         arms, given = values.get("arms"), str(values.get("base", ""))
