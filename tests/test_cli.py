@@ -104,7 +104,10 @@ def test_version_and_module_entry():
         (["--model", "mine", "--out", "o"], "--model 'mine'"),
         (["--model", "mine:", "--plan"], "--model 'mine:'"),
         (["--model", "mine.net()", "--plan"], "--model 'mine.net()'"),
-        (["--model", "mine:net", "--data", "mine", "--plan"], "--data 'mine'; wanted package.module:function."),
+        (
+            ["--model", "mine:net", "--data", "mine", "--plan"],
+            "--data 'mine'; wanted package.module:function, or a text file.",
+        ),
         (["--model", "mine:net", "--plan", "-o", "sparsity"], "option 'sparsity' is not name=value"),
     ],
 )

@@ -255,7 +255,10 @@ def apply_(
     slug: Slug,
     model: Annotated[str, typer.Option(help="package.module:function, a saved folder, or hf:NAME_OR_PATH.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the new model.")] = None,
-    data: Annotated[str | None, typer.Option(help="package.module:function that gives batches.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="package.module:function that gives batches, or a text file for a language model."),
+    ] = None,
     other: Annotated[
         list[str] | None, typer.Option(help="A further model, as --model; as often as the transform takes one.")
     ] = None,
@@ -280,9 +283,10 @@ def apply_(
     for name, path in (("--model", model), *(("--other", path) for path in other or [])):
         if not (path.startswith("hf:") or Path(path).is_dir() or _is_function(path)):
             _stop(f"apply: {name} {path!r}; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH.")
-    for name, function in (("--data", data), ("--base", base)):
-        if function and not _is_function(function):
-            _stop(f"apply: {name} {function!r}; wanted package.module:function.")
+    if data and not (_is_function(data) or Path(data).is_file()):
+        _stop(f"apply: --data {data!r}; wanted package.module:function, or a text file.")
+    if base and not _is_function(base):
+        _stop(f"apply: --base {base!r}; wanted package.module:function.")
     if base and not any(Path(path).is_dir() for path in (model, *(other or []))):
         _stop("apply: --base makes the base of a saved folder, and none was given. Leave it out.")
     pairs = _or_stop(lambda: _options(option or []))
@@ -293,7 +297,7 @@ def apply_(
     make = _or_stop(system.resolve)
     transform = _or_stop(lambda: make(**options.checked(make, pairs, f"apply {slug}")))
     the_model, *others = [_or_stop(lambda path=path: _model(path, base)) for path in (model, *(other or []))]
-    batches = _or_stop(lambda: _call(data)) if data else None
+    batches = _or_stop(lambda: _batches(data, the_model, model)) if data else None
     planned = _or_stop(lambda: transform.plan(the_model, batches, others=tuple(others)))
     typer.echo(str(planned))
     if not plan and out is not None:
@@ -430,6 +434,15 @@ def _load(path: str) -> Any:
 
 def _call(path: str) -> Any:
     return _load(path)()
+
+
+def _batches(data: str, model: Any, source: str) -> Any:
+    """What a function gives, or windows of a text file."""
+    if not Path(data).is_file():
+        return _call(data)
+    from interlayer.core.texts import windows
+
+    return windows(data, model, source)
 
 
 def _model(path: str, base: str | None) -> Any:
