@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -21,6 +19,7 @@ from interlayer.core.pairing.seeds import seed_of
 from interlayer.core.quantizer import Grid, Packed, Scaled, layers, packs, rounds, weight_of
 from interlayer.core.quantizer.layers import is_conv1d
 from interlayer.core.select import At
+from interlayer.transform.quantize.fault_qat.wells import Levels, Wells
 
 __all__ = ["FaultQAT", "Levels", "Wells"]
 
@@ -29,86 +28,15 @@ NARROW, RISE = 2.0, 1e4  # how much narrower the wells and how much stronger the
 SLOW = 0.1  # how fast levels learn beside weights
 
 
-@dataclass(frozen=True)
-class Levels:
-    """What the weights of one layer can be read as: a value for each code, and on real devices one for each code and weight.
-
-    Args:
-        values: The value of each code on ideal devices, [2^bits].
-        devices: The layer's cells; None are ideal.
-    """
-
-    values: Tensor
-    devices: Devices | None = None
-
-    def __iter__(self) -> Iterator[tuple[int, Tensor | float, Tensor | float]]:
-        """Each code, the factor of its value (by weight), and 1 where the cells can hold it, else 0."""
-        for code in range(len(self.values)):
-            if self.devices is None:
-                yield code, 1.0, 1.0
-            else:
-                middle = (len(self.values) - 1) / 2
-                factor = (self.devices.read(code) - middle) / (code - middle)
-                yield code, factor, self.devices.keeps(code).to(factor)
-
-    def nearest(self, weight: Float[Tensor, "*shape"]) -> tuple[UInt8[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-        """The codes whose readings are nearest to the weights, and these readings."""
-        codes = torch.zeros_like(weight, dtype=torch.uint8)
-        best, found = torch.full_like(weight, torch.inf), torch.zeros_like(weight)
-        for code, factor, kept in self:
-            value = self.values[code] * factor
-            off = torch.where(torch.as_tensor(kept, device=weight.device) > 0, (weight - value).abs(), torch.inf)
-            closer = off < best
-            codes, best = codes.masked_fill(closer, code), torch.where(closer, off, best)
-            found = torch.where(closer, value, found)
-        return codes, found
-
-
-class Wells(torch.autograd.Function):
-    """``-sum_w sum_k v_k exp(-(w - l_k)^2 / sigma^2)``, a well around each level that a weight's cells can hold.
-
-    Its gradients are found in the forward pass, so that memory does not grow with the number of levels. A weight moves by all wells;
-    a level by those weights alone to which it is nearest, for by all of them every level would move to where weights are densest.
-
-    Args:
-        weight: w, [*shape].
-        values: The values of the codes, [2^bits].
-        sigma: Width of a well.
-        devices: The cells; None are ideal.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor, sigma: float, devices: Devices | None) -> Float[Tensor, ""]:
-        total, slopes = weight.new_zeros(()), torch.zeros_like(weight)
-        codes, least = torch.zeros_like(weight, dtype=torch.long), torch.full_like(weight, torch.inf)
-        own = torch.zeros_like(weight)
-        for code, factor, kept in Levels(values, devices):
-            off = (weight - values[code] * factor) / sigma
-            depth = kept * torch.exp(-off * off)
-            slope = 2 / sigma * off * depth
-            total -= depth.sum()
-            slopes += slope
-            closer = (off.abs() < least) & torch.as_tensor(kept, device=weight.device).bool()
-            codes, least = codes.masked_fill(closer, code), torch.where(closer, off.abs(), least)
-            own = torch.where(closer, slope * factor, own)
-        by_level = torch.zeros_like(values).index_add_(0, codes.flatten(), own.flatten(), alpha=-1)
-        ctx.save_for_backward(slopes, by_level)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        slopes, by_level = ctx.saved_tensors
-        return grad * slopes, grad * by_level, None, None
-
-
 class FaultQAT(Rule):
     """Trains float weights into wells around the levels that their memory cells can read, so that rounding costs little in the end.
 
     Paper: Biswas et al., "Regularization-based Framework for Quantization-, Fault- and Variability-Aware Training", arXiv:2503.01297.
     Its text was not to be had (searches of papers, pages and code gave the abstract and the introduction alone), and its code was not
     found. Wells, their schedule, the first step, the resistances and the snaps are those of the public code of "QFALT" (IJCNN 2024,
-    SNNalgo/QFALT), a relative of it. How levels are learned is derived: they descend the
-    same regulariser, a tenth as fast as weights; steps do so on a logarithmic scale.
+    SNNalgo/QFALT), a relative of it, which trains for hundreds of epochs at a rate of 1e-3, with a strength of 1e-6 and a snap every four
+    epochs; the defaults here suit a few hundred steps. How levels are learned is derived: they descend the same regulariser, a tenth as
+    fast as weights; steps do so on a logarithmic scale.
 
         L = cross-entropy - strength sum_w sum_k v_k(w) exp(-(w - l_k(w))^2 / sigma^2)
 
