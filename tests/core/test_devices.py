@@ -17,6 +17,7 @@ def test_ideal_cells_read_what_was_written_and_stuck_ones_what_they_hold():
     torch.testing.assert_close(draw_devices((16,), 4).read(codes), codes.float(), atol=2e-5, rtol=0)
     cells = draw_devices((16,), 4, stuck=0.5, seed=3)
     read = cells.read(codes).round().to(torch.uint8)
+    assert cells.exact and not draw_devices((16,), 4, spread=0.1).exact
     assert bool(cells.keeps(read).all())  # what is read could have been written
     assert torch.equal(cells.keeps(codes), read == codes)
     for at, value in (("zero", 0), ("one", 15)):

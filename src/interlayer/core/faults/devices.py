@@ -48,6 +48,12 @@ class Devices:
         """Bits of a code."""
         return len(self.held)
 
+    @property
+    def exact(self) -> bool:
+        """Whether devices conduct 1 or 0, to a thousandth, so that a code is read as a code."""
+        one, zero = self.one - (self.held != 0).to(self.one), self.zero - (self.held == 1).to(self.zero)
+        return not self.held.numel() or max(float(one.abs().max()), float(zero.abs().max())) < 1e-3
+
     def read(self, codes: Integer[Tensor, "*shape"] | int) -> Float[Tensor, "*shape"]:
         """What codes, or one code in every place, are read as, in units of the lowest bit."""
         found = torch.zeros_like(self.one[0])

@@ -142,7 +142,7 @@ class FaultQAT(Rule):
                     f"FaultQAT: devices {list(held.held.shape)} for {name!r}; expected a quantised layer's name and "
                     f"{list(wanted or ())} of it. The layers are {', '.join(found)}."
                 )
-            if self.levels == "free" and self._varies(held):
+            if self.levels == "free" and not held.exact:
                 raise ValueError(
                     f"FaultQAT: levels='free' with devices of {name!r} whose resistances vary; such levels are no sums of "
                     "bits. Use levels='step' or 'fixed'."
@@ -214,7 +214,7 @@ class FaultQAT(Rule):
         resistances vary, and with free levels, weights are floats of those values.
         """
         read = self._nearest()
-        if self.levels == "free" or any(self._varies(held) for held in self.devices.values()):
+        if self.levels == "free" or not all(held.exact for held in self.devices.values()):
             return rounds(self.model, {name: value for name, (_, value) in read.items()}).eval()
         new = {}
         for name, (codes, _) in read.items():
@@ -222,11 +222,6 @@ class FaultQAT(Rule):
             held = Scaled(Grid(self.bits, None, "midrise"), step, torch.full_like(step, (2**self.bits - 1) / 2))
             new[name] = Packed(self.model.get_submodule(name), held, codes=codes)
         return packs(self.model, new).eval()
-
-    @staticmethod
-    def _varies(held: Devices) -> bool:
-        working = held.one[held.held < 0]
-        return working.numel() > 0 and float(working.max() - working.min()) > 1e-6
 
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
         """The optimizer."""
