@@ -18,6 +18,7 @@ from interlayer.models.diffusion import DiT
 from interlayer.models.encoder_decoder import EncoderDecoder
 from interlayer.models.mlp import MLP
 from interlayer.models.transformer import Encoder, Transformer, VisionTransformer
+from interlayer.models.trees import SoftTrees
 
 __all__ = [
     "BASES",
@@ -30,6 +31,7 @@ __all__ = [
     "EncoderDecoder",
     "MobileNetV3Small",
     "ResNet18",
+    "SoftTrees",
     "Supernet",
     "Transformer",
     "VisionTransformer",
@@ -56,6 +58,10 @@ def _vit_digits(shape: DataShape, **options: Any) -> nn.Module:
 
 def _mlp(shape: DataShape, **options: Any) -> nn.Module:
     return MLP(shape.flat, shape.classes, **options)
+
+
+def _soft_trees(shape: DataShape, **options: Any) -> nn.Module:
+    return SoftTrees(shape.flat, shape.classes, **options)
 
 
 def _convnet(shape: DataShape, **options: Any) -> nn.Module:
@@ -111,6 +117,7 @@ BASES = {
     "vit": (_vit, {("image", "classes")}),
     "vit-digits": (_vit_digits, {("image", "classes")}),  # small enough to be trained on the built-in digits in seconds
     "mlp": (_mlp, {(kind, out) for kind in ("image", "vector", "series") for out in ("classes", "values")}),
+    "soft-trees": (_soft_trees, {(kind, out) for kind in ("image", "vector") for out in ("classes", "values")}),
     "convnet": (_convnet, {("image", "classes")}),
     "dit": (_dit, {("image", "noise")}),
     "cells": (_cells, {("image", "classes")}),
