@@ -19,6 +19,7 @@ READY = [s.slug for s in catalog.load().values() if s.kind in KINDS and s.state 
 # Where a system is tried whose row names no task.
 USUAL = (
     ("digits", "mlp(depth=2, width=32)"),
+    ("digits", "soft-trees(trees=8)"),
     ("digits", "convnet(depth=8, width=4)"),
     ("digits", "vit(depth=2, width=32, heads=2)"),
     ("digits", "resnet18(width=8)"),

@@ -1,9 +1,10 @@
-"""Optimal transport between two sets of points, solved by POT (https://pythonot.github.io)."""
+"""Optimal transport between two sets of points, solved by POT (https://pythonot.github.io), and the linear assignment, by SciPy."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from interlayer.core.extras import need
@@ -11,6 +12,16 @@ from interlayer.core.extras import need
 ITERATIONS = 10_000  # of Sinkhorn; at the usual strengths it needs hundreds
 TINY = 500.0  # exp(-TINY) is far above the smallest float64, exp(-745)
 LEFT = 1e-2  # largest share of a mass that may be left misplaced
+
+
+def assign(similarity: Float[Tensor, "n n"]) -> Int[Tensor, " n"]:
+    """The permutation p that maximises the sum of ``similarity[i, p[i]]``.
+
+    Examples:
+        >>> assign(torch.tensor([[0.0, 2.0], [1.0, 2.0]]))
+        tensor([1, 0])
+    """
+    return torch.from_numpy(linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)[1])
 
 
 def transport(cost: Float[Tensor, "n m"], *, reg: float = 0.0) -> Float[Tensor, "n m"]:

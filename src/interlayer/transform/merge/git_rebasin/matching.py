@@ -7,20 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from interlayer.core import taps
+from interlayer.core.transport import assign
 from interlayer.core.wiring import Group, Wiring, counted, run
 
 State = Mapping[str, Tensor]
 Loss = Callable[[Any, Any], Tensor]
 ROUNDING = 1e-6  # a gain below this share of the product of the norms may be rounding, and could go in circles
-
-
-def assign(similarity: Tensor) -> Tensor:
-    """The permutation p that maximises the sum of ``similarity[i, p[i]]``."""
-    return torch.from_numpy(linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)[1])
 
 
 def agreement(target: State, moving: State, names: Iterable[str]) -> float:
