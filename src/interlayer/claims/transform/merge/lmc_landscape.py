@@ -247,7 +247,7 @@ CLAIM = Claim(
     "three hidden layers, 150 steps: no barrier above .01.",
     scales={
         "smoke": {
-            "width": 16, "depth": 2, "at": (0, 4, 8), "length": 12, "toy": (0, 60), "pairs": 2, "descent": 60,
+            "width": 16, "depth": 2, "at": (0, 4, 8), "length": 12, "toy": (0, 20), "pairs": 2, "descent": 100,
         },
         "small": {
             "width": 64, "depth": 6, "at": (0, 5, 10, 20, 40, 80), "length": 200, "toy": (0, 80), "pairs": 8, "descent": 100,
