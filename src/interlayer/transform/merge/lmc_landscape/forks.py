@@ -81,6 +81,7 @@ class Pitchfork(nn.Module):
     Shapes: [B, ...] to [B], the loss for each row, whatever it holds.
 
     Examples:
+        >>> import torch
         >>> Pitchfork(torch.tensor([1.0, 1.0]))(torch.zeros(2, 1))
         tensor([0.3679, 0.3679], grad_fn=<ExpandBackward0>)
     """
