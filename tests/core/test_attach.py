@@ -404,3 +404,31 @@ def test_a_part_of_your_own_is_two_methods():
 
     model = attach(make(net), nn.Linear, Shift)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 9
+
+
+class Shift(at.Part):
+    """Adds a learned vector behind the first block of a list."""
+
+    kind, spans = "shift", True
+
+    def __init__(self, host):
+        super().__init__()
+        self.vector = nn.Parameter(torch.ones(4))
+
+    def between(self, number, x):
+        return x + self.vector if number == 1 else x
+
+
+def test_a_part_that_spans_blocks_acts_between_them_and_is_switched_and_taken_off():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)))
+    x = torch.randn(5, 3)
+    plain, wanted = net(x), net[1][2](net[1][1](net[1][0](net[0](x)) + 1))
+    assert at.host_of(net, "1") == "1.2"
+    at.attach(net, {at.host_of(net, "1"): "1"}, Shift)
+    torch.testing.assert_close(net(x), wanted)
+    torch.testing.assert_close(copy.deepcopy(net)(x), wanted)
+    net(x).sum().backward()
+    assert [n for n, p in net.named_parameters() if p.grad is not None] == ["1.2.attached.default.vector"]
+    assert torch.equal(at.active(net)(x), plain)
+    assert torch.equal(at.detach(net)(x), plain) and not net[1][0]._forward_pre_hooks

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -124,3 +125,86 @@ def behind(model: nn.Module, at: str) -> Iterator[list[list[Tensor]]]:
         yield owner.order.seen
     finally:
         owner.order = trained
+
+
+Change = Callable[[int, Tensor], Tensor]
+"""From the number of blocks that have run, and the hidden state, the state that goes on."""
+
+
+class _Between(Sequential):
+    """The plain order with a change ahead of each block, and behind the last."""
+
+    def __init__(self, depth: int, change: Change) -> None:
+        super().__init__(depth)
+        self.change = change
+
+    def forward(self, state: State, step: Step) -> State:
+        for block in range(self.depth):
+            state.x = self.change(block, state.x)
+            state = step(state, block)
+        state.x = self.change(self.depth, state.x)
+        return state
+
+
+def _ahead(change: Change, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args:
+        return taps.swap(args, change(number, taps.first(args))), kwargs
+    return args, taps.swap(kwargs, change(number, taps.first(kwargs)))
+
+
+def _after(change: Change, number: int, module: nn.Module, args: Any, output: Any) -> Any:
+    return taps.swap(output, change(number, taps.first(output)))
+
+
+def between(model: nn.Module, at: str, change: Change) -> None:
+    """Change the hidden state ahead of each block of a list, and behind the last, until ``undone``. In place.
+
+    It is what ``behind`` keeps: in the backbones of ``interlayer.models`` the stream, elsewhere the first tensor among a block's
+    arguments. With a key-value cache it is that of the new tokens alone.
+
+    Args:
+        model: Any model.
+        at: Name of the list of blocks, as ``select.blocks`` gives it.
+        change: Called with how many blocks have run and with the state; gives the state that goes on.
+
+    Raises:
+        ValueError: The blocks run in an order of their own, or between them there is a change already.
+
+    Examples:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Identity(), nn.Identity())
+        >>> between(nn.ModuleDict({"blocks": net}), "blocks", lambda number, x: x + number)
+        >>> net(torch.zeros(1))
+        tensor([3.])
+    """
+    owner, blocks = _blocks(model, at)
+    trained = getattr(owner, "order", None)
+    if isinstance(trained, Sequential):
+        if type(trained) is not Sequential:
+            raise ValueError(
+                f"between: the blocks of {at!r} run in {type(trained).__name__.strip('_')} order; expected the plain one, "
+                "order='sequential'."
+            )
+        owner.order = _Between(len(blocks), change)
+        return
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(partial(_ahead, change, number), with_kwargs=True)
+    blocks[-1].register_forward_hook(partial(_after, change, len(blocks)))
+
+
+def undone(model: nn.Module, at: str) -> None:
+    """Take the change between these blocks off again, in place."""
+    owner, blocks = _blocks(model, at)
+    if isinstance(getattr(owner, "order", None), _Between):
+        owner.order = Sequential(len(blocks))
+    for block in blocks:
+        for hooks, kind in ((block._forward_pre_hooks, _ahead), (block._forward_hooks, _after)):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, partial) and hook.func is kind:
+                    del hooks[key]
+                    block._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _blocks(model: nn.Module, at: str) -> tuple[Any, list[nn.Module]]:
+    blocks: Any = model.get_submodule(at)
+    return model.get_submodule(at.rpartition(".")[0]), [m for name, m in blocks.named_children() if name.isdigit()]

@@ -8,7 +8,7 @@ tasks' parts act, ``detach`` takes them off again, ``save`` and ``load`` keep th
 from interlayer.core.attach.attaching import active, attach, attached, bake, detach
 from interlayer.core.attach.files import load, save
 from interlayer.core.attach.parts import Bias, Bottleneck, Lora, Part, Scale, Whole, matrix
-from interlayer.core.attach.sites import attention_outputs, biased, feed_forwards
+from interlayer.core.attach.sites import attention_outputs, biased, feed_forwards, host_of
 
 __all__ = [
     "Bias",
@@ -25,6 +25,7 @@ __all__ = [
     "biased",
     "detach",
     "feed_forwards",
+    "host_of",
     "load",
     "matrix",
     "save",

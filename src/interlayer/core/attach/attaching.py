@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from interlayer.core import taps
 from interlayer.core.attach.parts import Part
 from interlayer.core.delivery import guard, release
+from interlayer.core.order import between, undone
 from interlayer.core.select import At, select
 from interlayer.core.swap import bypassed, unfuse
 
@@ -30,7 +31,7 @@ class Attached(nn.ModuleDict):
     def __init__(self, late: str, apart: bool) -> None:
         super().__init__()
         self.late, self.apart = late, apart  # the module whose output changes, and whether it is another one
-        self.enters, self.on = False, tuple[str, ...]()
+        self.enters, self.spans, self.on = False, False, tuple[str, ...]()
         self.held: Tensor | None = None  # the host's input, until the late module has run
 
 
@@ -91,7 +92,9 @@ def attach(model: M, at: At | Mapping[str, str], make: Callable[[nn.Module], Par
         if weight is not None:  # half precision is too coarse for small steps
             part.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         if not hasattr(host, "attached"):
-            _hook(model, host, name, sites[name])
+            (_span if part.spans else _hook)(model, host, name, sites[name])
+        if host.attached.spans != part.spans:
+            raise ValueError(f"attach: {name!r} has parts that span all blocks, or others. Detach them first.")
         if host.attached.late != sites[name]:
             raise ValueError(
                 f"attach: parts at {name!r} act at {host.attached.late!r} already, not at {sites[name]!r}."
@@ -110,6 +113,27 @@ def _hook(model: nn.Module, host: Any, name: str, late: str) -> None:
     host.register_forward_hook(_after, with_kwargs=True)
     if late != name:
         model.get_submodule(late).register_forward_hook(partial(_late, host))
+
+
+def _span(model: nn.Module, host: Any, name: str, late: str) -> None:
+    between(model, late, partial(_between, host))
+    host.attached = Attached(late, apart=late != name)
+    host.attached.spans = True
+
+
+def _between(host: Any, number: int, x: Tensor) -> Tensor:
+    new = x
+    for task in host.attached.on:
+        part: Part = host.attached[task]
+        new = part.between(number, _given(part, new)).to(x.dtype)
+    return new
+
+
+def _given(part: Part, x: Tensor) -> Tensor:
+    """The input in the precision of the part's own weights, where there is no autocast."""
+    if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
+        return x
+    return x.to(next(part.parameters()).dtype)
 
 
 def _before(host: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -143,9 +167,7 @@ def _changed(parts: Any, x: Tensor, output: Any) -> Any:
     new = y
     for task in parts.on:
         part: Part = parts[task]
-        own = next(part.parameters()).dtype
-        given = x if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() else x.to(own)
-        new = part(given, new)
+        new = part(_given(part, x), new)
     new = new.to(y.dtype)
     return new if isinstance(output, Tensor) else taps.swap(output, new)
 
@@ -211,7 +233,10 @@ def detach(model: M, *tasks: str) -> M:
             host: Any = model.get_submodule(name)
             host.attached.on = tuple(t for t in host.attached.on if t != task)
             del host.attached[task]
-            if not len(host.attached):
+            if not len(host.attached) and host.attached.spans:
+                undone(model, host.attached.late)
+                del host.attached
+            elif not len(host.attached):
                 _unhook(model, host)
     if not attached(model) and _BEFORE in vars(model):
         release(model)

@@ -74,7 +74,8 @@ def save(model: nn.Module, directory: str | Path, *, task: str = "default") -> N
         **_settings(model, rest),
     }
     hosts: dict[str, Any] = {name: model.get_submodule(name) for name in parts}
-    notes = {"base": _digest(model, rest), "late": {n: h.attached.late for n, h in hosts.items()}, "tied": tied}
+    late = {n: h.attached.late for n, h in hosts.items()}
+    notes = {"base": _digest(model, rest, late), "late": late, "tied": tied}
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -148,17 +149,16 @@ def load(model: M, directory: str | Path, *, task: str = "default", other_base: 
                 f"{name or 'the model'} ({type(host).__name__} {shape}). Load it on the base that it names."
             ) from error
         made[name] = part
-    digest = notes.get("base")
+    digest, late = notes.get("base"), notes.get("late", {})
     if (
         digest
         and not other_base
-        and digest != _digest(model, {n: p for n, p in made.items() if not isinstance(p, Whole)})
+        and digest != _digest(model, {n: p for n, p in made.items() if not isinstance(p, Whole)}, late)
     ):
         raise ValueError(
             f"attach.load: {source} was trained on {title} with other weights than this {type(model).__name__} has. Load that "
             "base, or pass other_base=True to use the parts on this one."
         )
-    late = notes.get("late", {})
     for owned, owner in notes.get("tied", {}).items():
         (name, _, key), (whose, _, which) = owned.partition(":"), owner.partition(":")
         path, _, last = key.rpartition(".")
@@ -199,12 +199,15 @@ def _here(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**config, "lora_alpha": own[0]} if own else dict(config)
 
 
-def _digest(model: nn.Module, parts: Mapping[str, Part]) -> str:
+def _digest(model: nn.Module, parts: Mapping[str, Part], late: Mapping[str, str]) -> str:
     """A hash of the base's weights to which parts are added."""
     digest = hashlib.sha256()
     for name in sorted(parts):
-        weight = getattr(model.get_submodule(name), "weight", None)
-        if isinstance(weight, Tensor):
+        host = model.get_submodule(name)
+        weights = [getattr(host, "weight", None)]
+        if parts[name].spans:
+            weights = [p for n, p in model.get_submodule(late[name]).named_parameters() if own(n)]
+        for weight in (w for w in weights if isinstance(w, Tensor)):
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 

@@ -43,6 +43,12 @@ class Part(nn.Module):
 
     kind: ClassVar[str] = ""
     """``peft_type`` in the file, in small letters: a kind of PEFT's, of this module, or the slug of a system."""
+    spans: ClassVar[bool] = False
+    """Whether it acts between all blocks of a list, by ``between``: its host, in the last block, is mapped to the list's name."""
+
+    def between(self, number: int, x: Tensor) -> Tensor:
+        """What goes on to the next block when ``number`` blocks have run; for parts that span blocks."""
+        return x
 
     def enter(self, x: Tensor) -> Tensor:
         """What the host reads instead of x."""

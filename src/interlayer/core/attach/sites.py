@@ -70,6 +70,24 @@ def biased(model: nn.Module) -> list[str]:
     return list(_known(model, {n: n for n in found if n not in bypassed(model)}))
 
 
+def host_of(model: nn.Module, at: str) -> str:
+    """The host of a part that spans a list of blocks: the last block, or the first module in it that is no container.
+
+    Args:
+        model: Any model.
+        at: Name of the list.
+
+    Examples:
+        >>> host_of(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU())), "")
+        '1.0'
+    """
+    last = [name for name, _ in model.get_submodule(at).named_children() if name.isdigit()][-1]
+    name = f"{at}.{last}".lstrip(".")
+    while isinstance(model.get_submodule(name), nn.Sequential | nn.ModuleList):
+        name += ".0"
+    return name
+
+
 def _own(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if own(name)}
 
