@@ -184,6 +184,17 @@ def test_a_plain_stack_learns_and_its_base_stays():
         at.bake(adapt(net, reduction=2))
 
 
+def test_the_adapted_model_exports_and_follows_autocast():
+    model, ids = adapt(language(), reduction=4).eval(), torch.randint(16, (2, 5))
+    wanted = model(ids)
+    free = torch.export.export(model, (ids,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    torch.testing.assert_close(free(ids.repeat(3, 1)), wanted.repeat(3, 1, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert 0 < (model(ids) - wanted).abs().max() < 0.05
+    half = adapt(language().bfloat16(), reduction=4)
+    assert half(ids).dtype == torch.bfloat16 and part(half).gate.dtype == torch.float32
+
+
 def test_the_ladder_replaces_the_last_state_and_keeps_nothing_of_the_backbone():
     model, ids = ladder(language(), length=8, reduction=4), torch.randint(16, (2, 5))
     side = part(model)

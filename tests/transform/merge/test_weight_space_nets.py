@@ -9,7 +9,7 @@ from interlayer.core import datasets
 from interlayer.core.data import DataShape
 from interlayer.core.fields import Layout, grid
 from interlayer.transform.merge.weight_space_nets import POOLS, DWSNet, Equivariant, Invariant, Normalise, WeightSpace
-from interlayer.transform.merge.weight_space_nets.data import Stack, _descend, fields, sine, small_digits, zoo
+from interlayer.transform.merge.weight_space_nets.data import FIELDS, Stack, _descend, fields, sine, small_digits, zoo
 
 WIDTHS = [(2, 3, 1), (2, 3, 4, 2), (3, 4, 4, 4, 2)]
 
@@ -178,6 +178,8 @@ def test_bad_input_is_told(make, says):
 def test_a_task_of_the_users_own_names_the_widths():
     shape = DataShape("vector", "values", classes=2, features=13)
     assert DWSNet.for_task(shape, widths=(2, 3, 1), channels=4)(torch.randn(5, 13)).shape == (5, 2)
+    fields = DataShape("vector", "classes", classes=10, features=WeightSpace(FIELDS).count)
+    assert DWSNet.for_task(fields, channels=4)(torch.randn(5, fields.features)).shape == (5, 10)
 
 
 def test_fields_show_their_digits_and_classifiers_classify():

@@ -16,6 +16,7 @@ from interlayer.core.config import configured
 from interlayer.core.data import DataShape
 from interlayer.core.example import Example
 from interlayer.core.fit import fit
+from interlayer.transform.merge.weight_space_nets.data import FIELDS
 from interlayer.transform.merge.weight_space_nets.space import WeightSpace
 
 POOLS = ("max", "mean")
@@ -191,7 +192,7 @@ class DWSNet(nn.Module):
     def for_task(cls, shape: DataShape, **options: Any) -> Self:
         """A network for a task whose inputs are flat weights; by default those of ``digit-fields``."""
         shape.require("DWSNet", "vector", shape.outputs if shape.outputs == "values" else "classes")
-        widths = options.pop("widths", (2, 16, 16, 1))
+        widths = options.pop("widths", FIELDS)
         if (count := WeightSpace(widths).count) != shape.features:
             raise ValueError(
                 f"DWSNet: widths {tuple(widths)} have {count} weights and the task gives {shape.features}. Pass the widths of the "
