@@ -22,7 +22,7 @@ from interlayer.transform.adapt import sherl as module
 from interlayer.transform.adapt._ladder import ladder
 from interlayer.transform.adapt.sherl import Sherl, adapt, redundancy
 
-OURS, LADDER, LORA, HALF, HEAD = "sherl", "ladder", "lora", "lora in the last half", "head"
+OURS, LADDER, LORA, HEAD = "sherl", "ladder", "lora", "head"
 DEEP, ADAPTERS, JOINED, ALONE, OTHERS = (
     "last state alone",
     "adapters",
@@ -30,7 +30,7 @@ DEEP, ADAPTERS, JOINED, ALONE, OTHERS = (
     "no redundancy",
     "redundancy of others",
 )
-RATES = {OURS: 2e-2, LADDER: 2e-3, LORA: 5e-3, HALF: 1e-2, HEAD: 5e-2, DEEP: 2e-2, ADAPTERS: 5e-3}
+RATES = {OURS: 2e-2, LADDER: 2e-3, LORA: 5e-3, HEAD: 5e-2, DEEP: 2e-2, ADAPTERS: 5e-3}
 
 
 class Net(nn.Module):
@@ -41,13 +41,10 @@ class Net(nn.Module):
         made: Any = base
         made.head = nn.Identity()
         self.base, self.head = made, nn.Linear(width, 10)
-        depth = len(made.trunk.blocks)
         if arm == LADDER:
             ladder(made, length=16, reduction=4)
         elif arm == LORA:
             attach(made, "**.qkv", partial(Lora, rank=4))
-        elif arm == HALF:
-            attach(made, [f"trunk.blocks.{n}.mixer.qkv" for n in range(depth // 2, depth)], partial(Lora, rank=4))
         elif arm == ADAPTERS:
             attach(made, [*attention_outputs(made), *feed_forwards(made)], partial(Bottleneck, hidden=4))
         elif arm == HEAD:
@@ -176,7 +173,7 @@ CLAIM = Claim(
     "the ladder and about as accurate as LoRA.",
     measure=measure,
     build=build,
-    arms=(OURS, LADDER, LORA, HALF, HEAD),
+    arms=(OURS, LADDER, LORA, HEAD),
     statements=(
         mechanism(
             "No gradient reaches the image",
