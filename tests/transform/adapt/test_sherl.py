@@ -229,6 +229,7 @@ def test_what_cannot_be_adapted_says_why():
         (lambda: adapt(convolutions), "no linear map that tells the features"),
         (lambda: adapt(convolutions, width=4, reduction=2)(torch.zeros(1, 4, 5, 5)), "features last"),
         (lambda: adapt(adapt(language(), reduction=4), reduction=4), "part of the task 'default' already"),
+        (lambda: part(adapt(language(), reduction=4)).between(2, torch.zeros(1, 5, 16)), "runs after 0 others; expected all blocks once"),
         (lambda: part(adapt(language(), reduction=4))(torch.zeros(2, 3, 16)), r"expected \[..., 4, 16\]"),
         (lambda: at.attach(adapt(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), reduction=2), "2", at.Lora, task="b"), "span"),
     ]  # fmt: skip

@@ -147,6 +147,11 @@ class Sherl(Part):
         if number > self.early:
             return x
         self.seen = [*(self.seen if number else []), x.detach()]
+        if len(self.seen) != number + 1:
+            raise ValueError(
+                f"Sherl: block {number} runs after {len(self.seen) - 1} others; expected all blocks once, in order. Switch gradient "
+                "checkpointing off, which runs blocks again; there is little to save here."
+            )
         if number < self.early:
             return x
         if x.shape[-1] != self.width:
