@@ -41,7 +41,7 @@ bench: set-up .peers/.installed
 	touch $@
 
 docs: set-up
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) site runs build

@@ -74,6 +74,8 @@ PRIMITIVES = (
     "chart",
     "page",
 )
+VERDICTS = {"holds": "What held", "contrary": "What came out the other way", "undecided": "What stayed undecided",
+            "shows nothing": "What a broken twin did as well"}  # fmt: skip
 PARTS = ("sparse", "nodes", "linear", "compressed", "prior", "positions", "depth", "parts")
 
 
@@ -134,11 +136,36 @@ def _room(room: str) -> str:
 
 
 def _statement(judged: dict) -> str:
+    return f"| {judged['says']} | {judged['sort']} | {judged['verdict']} | {_gains(judged)} |"
+
+
+def _gains(judged: dict) -> str:
     gains = []
     for c in judged["comparisons"]:
         ends = "" if c["low"] == "nan" else f" [{float(c['low']):.3g}, {float(c['high']):.3g}]"
         gains.append(f"{c['than']}: {float(c['gain']):.3g}{ends}, {c['n']} seeds")
-    return f"| {judged['says']} | {judged['sort']} | {judged['verdict']} | {'; '.join(gains)} |"
+    return "; ".join(gains)
+
+
+def _link(s: catalog.System) -> str:
+    return f"[`{s.slug}`](rooms/{s.room}.md#{s.module}.{s.code})"
+
+
+def _helped() -> str:
+    """Every effect that a claim measured, by verdict, and how many there are."""
+    measured = [(s, s.measured()) for s in catalog.load().values() if s.state == "ready"]
+    effects = [(s, e) for s, found in measured if found for e in found["statements"] if e["sort"] == "effect"]
+    lines = [f"{len(effects)} effects of {len({s.slug for s, _ in effects})} systems have been measured.", ""]
+    for verdict, heading in VERDICTS.items():
+        rows = [(s, e) for s, e in effects if e["verdict"] == verdict]
+        lines += [
+            f"## {heading} ({len(rows)})",
+            "",
+            "| system | effect | gain over what was asked |",
+            "| --- | --- | --- |",
+        ]
+        lines += [f"| {_link(s)} | {e['says']} | {_gains(e)} |" for s, e in rows] + [""]
+    return "\n".join(lines)
 
 
 def _mean(values: list[float | str]) -> str:
@@ -186,3 +213,8 @@ def on_files(files, config):
         files.append(File.generated(config, path, content=text))
     config["nav"].append({"Rooms": [{r: f"rooms/{r}.md"} for r in ("core", *rooms)]})
     return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Put the tables of effects behind the text of their page."""
+    return markdown + "\n" + _helped() if page.file.src_uri == "what-helped.md" else markdown

@@ -106,8 +106,10 @@ class TextTask(Task):
         train: Text to learn from.
         validation: Text to be judged on; the first ``windows`` windows of it count.
         length: Bytes in a window.
-        windows: Most validation windows.
         about: One line on the data.
+
+    Attributes:
+        windows: Most validation windows.
     """
 
     base = "transformer"

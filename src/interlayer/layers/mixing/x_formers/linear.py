@@ -81,12 +81,7 @@ class Linear(Kernel, Late):
     """Linear attention with ``phi(x) = elu(x) + 1`` (Katharopoulos et al., arXiv:2006.16236, equation 7).
 
     Rotary positions act after the features, in the numerator alone (RoFormer, arXiv:2104.09864, equation 19), so that what a
-    query reads depends on distances. S K^2 multiply-adds a head.
-
-    Args:
-        width: Features D.
-        heads: Query heads.
-        **options: As for ``Attention``.
+    query reads depends on distances. S K^2 multiply-adds a head. Its arguments are those of ``Attention``.
     """
 
     def features(self, x: Tensor, shift: tuple[int, ...] = ()) -> Tensor:
