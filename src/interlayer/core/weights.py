@@ -164,7 +164,7 @@ def strip(model: nn.Module) -> nn.Module:
             trains = getattr(module, name).requires_grad
             if "original" in stack._parameters:  # torch writes into it, and it may be another module's too
                 stack.original = nn.Parameter(stack.original.detach().clone())
-            _own_class(module)
+            own_class(module)
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
             plain = nn.Parameter(getattr(module, name).detach(), trains)
             done.setdefault(key, plain)
@@ -173,11 +173,11 @@ def strip(model: nn.Module) -> nn.Module:
 
 
 def _register(module: nn.Module, name: str, part: nn.Module) -> None:
-    _own_class(module)
+    own_class(module)
     parametrize.register_parametrization(module, name, part)
 
 
-def _own_class(module: nn.Module) -> None:
+def own_class(module: nn.Module) -> None:
     """Give a copy of a parametrised module a class of its own: copies share torch's generated class, which torch then alters."""
     cls = type(module)
     if parametrize.is_parametrized(module):

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-Kind = Literal["symmetric", "unsigned", "asymmetric", "midrise", "affine"]
+from interlayer.core.quantizer.packing import TERNARY
+
+Kind = Literal["symmetric", "unsigned", "asymmetric", "midrise", "affine", "ternary"]
 Rounding = Literal["nearest", "learned", "stochastic"]
 By = Literal["minmax", "mse"] | float
 Measure: TypeAlias = Callable[[Tensor], Tensor]
@@ -31,11 +33,12 @@ class Grid:
             zero at 0, for values that are never negative. ``"asymmetric"``: the same codes, zero at an integer.
             ``"midrise"``: the same codes, zero in the middle between two, so that the levels are symmetric and none is 0;
             with 1 bit they are ``-scale / 2`` and ``scale / 2``. ``"affine"``: the same codes, zero at any real number, so that
-            a range far from 0 is covered without a level at 0; for activations.
+            a range far from 0 is covered without a level at 0; for activations. ``"ternary"``, with ``bits=2``: the codes -1, 0 and 1,
+            zero at 0, of which five take a byte.
         group: With ``axis=0``: this many neighbours in an output channel have a scale of their own. None is all of them.
 
     Raises:
-        ValueError: ``bits`` or ``group`` out of range, an unknown kind, or a symmetric grid of 1 bit.
+        ValueError: ``bits`` or ``group`` out of range, an unknown kind, a symmetric grid of 1 bit, or a ternary one of other than 2.
 
     Examples:
         >>> grid = Grid(2, kind="unsigned")
@@ -55,18 +58,27 @@ class Grid:
             raise ValueError(f"Grid: kind {self.kind!r}; expected one of {', '.join(get_args(Kind))}.")
         if self.kind == "symmetric" and self.bits == 1:
             raise ValueError("Grid: a symmetric grid of 1 bit has the levels -1 and 0; expected kind='midrise'.")
+        if self.kind == "ternary" and self.bits != 2:
+            raise ValueError(f"Grid: a ternary grid of {self.bits} bits; expected bits=2, for three levels.")
         if self.group is not None and (self.axis != 0 or self.group < 1):
             raise ValueError(f"Grid: group {self.group!r} with axis {self.axis!r}; expected 1 or more with axis=0.")
 
     @property
     def low(self) -> int:
         """The lowest code."""
+        if self.kind == "ternary":
+            return -1
         return -(2 ** (self.bits - 1)) if self.kind == "symmetric" else 0
 
     @property
     def high(self) -> int:
         """The highest code."""
-        return self.low + 2**self.bits - 1
+        return 1 if self.kind == "ternary" else self.low + 2**self.bits - 1
+
+    @property
+    def width(self) -> float:
+        """The bits of a code, as ``pack`` takes them: 1.58 with three levels."""
+        return TERNARY if self.kind == "ternary" else self.bits
 
     @property
     def middle(self) -> float:
@@ -148,7 +160,7 @@ class Grid:
             return scale, -lowest / scale
         if self.kind == "midrise":
             scale = torch.maximum(lowest.abs(), highest.abs()) / self.middle
-        elif self.kind == "symmetric":
+        elif self.low:
             scale = torch.maximum(lowest / self.low, highest / self.high)
         else:
             scale = highest / self.high
@@ -202,7 +214,7 @@ class Scaled:
     zero: Tensor
 
     def codes(self, x: Float[Tensor, "..."]) -> Integer[Tensor, "..."]:
-        """The nearest codes: int8 on a symmetric grid, else uint8. Halves go to the even code."""
+        """The nearest codes: int8 on a symmetric or ternary grid, else uint8. Halves go to the even code."""
         grid, wide = self.grid, x.to(torch.promote_types(x.dtype, torch.float32))
         found = grid.grouped(wide) / grid.spread(self.scale, x) + grid.spread(self.zero, x)
         found = found.round().clamp(grid.low, grid.high).view(x.shape)

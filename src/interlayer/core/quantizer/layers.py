@@ -13,10 +13,11 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from interlayer.core.quantizer.grid import Grid, LogGrid, LogScaled, Scaled
-from interlayer.core.quantizer.packing import bit_product, pack, planes, unpack
+from interlayer.core.quantizer.packing import bit_product, each, pack, planes, table_product, unpack
 
 CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 SETTINGS = ("stride", "padding", "dilation", "groups")
+FEW = 4  # rows up to which a product by tables takes less time than unpacking the weight
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -123,7 +124,7 @@ class Packed(_Map):
     map whose inputs have no scales by channel then multiplies 8-bit integers, one product for each group of weights, and all
     others multiply the rounded floats.
 
-    Memory: ``bits`` of 1, 2, 4 or 8 a weight (3 take 4, 5 to 7 take 8), and one scale and one zero in the type of the weights
+    Memory: ``bits`` of 1, 1.6 (a ternary grid), 2, 4 or 8 a weight (3 take 4, 5 to 7 take 8), and one scale and one zero in the type of the weights
     for each channel or group; while it runs, the unpacked weight of this one layer too.
 
     Args:
@@ -132,11 +133,14 @@ class Packed(_Map):
         codes: The codes of its weight, if they are not the nearest ones.
         inputs: The grid of the inputs with its scale, one for the whole tensor or one for each feature, if they are rounded. A
             ``Grid`` alone rounds them by token: the scale of each position is found in the call.
+        table: Multiply up to 4 rows by ``table_product``, as when a text is generated; more are multiplied with the unpacked weight, and
+            all are where the model is compiled or exported. The last bits of the outputs differ.
 
     Shapes: those of ``layer``.
 
     Raises:
-        ValueError: Another layer, grids with other axes, or inputs of another width.
+        ValueError: Another layer, grids with other axes, inputs of another width, or ``table`` with a convolution, groups, 8 bits
+            or rounded inputs.
 
     Examples:
         >>> layer = nn.Linear(64, 16)
@@ -154,19 +158,26 @@ class Packed(_Map):
         *,
         codes: Tensor | None = None,
         inputs: Scaled | Grid | None = None,
+        table: bool = False,
     ) -> None:
         grid = weights.grid if isinstance(weights, Scaled) else weights
         super().__init__(layer, grid, inputs)
+        if table and (self.conv or grid.group or inputs is not None or each(grid.width) == 1):
+            raise ValueError(
+                f"Packed: table=True with {type(layer).__name__}, {grid}, inputs {inputs}; expected a linear map of at most 4 "
+                "bits, without groups and rounded inputs. Leave out table."
+            )
+        self.table = table
         weight = weight_of(layer).detach()
         _check(type(self).__name__, grid, inputs, axis_of(self.shape))
         held = (weights if isinstance(weights, Scaled) else weights.fit(weight)).to(weight)
         codes = held.codes(weight) if codes is None else codes
-        self.register_buffer("codes", pack(codes.flatten(1).short() - grid.low, grid.bits))
+        self.register_buffer("codes", pack(codes.flatten(1).short() - grid.low, grid.width))
         self._hold("", held)
 
     def integers(self) -> Int8[Tensor, "..."]:
         """The codes of the weight less ``shift(grid)``, which fit into 8 signed bits."""
-        found = unpack(self.codes, self.grid.bits, math.prod(self.shape[1:])).view(self.shape)
+        found = unpack(self.codes, self.grid.width, math.prod(self.shape[1:])).view(self.shape)
         return (found.short() + (self.grid.low - shift(self.grid))).to(torch.int8)
 
     @property
@@ -180,11 +191,25 @@ class Packed(_Map):
         self.expect(x)
         inputs = self.scaled_inputs(x)
         if inputs is None:
-            return self.call(x, self.weight)
+            few = self.table and not torch.compiler.is_compiling() and x[..., 0].numel() <= FEW
+            return self.by_table(x) if few else self.call(x, self.weight)
         wide = self.conv is not None or inputs.grid.axis is not None
         if wide or x.requires_grad:
             return self.call(inputs.fake(x), self.weight)
         return self.product(x, inputs)
+
+    def by_table(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows out"]:
+        """``s_w (sum x (c - low) + (low - z) sum x)``, on packed codes."""
+        held, rows = self.weights, x.reshape(-1, x.shape[-1]).float()
+        found = table_product(rows, self.codes, self.grid.width)
+        back = self.grid.low - held.zero.float()
+        found = (found + back * rows.sum(1, keepdim=True)) * held.scale.float()
+        found = found if self.bias is None else found + self.bias
+        return found.view(*x.shape[:-1], self.shape[0]).to(x.dtype)
+
+    def structure(self) -> dict[str, Any]:
+        """The grids, as ``restore`` needs them."""
+        return {**super().structure(), "table": self.table}
 
     def product(self, x: Float[Tensor, "*rows inputs"], inputs: Scaled) -> Float[Tensor, "*rows out"]:
         """``s_x sum_g s_w,g sum (c_x - z_x)(c_w - z_w,g)``: a product of 8-bit integers for each group, and sums for the zeros."""

@@ -272,7 +272,9 @@ def _hollow(layer: nn.Module, given: Mapping[str, Any], near: Tensor) -> nn.Modu
         raise ValueError(f"quantizer.restore: layers of kind {kind!r}; expected Packed, BitMap, Bound or Round.")
     layer = biased(layer) if given.get("bias") else layer
     codes = torch.zeros_like(like, dtype=torch.uint8) + max(grid.low, 0)
-    return (Packed if kind == "Packed" else BitMap)(layer, weights, codes=codes, inputs=inputs)
+    if kind == "BitMap":
+        return BitMap(layer, weights, codes=codes, inputs=inputs)
+    return Packed(layer, weights, codes=codes, inputs=inputs, table=given.get("table", False))
 
 
 def _exchanged(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:

@@ -157,8 +157,8 @@ class Learned(nn.Module):
         return Scaled(now.grid, now.scale.detach(), now.zero.detach())
 
 
-class _As(nn.Module):
-    """A rounder as the parametrisation of a layer's weight, in its own orientation and type."""
+class Rounded(nn.Module):
+    """A rounder as the parametrisation of a layer's weight, in the layer's own orientation and type."""
 
     def __init__(self, rounder: Rounder, transposed: bool) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ def learned(
         for p, _ in flags:
             p.requires_grad_(False)
         for n, m in there.items():
-            parametrize.register_parametrization(m, "weight", _As(made[n], is_conv1d(m)), unsafe=True)
+            parametrize.register_parametrization(m, "weight", Rounded(made[n], is_conv1d(m)), unsafe=True)
         for n, by in moved.items():
             parametrize.register_parametrization(there[n], "bias", by, unsafe=True)
 
