@@ -1,4 +1,5 @@
-"""Packed weights: bytes on disk, and time of 8-bit, 4-bit and `dorefa`'s bit-wise products beside float32 and torchao.
+"""Packed weights: bytes on disk, and time of 8-bit, 4-bit and `dorefa`'s bit-wise products beside float32 and torchao, and of
+`paretoq`'s products of one row with weights of 1, 1.6 and 2 bits.
 
 No speed is promised, and nothing is reported unless packed and simulated logits agree and the weights are as small as they must be.
 The 8-bit product rounds its inputs to one calibrated grid for each layer; torchao's rounds them for each row while it runs. Ours and
@@ -69,6 +70,29 @@ def memory(model: nn.Module) -> int:
     return found
 
 
+def tables(bits: str, grid: Grid) -> None:
+    """One row times a matrix of 4096 x 1024 at few bits, as `paretoq` keeps it: on packed codes, unpacked, and in torchao's 8 bits."""
+    wide, row = nn.Linear(1024, 4096, bias=False), torch.randn(1, 1024)
+    packed, unpacked = Packed(wide, grid, table=True), Packed(wide, grid)
+    peer = nn.Sequential(copy.deepcopy(wide))
+    quantize_(peer, Int8WeightOnlyConfig())
+    print(
+        f"{bits}-bit weights: bytes in memory over those of 16 bits: {memory(packed) / (2 * wide.weight.numel()):.3f}"
+    )
+    compare(
+        f"{bits}-bit weights, one row, by tables",
+        dict(
+            (
+                ("tables", lambda: packed(row)),
+                faster("unpacked", unpacked, row),
+                ("float32", lambda: wide(row)),
+                faster("torchao", peer, row),
+            )
+        ),
+        agree=lambda: torch.allclose(packed(row), unpacked(row), atol=1e-4, rtol=1e-4),
+    )
+
+
 def main() -> None:
     """Width 1024, 64 rows; one convolution of 64 channels."""
     torch.manual_seed(0)
@@ -107,6 +131,8 @@ def main() -> None:
                 runs,
                 agree=partial(small_and_close, packed, reference, rows, theirs),
             )
+        for name, grid in (("1", Grid(1, 0, "midrise")), ("1.6", Grid(2, 0, "ternary")), ("2", Grid(2, 0, "midrise"))):
+            tables(name, grid)
         layer = nn.Conv2d(64, 64, 3, padding=1, bias=False)
         x = torch.rand(8, 64, 16, 16)
         thirds = Scaled(Grid(2, kind="unsigned"), torch.tensor(1 / 3), torch.tensor(0.0))

@@ -26,6 +26,7 @@ from interlayer.core.quantizer import (
     simulated,
     unpack,
 )
+from interlayer.core.quantizer.packing import TERNARY, table_product
 
 KINDS = ("symmetric", "unsigned", "asymmetric", "midrise")
 GRIDS = [
@@ -34,7 +35,7 @@ GRIDS = [
     for axis, group in ((None, None), (0, None), (0, 5))
     for kind in KINDS
     if not (bits == 1 and kind == "symmetric")
-]
+] + [Grid(2, axis, "ternary", group) for axis, group in ((None, None), (0, None), (0, 5))]
 
 
 def unsigned(bits, high=1.0):
@@ -126,6 +127,73 @@ def test_packing_gives_every_code_back(bits):
         assert torch.equal(unpack(packed, bits, n).long(), codes)
     with pytest.raises(ValueError, match="codes from 0 to"):
         pack(torch.tensor([0, 2**bits]), bits)
+
+
+def test_three_levels_take_a_fifth_of_a_byte():
+    torch.manual_seed(0)
+    for n in (1, 5, 6, 17):
+        codes = torch.randint(3, (4, n))
+        packed = pack(codes, TERNARY)
+        assert packed.shape == (4, -(-n // 5)) and torch.equal(unpack(packed, TERNARY, n).long(), codes)
+    with pytest.raises(ValueError, match=r"expected 0 to 2 for 1\.58 bits"):
+        pack(torch.tensor([3]), TERNARY)
+    with pytest.raises(ValueError, match="ternary grid of 3 bits"):
+        Grid(3, kind="ternary")
+    layer = nn.Linear(20, 8)
+    small = Packed(layer, Grid(2, 0, "ternary"))
+    assert small.codes.shape == (8, 4) and len(small.weight[0].unique()) <= 3
+    torch.testing.assert_close(small.weight, Grid(2, 0, "ternary").fit(layer.weight).fake(layer.weight))
+
+
+@pytest.mark.parametrize("bits", [1, TERNARY, 2, 3, 4])
+def test_products_by_tables_are_those_of_the_unpacked_codes(bits):
+    torch.manual_seed(0)
+    for rows, n in ((1, 5), (2, 64), (7, 33)):
+        x, codes = torch.randn(rows, n, dtype=torch.float64), torch.randint(3 if bits == TERNARY else 2**bits, (6, n))
+        found = table_product(x, pack(codes, bits), bits)
+        torch.testing.assert_close(found, x @ codes.double().T)
+
+
+TABLED = [
+    Grid(1, 0, "midrise"),
+    Grid(2, 0, "ternary"),
+    Grid(2),
+    Grid(2, 0, "asymmetric"),
+    Grid(3, 0),
+    Grid(4, 0, "unsigned"),
+]
+
+
+@pytest.mark.parametrize("grid", TABLED, ids=str)
+def test_few_rows_are_multiplied_by_tables(grid, monkeypatch):
+    torch.manual_seed(0)
+    layer = nn.Linear(30, 7)
+    plain, tabled = Packed(layer, grid), Packed(layer, grid, table=True)
+    calls = []
+    monkeypatch.setattr(
+        type(tabled), "by_table", lambda self, x, do=Packed.by_table: calls.append(len(x)) or do(self, x)
+    )
+    for x in (torch.randn(30), torch.randn(2, 2, 30), torch.randn(5, 30)):
+        torch.testing.assert_close(tabled(x), plain(x), atol=1e-5, rtol=1e-5)
+    assert len(calls) == 2
+    assert tabled(torch.randn(1, 30).bfloat16()).dtype == torch.bfloat16
+    compiled = torch.compile(tabled, backend="eager", fullgraph=True)
+    x = torch.randn(3, 30)
+    torch.testing.assert_close(compiled(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        (nn.Linear(8, 2), {"weights": Grid(8, 0)}),
+        (nn.Linear(8, 2), {"weights": Grid(2, 0, group=4)}),
+        (nn.Linear(8, 2), {"weights": Grid(2, 0), "inputs": Grid(8)}),
+        (nn.Conv1d(2, 2, 1), {"weights": Grid(2, 0)}),
+    ],
+)
+def test_tables_are_refused_where_they_would_do_nothing(layer, options):
+    with pytest.raises(ValueError, match=r"table=True with .*; expected a linear map of at most 4 bits"):
+        Packed(layer, **options, table=True)
 
 
 def test_bit_products_are_exact():

@@ -124,8 +124,8 @@ class Packed(_Map):
     map whose inputs have no scales by channel then multiplies 8-bit integers, one product for each group of weights, and all
     others multiply the rounded floats.
 
-    Memory: ``bits`` of 1, 1.6 (a ternary grid), 2, 4 or 8 a weight (3 take 4, 5 to 7 take 8), and one scale and one zero in the type of the weights
-    for each channel or group; while it runs, the unpacked weight of this one layer too.
+    Memory: ``bits`` of 1, 1.6 (a ternary grid), 2, 4 or 8 a weight (3 take 4, 5 to 7 take 8), and one scale and one zero in the type
+    of the weights for each channel or group; while it runs, the unpacked weight of this one layer too.
 
     Args:
         layer: ``nn.Linear``, ``nn.Conv1d`` to ``nn.Conv3d``, or transformers' ``Conv1D``. It is not changed.

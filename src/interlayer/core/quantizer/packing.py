@@ -77,9 +77,7 @@ def byte_codes(bits: float, device: torch.device | None = None) -> UInt8[Tensor,
     return (values // digits(bits, device) % base).to(torch.uint8)
 
 
-def table_product(
-    x: Float[Tensor, "rows n"], packed: UInt8[Tensor, "out m"], bits: float
-) -> Float[Tensor, "rows out"]:
+def table_product(x: Float[Tensor, "rows n"], packed: UInt8[Tensor, "out m"], bits: float) -> Float[Tensor, "rows out"]:
     """``sum_i x_i c_i`` of floats with packed codes, without unpacking any: for each byte and each of its 256 values, the sum over
     its codes is computed once for all outputs, and each output adds up those of its bytes.
 
