@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Int8, Integer
 from torch import Tensor
 
 from interlayer.core.quantizer.packing import TERNARY
@@ -18,6 +18,7 @@ Rounding = Literal["nearest", "learned", "stochastic"]
 By = Literal["minmax", "mse"] | float
 Measure: TypeAlias = Callable[[Tensor], Tensor]
 LEAST = 1e-12  # scale of a tensor of zeros
+FEWEST = 16  # values in a group, where there are more
 RATIOS = 100  # ranges that the search for the least squared error tries
 
 
@@ -35,10 +36,13 @@ class Grid:
             with 1 bit they are ``-scale / 2`` and ``scale / 2``. ``"affine"``: the same codes, zero at any real number, so that
             a range far from 0 is covered without a level at 0; for activations. ``"ternary"``, with ``bits=2``: the codes -1, 0 and 1,
             zero at 0, of which five take a byte.
-        group: With ``axis=0``: this many neighbours in an output channel have a scale of their own. None is all of them.
+        group: With ``axis=0``: this many neighbours in an output channel have a scale of their own. None is all of them. With
+            ``axis=-1``: so do this many neighbouring features of each token (``by_token``), or as many as divide them (``divided``).
+        powers: Scales are powers of 2, the next above what covers the range: a change of scale is a shift, and 8 bits hold a scale.
 
     Raises:
-        ValueError: ``bits`` or ``group`` out of range, an unknown kind, a symmetric grid of 1 bit, or a ternary one of other than 2.
+        ValueError: ``bits`` or ``group`` out of range, an unknown kind, a symmetric grid of 1 bit, a ternary one of other than 2, or
+            ``powers`` where the zero moves.
 
     Examples:
         >>> grid = Grid(2, kind="unsigned")
@@ -50,6 +54,7 @@ class Grid:
     axis: int | None = None
     kind: Kind = "symmetric"
     group: int | None = None
+    powers: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.bits, int) and 1 <= self.bits <= 8):
@@ -60,8 +65,12 @@ class Grid:
             raise ValueError("Grid: a symmetric grid of 1 bit has the levels -1 and 0; expected kind='midrise'.")
         if self.kind == "ternary" and self.bits != 2:
             raise ValueError(f"Grid: a ternary grid of {self.bits} bits; expected bits=2, for three levels.")
-        if self.group is not None and (self.axis != 0 or self.group < 1):
-            raise ValueError(f"Grid: group {self.group!r} with axis {self.axis!r}; expected 1 or more with axis=0.")
+        if self.group is not None and (self.axis not in (0, -1) or self.group < 1):
+            raise ValueError(
+                f"Grid: group {self.group!r} with axis {self.axis!r}; expected 1 or more with axis=0, or axis=-1 for tokens."
+            )
+        if self.powers and self.moves:
+            raise ValueError(f"Grid: powers=True with kind {self.kind!r}; expected a kind whose zero stays.")
 
     @property
     def low(self) -> int:
@@ -95,11 +104,11 @@ class Grid:
         return asdict(self)
 
     def by_token(self, x: Float[Tensor, "..."], axis: int = -1) -> Scaled:
-        """The grid with a scale for each position of ``x``, by the range of its features: dynamic quantisation.
+        """The grid with a scale for each position of ``x``, or for each group of its features, by their range: dynamic quantisation.
 
         Args:
             x: Values.
-            axis: The axis of the features.
+            axis: The axis of the features; the last with groups.
 
         Examples:
             >>> Grid(8).by_token(torch.tensor([[1.27, 0.5], [-12.8, 0.0]])).scale
@@ -107,7 +116,26 @@ class Grid:
                     [0.1000]])
         """
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        return Scaled(self, *self.cover(x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)))
+        grid = self if self.group is None else self.divided(x.shape[-1])
+        if grid.group is not None:
+            lowest, highest = grid.grouped(x).aminmax(dim=-1)
+        else:
+            lowest, highest = x.aminmax(dim=axis, keepdim=True)
+        return Scaled(grid, *grid.cover(lowest, highest))
+
+    def divided(self, across: int) -> Grid:
+        """The grid with groups that divide this many values: of the largest divisor up to ``group``, and none where that is below 16
+        or all of them.
+
+        >>> [Grid(4, 0, group=64).divided(n).group for n in (64, 96, 128, 67)]
+        [None, 48, 64, None]
+        """
+        if self.group is None:
+            return self
+        size = next(d for d in range(min(self.group, across), 0, -1) if across % d == 0)
+        if size < across and size >= min(self.group, FEWEST):
+            return replace(self, group=size)
+        return replace(self, group=None, axis=None if self.axis == -1 else self.axis)
 
     def fit(self, x: Float[Tensor, "..."], by: By | Measure = "minmax", power: float = 2.0) -> Scaled:
         """The grid with scales that suit ``x``.
@@ -164,14 +192,17 @@ class Grid:
             scale = torch.maximum(lowest / self.low, highest / self.high)
         else:
             scale = highest / self.high
-        return scale.clamp_min(LEAST), torch.full_like(scale, self.middle)
+        scale = scale.clamp_min(LEAST)
+        return next_power(scale) if self.powers else scale, torch.full_like(scale, self.middle)
 
     def shape(self, x: Tensor) -> tuple[int, ...]:
-        """The shape of the scales of ``x``: [], [channels] or [channels, groups]."""
+        """The shape of the scales of ``x``: [], [channels] or [channels, groups]; [..., groups] for tokens."""
         if self.axis is None:
             return ()
         if self.group is None:
             return (x.shape[self.axis],)
+        if self.axis == -1:
+            return (*x.shape[:-1], x.shape[-1] // self.group)
         across = x[0].numel()
         if across % self.group:
             raise ValueError(
@@ -287,6 +318,30 @@ def fake(
 def straight(exact: Tensor, rounded: Tensor) -> Tensor:
     """``rounded``, to the last bit, with the gradient of ``exact``."""
     return rounded.detach() + (exact - exact.detach())
+
+
+def next_power(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The next power of 2 that is not below, exactly.
+
+    >>> next_power(torch.tensor([0.3, 0.5, 3.0])).tolist()
+    [0.5, 0.5, 4.0]
+    """
+    mantissa, _ = torch.frexp(scale)
+    return torch.where(mantissa == 0.5, scale, scale / mantissa)
+
+
+def exponents(scale: Float[Tensor, "*shape"]) -> Int8[Tensor, "*shape"]:
+    """The exponents of powers of 2, -126 to 127."""
+    return (torch.frexp(scale.float())[1] - 1).to(torch.int8)
+
+
+def powers(exponents: Int8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """``2^exponent``, exactly.
+
+    >>> powers(exponents(torch.tensor([0.25, 8.0])))
+    tensor([0.2500, 8.0000])
+    """
+    return ((exponents.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
 def fake_naive(x: Tensor, scale: float, zero: float, low: int, high: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from interlayer.core.quantizer.grid import Grid, LogGrid, LogScaled, Scaled
+from interlayer.core.quantizer.grid import Grid, LogGrid, LogScaled, Scaled, exponents, powers
 from interlayer.core.quantizer.packing import bit_product, each, pack, planes, table_product, unpack
 
 CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -39,7 +39,31 @@ def weight_of(layer: nn.Module) -> Float[Tensor, "out inputs"]:
     raise ValueError(f"quantizer: {type(layer).__name__}; expected a linear map or a convolution of torch.")
 
 
-class _Map(nn.Module):
+class Held(nn.Module):
+    """Scales as buffers."""
+
+    def _hold(self, which: str, held: Scaled | None) -> None:
+        """Keep scales as a buffer, or the exponents of powers of 2, and zeros where the grid does not say what they are."""
+        if held is None:
+            return
+        if held.grid.powers:
+            self.register_buffer(f"{which}exponent", exponents(held.scale))
+            self.register_buffer(
+                f"{which}like", held.scale.new_empty(0), persistent=False
+            )  # moves and is cast as scales are
+        else:
+            self.register_buffer(f"{which}scale", held.scale.clone())
+        if held.grid.moves:
+            self.register_buffer(f"{which}zero", held.zero.clone())
+
+    def _held(self, which: str, grid: Grid) -> Scaled:
+        found: Any = self._buffers
+        scale = powers(found[f"{which}exponent"]).to(found[f"{which}like"]) if grid.powers else found[f"{which}scale"]
+        zero = found.get(f"{which}zero")
+        return Scaled(grid, scale, torch.full_like(scale, grid.middle) if zero is None else zero)
+
+
+class _Map(Held):
     """What stays of a linear map or convolution without its weight: sizes, settings, bias, and the grids."""
 
     def __init__(self, layer: nn.Module, grid: Grid, inputs: Scaled | Grid | None) -> None:
@@ -57,19 +81,6 @@ class _Map(nn.Module):
             self.around: Any = layer._reversed_padding_repeated_twice
             if self.mode != "zeros":
                 self.settings["padding"] = 0
-
-    def _hold(self, which: str, held: Scaled | None) -> None:
-        """Keep scales as a buffer, and zeros where the grid does not say what they are."""
-        if held is None:
-            return
-        self.register_buffer(f"{which}scale", held.scale.clone())
-        if held.grid.moves:
-            self.register_buffer(f"{which}zero", held.zero.clone())
-
-    def _held(self, which: str, grid: Grid) -> Scaled:
-        scale: Any = getattr(self, f"{which}scale")
-        zero: Any = getattr(self, f"{which}zero", None)
-        return Scaled(grid, scale, torch.full_like(scale, grid.middle) if zero is None else zero)
 
     @property
     def packed_weights(self) -> int:
@@ -132,7 +143,8 @@ class Packed(_Map):
         weights: The grid of its weight (outputs first) with scales. A ``Grid`` is fitted to the weight by its range.
         codes: The codes of its weight, if they are not the nearest ones.
         inputs: The grid of the inputs with its scale, one for the whole tensor or one for each feature, if they are rounded. A
-            ``Grid`` alone rounds them by token: the scale of each position is found in the call.
+            ``Grid`` alone rounds them by token: the scale of each position is found in the call; with ``axis=-1`` and groups, that of
+            each group of its features.
         table: Multiply up to 4 rows by ``table_product``, as when a text is generated; more are multiplied with the unpacked weight, and
             all are where the model is compiled or exported. The last bits of the outputs differ.
 
@@ -193,7 +205,7 @@ class Packed(_Map):
         if inputs is None:
             few = self.table and not torch.compiler.is_compiling() and x[..., 0].numel() <= FEW
             return self.by_table(x) if few else self.call(x, self.weight)
-        wide = self.conv is not None or inputs.grid.axis is not None
+        wide = self.conv is not None or (inputs.grid.axis is not None and not self.dynamic)
         if wide or x.requires_grad:
             return self.call(inputs.fake(x), self.weight)
         return self.product(x, inputs)
@@ -217,21 +229,25 @@ class Packed(_Map):
         wide = torch.promote_types(weights.scale.dtype, torch.float32)
         codes = (inputs.codes(x).short() - shift(inputs.grid)).to(torch.int8).reshape(-1, x.shape[-1])
         # [rows or outputs, groups, members]; a value is its scale times (integer + back), and back is 0 on a symmetric grid.
-        size = self.grid.group or x.shape[-1]
+        size = self.grid.group or inputs.grid.group or x.shape[-1]
         codes, weight = codes.unflatten(1, (-1, size)), weight.unflatten(1, (-1, size))
-        scale_w = weights.scale.to(wide).reshape(-1, weight.shape[1] if self.grid.group else 1)
-        back_w = shift(self.grid) - weights.zero.to(wide).reshape(scale_w.shape)
+        groups = weight.shape[1]
+        scale_w = weights.scale.to(wide).reshape(-1, groups if self.grid.group else 1).expand(-1, groups)
+        back_w = shift(self.grid) - weights.zero.to(wide).reshape(-1, groups if self.grid.group else 1).expand(
+            -1, groups
+        )
         scale_x, back_x = inputs.scale.to(wide), shift(inputs.grid) - inputs.zero.to(wide)
         if self.dynamic:
-            scale_x, back_x = scale_x.reshape(-1, 1), back_x.reshape(-1, 1)
+            scale_x, back_x = (t.reshape(-1, t.shape[-1]).expand(-1, groups) for t in (scale_x, back_x))
         found: Tensor | float = 0.0
-        for k in range(weight.shape[1]):
+        for k in range(groups):
+            s, back = (t[:, k, None] if self.dynamic else t for t in (scale_x, back_x))
             part = integer_product(codes[:, k], weight[:, k]).to(wide)
             if inputs.grid.kind != "symmetric":
-                part = part + back_x * weight[:, k].sum(1, dtype=torch.int32)
+                part = part + back * weight[:, k].sum(1, dtype=torch.int32)
             if self.grid.kind != "symmetric":
-                part = part + back_w[:, k] * (codes[:, k].sum(1, dtype=torch.int32)[:, None] + back_x * size)
-            found = found + part * (scale_x * scale_w[:, k])
+                part = part + back_w[:, k] * (codes[:, k].sum(1, dtype=torch.int32)[:, None] + back * size)
+            found = found + part * (s * scale_w[:, k])
         assert isinstance(found, Tensor)
         if self.bias is not None:
             found = found + self.bias
@@ -442,6 +458,12 @@ def _check(name: str, grid: Grid, inputs: Scaled | Grid | None, features: int | 
             f"{name}: weights with axis={grid.axis}, kind={grid.kind!r}; expected None or 0, the output channels, and zero at a code."
         )
     axis = None if inputs is None else inputs.axis if isinstance(inputs, Grid) else inputs.grid.axis
+    if isinstance(inputs, Grid) and inputs.group is not None and features == -1:
+        if grid.group not in (None, inputs.group):
+            raise ValueError(
+                f"{name}: groups of {grid.group} weights and of {inputs.group} inputs; expected as many, or one of them None."
+            )
+        return
     if axis is not None and (isinstance(inputs, Grid) or axis != features):
         wanted = "None, one scale for all" + ("" if features is None else f", or {features}, the features")
         raise ValueError(f"{name}: inputs with axis={axis}; expected {wanted}.")

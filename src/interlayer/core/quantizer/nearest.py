@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from interlayer.core.delivery import guard
 from interlayer.core.kinds import Plan, Row
+from interlayer.core.quantizer.around import Around, PackedEmbedding
 from interlayer.core.quantizer.attention import OPERANDS, opened, opening, operands
 from interlayer.core.quantizer.grid import By, Grid, LogScaled, Scaled
 from interlayer.core.quantizer.layers import BitMap, Bound, Packed, Round, axis_of, biased, is_conv1d, weight_of
@@ -154,6 +155,17 @@ def nearest(
     return Plan(QUANTIZE, {"bits": grid.bits}, touched, skipped + idle, build)
 
 
+def inner(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The names that lie inside lists of modules, such as the blocks of a Transformer; all where none does.
+
+    >>> inner(nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2)]), "head": nn.Linear(2, 1)}), ["blocks.0", "head"])
+    ['blocks.0']
+    """
+    names = list(names)
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    return [n for n in names if any(n.startswith(f"{outer}.") for outer in lists)] or names
+
+
 def _features(grid: Grid, layer: nn.Module) -> Grid:
     """The grid of a layer's inputs, with the axis of its features if it has one."""
     return grid if grid.axis is None else replace(grid, axis=axis_of(tuple(weight_of(layer).shape)))
@@ -184,7 +196,7 @@ def packs(
 
     Args:
         model: Any module. It is not changed.
-        new: ``Packed``, ``BitMap``, ``Bound`` and ``Round`` by name.
+        new: ``Packed``, ``PackedEmbedding``, ``BitMap``, ``Around``, ``Bound`` and ``Round`` by name.
         options: Noted in the recipe.
         opens: Attentions that are opened first, so that ``new`` finds their operands; see ``attention.opened``.
         norms: Modules whose values the copy takes, by name, such as norms that scales were folded into.
@@ -261,6 +273,10 @@ def _hollow(layer: nn.Module, given: Mapping[str, Any], near: Tensor) -> nn.Modu
     if kind == "Round":
         return Round.hollow(given, near.detach())
     grid = Grid(**given["grid"])
+    if kind == "Around":
+        return Around(_hollow(layer, given["inner"], near) if given["inner"] else layer, grid)
+    if kind == "PackedEmbedding":
+        return PackedEmbedding(layer, grid)
     shape = grid.shape(weight_of(layer))
     like = weight_of(layer).detach()
     weights = Scaled(grid, like.new_ones(shape), like.new_zeros(shape))
@@ -269,7 +285,9 @@ def _hollow(layer: nn.Module, given: Mapping[str, Any], near: Tensor) -> nn.Modu
         wide = () if inputs.axis is None else (like.shape[1] * getattr(layer, "groups", 1),)
         inputs = Scaled(inputs, like.new_ones(wide), like.new_zeros(wide))
     if kind not in ("Packed", "BitMap"):
-        raise ValueError(f"quantizer.restore: layers of kind {kind!r}; expected Packed, BitMap, Bound or Round.")
+        raise ValueError(
+            f"quantizer.restore: layers of kind {kind!r}; expected Packed, PackedEmbedding, BitMap, Around, Bound or Round."
+        )
     layer = biased(layer) if given.get("bias") else layer
     codes = torch.zeros_like(like, dtype=torch.uint8) + max(grid.low, 0)
     if kind == "BitMap":

@@ -24,7 +24,6 @@ from interlayer.models import Transformer
 
 INPUTS = Grid(8)
 LEAST = 1e-5  # magnitude of a feature that never moves
-FEWEST = 16  # weights in a group, where a row has more
 
 
 class FPTQ(Transform):
@@ -138,9 +137,7 @@ class FPTQ(Transform):
 
     def grid(self, layer: nn.Module) -> Grid:
         """The grid of a layer's weight."""
-        across = weight_of(layer)[0].numel()
-        size = next(d for d in range(min(self.group, across), 0, -1) if across % d == 0)
-        return Grid(self.bits, 0, group=None if size == across or size < min(self.group, FEWEST) else size)
+        return Grid(self.bits, 0, group=self.group).divided(weight_of(layer)[0].numel())
 
     def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         """Put packed layers where the saved ones belong."""

@@ -16,7 +16,7 @@ from interlayer.core import aside
 from interlayer.core.data import answer, run
 from interlayer.core.example import Example
 from interlayer.core.kinds import Row, Rule
-from interlayer.core.quantizer import Grid, Packed, Rounder, Scaled, layers, packs, rounds, straight
+from interlayer.core.quantizer import Grid, Packed, Rounder, Scaled, inner, layers, packs, rounds, straight
 from interlayer.core.quantizer.layers import is_conv1d
 from interlayer.core.quantizer.packing import TERNARY
 from interlayer.core.quantizer.reconstruct import Rounded, wide
@@ -155,9 +155,7 @@ class ParetoQ(Rule):
                 f"paretoq: bits {bits!r}, first {first!r}; expected 1, 1.58, 2, 3 or 4 bits, and a share of 0 or more below 1."
             )
         found, self.skipped = layers(model, at)
-        lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)] if at is None else []
-        inner = [n for n in found if any(n.startswith(f"{outer}.") for outer in lists)]
-        self.layers = inner or list(found)
+        self.layers = inner(model, found) if at is None else list(found)
         self.skipped += [
             Row(n, type(m).__name__, "in no list of blocks, stays in float")
             for n, m in found.items()
