@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -6,10 +8,12 @@ from typer.testing import CliRunner
 from interlayer import load, save
 from interlayer.cli import app
 from interlayer.core import recipe
-from interlayer.core.quantizer import Around, Grid, Packed, PackedEmbedding, Round
+from interlayer.core.quantizer import Around, Grid, Packed, PackedEmbedding, Round, simulated
 from interlayer.models import Encoder, Transformer
 from interlayer.transform.quantize.bct import BCT
 from tests.families import model, transformed
+
+quantized = sys.modules["interlayer.core.quantizer.layers"]
 
 
 def net():
@@ -56,6 +60,20 @@ def test_what_runs_is_held_by_eight_bits():
             m.register_forward_hook(see)
     new(tokens())
     assert len(seen) == 12 and all(seen)
+
+
+def test_linear_maps_multiply_integers_block_by_block(monkeypatch):
+    new, x, shapes = BCT(bits=4, block=16).plan(net()).apply().eval(), tokens(), []
+    product = quantized.integer_product
+    monkeypatch.setattr(quantized, "integer_product", lambda a, b: shapes.append((*a.shape, a.dtype)) or product(a, b))
+    with torch.no_grad():
+        found = new(x)
+    blocks = {32: 2, 128: 8}  # of the features that each of the four maps of the block, and the head, reads
+    assert len(shapes) == 3 * blocks[32] + blocks[128] + blocks[32]
+    assert {s[1:] for s in shapes} == {(16, torch.int8)}
+    torch.testing.assert_close(
+        found, simulated(new)(x), atol=0.05, rtol=0.05
+    )  # a last bit may move a value to the next level
 
 
 def test_scales_are_powers_chosen_by_the_squared_error():

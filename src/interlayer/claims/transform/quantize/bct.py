@@ -59,16 +59,16 @@ def build(arm: str, scale: Scale) -> nn.Module:
 
 
 @lru_cache(maxsize=2)
-def texts(count: int, seed: int) -> tuple[Tensor, Tensor]:
+def texts(count: int, seed: int, files: int) -> tuple[Tensor, Tensor]:
     """Pieces of Python files, and whether each holds a keyword of Python; odd seeds are cut from other places."""
-    x, labels = windows(count, LENGTH, seed, 40)
+    x, labels = windows(count, LENGTH, seed, files)
     return x, (labels[..., list(PROBES).index("token")] == KEYWORD).any(1).long()
 
 
 @lru_cache(maxsize=2)
-def trained(seed: int, depth: int, width: int, steps: int) -> nn.Module:
+def trained(seed: int, depth: int, width: int, steps: int, files: int) -> nn.Module:
     """The classifier of a seed, kept in the cache."""
-    x, y = texts(16384, 0)
+    x, y = texts(16384, 0, files)
     draw = torch.Generator().manual_seed(seed)
 
     def train(model: nn.Module) -> None:
@@ -95,13 +95,12 @@ def trained(seed: int, depth: int, width: int, steps: int) -> nn.Module:
     )
 
 
-def layerwise(net: nn.Module, bits: int, rows: bool, by: By) -> nn.Module:
+def layerwise(net: nn.Module, x: Tensor, bits: int, rows: bool, by: By) -> nn.Module:
     """Nearest levels with one scale for each weight and each input, found from data; or one for each output and each token.
 
     Embeddings are rounded too. Norms, activations and outputs stay in float, which favours it.
     """
     to = Grid(bits, 0 if rows else None)
-    x = texts(16384, 0)[0][:128]
     plan = nearest(net, to, inputs=Grid(8), attention=True, by=by, **({"dynamic": True} if rows else {"data": x}))
     return packs(plan.apply(), {"embed": PackedEmbedding(net.embed, to.fit(net.embed.weight, by))})  # type: ignore[arg-type, union-attr]
 
@@ -142,12 +141,13 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
         return {"error": bound(arm, seed)}
     if arm in (EXACT, REAL, LONG):
         return {"unequal": unequal(arm, seed)}
-    x, y = texts(scale.judged, 1)
-    net = trained(seed, scale.depth, scale.width, scale.steps)
+    x, y = texts(scale.judged, 1, scale.files)
+    net = trained(seed, scale.depth, scale.width, scale.steps, scale.files)
     if arm == "float":
         made = [net]
     elif arm in LAYERS:
-        made = [layerwise(net, *LAYERS[arm], by) for by in RANGES]
+        given = texts(16384, 0, scale.files)[0][:128]
+        made = [layerwise(net, given, *LAYERS[arm], by) for by in RANGES]
     else:
         cls, bits = {**ARMS, **TWINS}[arm]
         eight = "embed" if "embeddings" in arm else None
@@ -202,16 +202,17 @@ CLAIM = Claim(
         check("One scale for each tensor leaves room.", fits("divergence", "layers, 4 bits", low=0.5)),
     ),
     pilots="Seeds 1000 to 1002, 500 steps, 512 held-out pieces; blocks of 8, 16 and 32, of which 16 is between in size and loss. Accuracy "
-    "float .852, .900, .904; blocks at 8 bits .850, .896, .904 and at 4 bits .856, .896, .902; one scale for each tensor at 4 bits .863, "
-    ".902, .906; blocks at 2 bits .842, .893, .885. Divergence in 1e-3 nats at 4 bits: blocks .94, 2.43, .72; with embeddings at 8 bits .43, "
-    ".77, .32; one scale for each tensor 1.45, 3.00, 1.51; for each output and token .52, 1.20, .73, so no gain over that is expected here: "
-    "these weights have no outliers, and its scales are no powers of 2. One power of 2 for each tensor 4.7, 3.2, 6.4. At 8 bits .029, .069, .017 "
-    "against .025, .029, .018, where norms, activations and outputs stay in float. Powers that cover every weight, in place of those of the "
-    "least squared error, gave 1.35, 2.97, 2.38 at 4 bits where the latter gave 1.23, 1.97, 1.87 (600 steps). Two features of each norm that "
-    "stand out thirtyfold, in blocks of half a row: blocks better or worse than rows by seed, so nothing is claimed about them.",
+    "float .852, .900, .904; blocks at 8 bits .850, .896, .904 and at 4 bits .856, .896, .902; one scale for each tensor at 4 bits "
+    ".863, .902, .906; blocks at 2 bits .842, .893, .885. Divergence in 1e-3 nats at 4 bits: blocks .94, 2.43, .72; with embeddings "
+    "at 8 bits .43, .77, .32; one scale for each tensor 1.45, 3.00, 1.51; for each output and token .52, 1.20, .73, so no gain over "
+    "that is expected here: these weights have no outliers, and its scales are no powers of 2. One power of 2 for each tensor 4.7, "
+    "3.2, 6.4. At 8 bits .029, .069, .017 against .025, .029, .018, where norms, activations and outputs stay in float. Powers that "
+    "cover every weight, in place of those of the least squared error, gave 1.35, 2.97, 2.38 at 4 bits where the latter gave 1.23, "
+    "1.97, 1.87 (600 steps). Two features of each norm that stand out thirtyfold, in blocks of half a row: blocks better or worse "
+    "than rows by seed, so nothing is claimed about them.",
     scales={
-        "smoke": {"depth": 1, "width": 32, "steps": 2, "judged": 16},
-        "small": {"depth": 2, "width": 32, "steps": 500, "judged": 512},
-        "full": {"depth": 6, "width": 256, "steps": 20000, "judged": 8192},
+        "smoke": {"depth": 1, "width": 32, "steps": 2, "judged": 16, "files": 3},
+        "small": {"depth": 2, "width": 32, "steps": 500, "judged": 512, "files": 40},
+        "full": {"depth": 6, "width": 256, "steps": 20000, "judged": 8192, "files": 100},
     },
 )
