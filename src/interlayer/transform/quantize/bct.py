@@ -52,7 +52,8 @@ class BCT(Transform):
     the integers, shifted, to the last bit, as long as a block's sum has fewer than 24 bits.
 
     What stays in float: biases, the parameters of norms, sums of branches that no norm reads, scores between the product and the softmax
-    (its accumulators), and the outputs of the head; ``plan`` lists every module that does.
+    (its accumulators), outputs of convolutions, and the outputs of the head; ``plan`` lists every module that does. Where gradients
+    are asked for, linear maps multiply the rounded floats instead of the integers.
 
     The abstract of the paper alone could be read, and the authors published no code: the power of 2, the size of blocks and which widths
     they mix are chosen here.
@@ -100,7 +101,7 @@ class BCT(Transform):
         work, opens, rows = opening(model, self.at)
         chosen, skipped = layers(work, self.at)
         found = select(work, "**" if self.at is None else self.at)
-        tied = _tied(work)
+        tied = {n: o for n, o in _tied(work).items() if n in found.chosen}
         embeds = {n: m for n, m in found if type(m) is nn.Embedding and n not in tied and m.max_norm is None}
         between = {n: m for n, m in found if known(m) == "activation" or (known(m) == "norm" and not _by_channel(m))}
         skipped = [r for r in skipped if r.name not in embeds and r.name not in between and r.name not in tied] + rows
@@ -115,7 +116,7 @@ class BCT(Transform):
             raise ValueError(f"bct: eight={self.eight!r} names no layer or embedding that is rounded; expected one.")
         results = Grid(self.results, -1, group=self.block, powers=True)
         row = Grid(self.results, powers=True)
-        inside = inner(work, chosen)
+        inside = [n for n in inner(work, chosen) if weight_of(chosen[n]).ndim == 2]
         grids = {n: self.grid(n in wide, weight_of(m)[0].numel()) for n, m in chosen.items()}
         grids |= {n: self.grid(n in wide, m.embedding_dim) for n, m in embeds.items()}
 
@@ -138,10 +139,9 @@ class BCT(Transform):
                 n: PackedEmbedding(m, grids[n].fit(m.weight, "mse")) for n, m in embeds.items()
             }
             for n, m in chosen.items():
-                linear = weight_of(m).ndim == 2
-                inputs = _matching(results, grids[n]) if linear else row
+                inputs = _matching(results, grids[n]) if weight_of(m).ndim == 2 else row
                 packed = Packed(m, grids[n].fit(weight_of(m), "mse"), inputs=inputs)
-                new[n] = Around(packed, results) if n in inside and linear else packed
+                new[n] = Around(packed, results) if n in inside else packed
             for n in opens:
                 for operand in OPERANDS:
                     positive = operand == OPERANDS[-1]
