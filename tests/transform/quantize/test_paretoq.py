@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from interlayer import load, save
+from interlayer.core.example import Example
 from interlayer.core.quantizer import Grid, Packed
 from interlayer.core.quantizer.packing import TERNARY
 from interlayer.core.schedule import progress
 from interlayer.models import Transformer
+from interlayer.testing import hold
 from interlayer.transform.quantize.paretoq import GRIDS, Elastic, ParetoQ
 from tests.families import batch, model, output
 
@@ -202,6 +204,12 @@ def test_a_grid_of_two_bits_is_stretched():
         counts = torch.stack([(codes == c).float().mean() for c in range(held.grid.low, held.grid.high + 1)])
         torch.testing.assert_close(counts, torch.full_like(counts, 1 / len(counts)), atol=1e-3, rtol=0)
     assert (Grid(2, 0).fit(weight).codes(weight) == -2).float().mean() < 0.3
+
+
+@pytest.mark.parametrize("contract", ["autocast", "state_dict", "compile", "export", "deepcopy", "ddp"])
+def test_a_layer_in_training_keeps_the_contracts_of_layers(contract):
+    make = lambda: ParetoQ(nn.Sequential(nn.Linear(6, 4))).model  # noqa: E731
+    hold(contract, "layer", Example(make=make, inputs=lambda: (torch.randn(3, 6),), gradient="surrogate"))
 
 
 @pytest.mark.parametrize(
