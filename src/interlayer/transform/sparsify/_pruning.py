@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from interlayer.core import delivery, recipe, weights
+from interlayer.core import delivery, recipe, taps, weights
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.select import At, select
 
@@ -232,6 +232,30 @@ def alive(model: nn.Module, names: Sequence[str]) -> list[Tensor]:
             left = layer != 0 if mask is None else mask[n] if _stacked(model, name) else mask
             found.append(left if left.any() else torch.ones_like(left))
     return found
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, data: Any, slug: str) -> list[Tensor]:
+    """The first output of a whole model on each batch, to measure against.
+
+    Raises:
+        ValueError: It is a loss, or not finite.
+    """
+    whole = [taps.first(out).float() for out in taps.feed(model, data)]
+    if any(out.ndim == 0 for out in whole) or not all(out.isfinite().all() for out in whole):
+        raise ValueError(
+            f"{slug}: the first output of {type(model).__name__} is a loss or not finite; wanted finite outputs, such as "
+            "logits. Leave labels out of the data."
+        )
+    return whole
+
+
+@torch.no_grad()
+def distortion(whole: Sequence[Tensor], outputs: Any, *, worst: bool) -> float:
+    """Mean square by which outputs differ: of all examples, or of the worst one. Outputs that overflow are infinitely bad."""
+    errors = [(taps.first(new).float() - old).square() for old, new in zip(whole, outputs, strict=True)]
+    each: Float[Tensor, " N"] = torch.cat([e.reshape(len(e), -1).mean(1) for e in errors])
+    return float((each.max() if worst else each.mean()).nan_to_num(torch.inf, torch.inf))
 
 
 def _rewind(model: nn.Module, state: Mapping[str, Tensor], slug: str) -> None:

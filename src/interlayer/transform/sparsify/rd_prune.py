@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import taps
@@ -132,12 +131,7 @@ def measured(model: nn.Module, names: Sequence[str], data: Any, *, levels: int, 
     """
     curves = []
     with taps.at_rest(copy.deepcopy(model)) as work:
-        whole = [taps.first(out).float() for out in taps.feed(work, data)]
-        if any(out.ndim == 0 for out in whole) or not all(out.isfinite().all() for out in whole):
-            raise ValueError(
-                f"rd-prune: the first output of {type(model).__name__} is a loss or not finite; wanted finite outputs, such as "
-                "logits. Leave labels out of the data."
-            )
+        whole = outputs(work, data, "rd-prune")
         for layer, left in zip(editable(work, names), alive(work, names), strict=True):
             before, order, most = layer.clone(), ranked(layer, left), int(left.sum())
             counts = np.unique(np.rint(most * np.arange(levels + 1) / levels).clip(1)).astype(int)
@@ -148,14 +142,6 @@ def measured(model: nn.Module, names: Sequence[str], data: Any, *, levels: int, 
             layer.copy_(before)
             curves.append(Curve(counts, [*losses, 0.0]))
     return curves
-
-
-@torch.no_grad()
-def distortion(whole: Sequence[Tensor], outputs: Any, *, worst: bool) -> float:
-    """Mean square by which outputs differ: of all examples, or of the worst one. Outputs that overflow are infinitely bad."""
-    errors = [(taps.first(new).float() - old).square() for old, new in zip(whole, outputs, strict=True)]
-    each: Float[Tensor, " N"] = torch.cat([e.reshape(len(e), -1).mean(1) for e in errors])
-    return float((each.max() if worst else each.mean()).nan_to_num(torch.inf, torch.inf))
 
 
 def _plain() -> tuple[nn.Module, Tensor]:

@@ -15,9 +15,9 @@ from interlayer.claims.training import batches, built, judge, train
 from interlayer.core import taps
 from interlayer.core.allocate import Curve, allocate
 from interlayer.models import VisionTransformer
-from interlayer.transform.sparsify._pruning import Pruning, alive, editable, largest, layers, prunable
+from interlayer.transform.sparsify._pruning import Pruning, alive, distortion, editable, largest, layers, prunable
 from interlayer.transform.sparsify.lamp import Lamp, shares
-from interlayer.transform.sparsify.rd_prune import RdPrune, distortion, measured
+from interlayer.transform.sparsify.rd_prune import RdPrune, measured
 
 REVERSED, SHRUNK, ROOTS = "densities reversed", "weights shrunk", "distances add"
 SAME, UNCOUNTED = "one share for all", "first layer uncounted"
