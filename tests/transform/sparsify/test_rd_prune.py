@@ -9,8 +9,8 @@ from torch import nn
 
 from interlayer.core import recipe, weights
 from interlayer.core.allocate import Curve, allocate
-from interlayer.transform.sparsify._pruning import prunable
-from interlayer.transform.sparsify.rd_prune import RdPrune, distortion, measured, shared
+from interlayer.transform.sparsify._pruning import distortion, prunable
+from interlayer.transform.sparsify.rd_prune import RdPrune, measured, shared
 
 
 def net():

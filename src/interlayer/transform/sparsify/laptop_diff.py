@@ -21,7 +21,7 @@ from interlayer.core.data import answer, run
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
-from interlayer.core.select import At, put, select, ties
+from interlayer.core.select import At, put, select
 from interlayer.transform.sparsify._pruning import distortion, outputs
 
 SHORTCUTS = ("conv_shortcut", "nin_shortcut", "skip_connection", "shortcut", "downsample")  # names of it inside a layer
@@ -96,16 +96,19 @@ def removable(model: nn.Module, data: Any, at: At | None = None) -> tuple[Struct
     finally:
         for handle in handles:
             handle.remove()
-    owned, generates = ties(model, list(there)), callable(getattr(model, "generate", None))
+    generates, owners = callable(getattr(model, "generate", None)), dict[int, list[str]]()
+    for owner, p in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(p), []).append(owner)
     for name, module in there.items():
         if why[name]:
             continue
+        shared = [o for p in module.parameters() for o in owners[id(p)] if not o.startswith(f"{name}.")]
         if runs[name] > 1:
             why[name] = f"runs {runs[name]} times in a pass"
         elif not _saves(module, structure[name]):
             why[name] = "has no weights beside its shortcut"
-        elif owned[name]:
-            why[name] = f"shares weights with {owned[name]}"
+        elif shared:
+            why[name] = f"shares weights with {shared[0]}"
         elif generates and name.endswith(".0"):
             why[name] = "the cache counts its tokens by the first layer"
     for name in there if at is None else ():
@@ -309,6 +312,10 @@ class Distillation:
             y = answer(run(self.teacher, inputs))
         with taps.read(student, self.at, detach=False) as found:
             z = answer(run(student, inputs))
+        if z.shape != y.shape:
+            raise ValueError(
+                f"Distillation: the student gives {tuple(z.shape)}, the teacher {tuple(y.shape)}; wanted the same shape."
+            )
         loss = self.output * F.mse_loss(z, y) + self.feature * self.distance(found, wanted)
         return loss if target is None else loss + F.mse_loss(z, target)
 

@@ -16,7 +16,16 @@ from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan
 from interlayer.core.select import At
-from interlayer.transform.sparsify._pruning import Pruning, alive, editable, largest, layers, ranked
+from interlayer.transform.sparsify._pruning import (
+    Pruning,
+    alive,
+    distortion,
+    editable,
+    largest,
+    layers,
+    outputs,
+    ranked,
+)
 
 
 class RdPrune(Pruning):
