@@ -233,7 +233,7 @@ class LaptopDiff(Transform):
         """Measure each layer on ``data`` and choose which go."""
         self.take(others)
         there, skipped = removable(model, data, self.at)
-        total, found = _size(model), losses(model, there, data)
+        total, found = _size(model), self.measured(model, there, data)
         saves = {n: _saves(model.get_submodule(n), how) for n, how in there.items() if math.isfinite(found[n])}
         skipped += [Row(n, "stays", "without it the model does not run") for n in there if n not in saves]
         if not there or sum(saves.values()) < self.share * total:
@@ -255,6 +255,10 @@ class LaptopDiff(Transform):
             return delivery.guard(without(new, gone), "removed layers")
 
         return Plan(self.slug, options, touched, skipped, build)
+
+    def measured(self, model: nn.Module, there: Structure, data: Any) -> dict[str, float]:
+        """What each layer counts for: how far the output moves without it."""
+        return losses(model, there, data)
 
     def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         """Take the same layers out of a fresh base."""
