@@ -16,6 +16,7 @@ from interlayer.core.process.sampling import (
     integrate,
     sample,
 )
+from interlayer.core.process.visited import visited
 
 __all__ = [
     "DDIM",
@@ -44,4 +45,5 @@ __all__ = [
     "sample",
     "scheduled",
     "sliced_wasserstein",
+    "visited",
 ]

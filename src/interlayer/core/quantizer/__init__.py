@@ -3,6 +3,7 @@
 from interlayer.core.quantizer.around import Around, PackedEmbedding
 from interlayer.core.quantizer.attended import Form, Piece, attended, forms
 from interlayer.core.quantizer.attention import OPERANDS, Attend, Multihead, opened, opening
+from interlayer.core.quantizer.corrected import Corrected, alternate
 from interlayer.core.quantizer.gptq import columns, gptq
 from interlayer.core.quantizer.grid import Grid, LogGrid, LogScaled, Scaled, fake, fake_naive, straight
 from interlayer.core.quantizer.layers import BitMap, Bound, Packed, Round, integer_product, weight_of
@@ -13,8 +14,8 @@ from interlayer.core.quantizer.reconstruct import AdaRound, Learned, Rounder, le
 from interlayer.core.quantizer.smooth import smooth
 
 __all__ = [
-    "OPERANDS", "AdaRound", "Around", "Attend", "BitMap", "Bound", "Form", "Grid", "Learned", "LogGrid", "LogScaled", "Multihead",
-    "Packed", "PackedEmbedding", "Piece", "Round", "Rounder", "Scaled", "attended", "bit_product", "columns",
+    "OPERANDS", "AdaRound", "Around", "Attend", "BitMap", "Bound", "Corrected", "Form", "Grid", "Learned", "LogGrid", "LogScaled", "Multihead",
+    "Packed", "PackedEmbedding", "Piece", "Round", "Rounder", "Scaled", "alternate", "attended", "bit_product", "columns",
     "extremes", "fake", "fake_naive", "forms", "gptq", "inner", "integer_product", "layers", "learned", "nearest", "observe",
     "ones", "opened", "opening", "pack", "packs", "planes", "reconstruct", "restore", "rounds", "simulated", "smooth",
     "stored", "straight", "through", "unpack", "weight_of",

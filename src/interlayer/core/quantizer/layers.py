@@ -98,6 +98,10 @@ class _Map(Held):
             return None
         return self.inputs.by_token(x, axis_of(self.shape)) if self.dynamic else self._held("input_", self.inputs)
 
+    def before(self, x: Tensor) -> Tensor:
+        """What inputs pass before they are rounded; nothing here."""
+        return x
+
     def call(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer with float weights."""
         if self.conv is None:
@@ -201,6 +205,7 @@ class Packed(_Map):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Multiply."""
         self.expect(x)
+        x = self.before(x)
         inputs = self.scaled_inputs(x)
         if inputs is None:
             few = self.table and not torch.compiler.is_compiling() and x[..., 0].numel() <= FEW

@@ -15,6 +15,7 @@ from interlayer.core.delivery import guard
 from interlayer.core.kinds import Plan, Row
 from interlayer.core.quantizer.around import Around, PackedEmbedding
 from interlayer.core.quantizer.attention import OPERANDS, opened, opening, operands
+from interlayer.core.quantizer.corrected import Corrected
 from interlayer.core.quantizer.grid import By, Grid, LogScaled, Scaled
 from interlayer.core.quantizer.layers import BitMap, Bound, Packed, Round, axis_of, biased, is_conv1d, weight_of
 from interlayer.core.quantizer.observe import observe
@@ -196,7 +197,7 @@ def packs(
 
     Args:
         model: Any module. It is not changed.
-        new: ``Packed``, ``PackedEmbedding``, ``BitMap``, ``Around``, ``Bound`` and ``Round`` by name.
+        new: ``Packed``, ``PackedEmbedding``, ``BitMap``, ``Corrected``, ``Around``, ``Bound`` and ``Round`` by name.
         options: Noted in the recipe.
         opens: Attentions that are opened first, so that ``new`` finds their operands; see ``attention.opened``.
         norms: Modules whose values the copy takes, by name, such as norms that scales were folded into.
@@ -248,6 +249,7 @@ class _Float(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.layer, Packed | BitMap)
+        x = self.layer.before(x)
         inputs = self.layer.scaled_inputs(x)
         return self.layer.call(x if inputs is None else inputs.fake(x), self.weight)
 
@@ -284,14 +286,19 @@ def _hollow(layer: nn.Module, given: Mapping[str, Any], near: Tensor) -> nn.Modu
     if inputs and not given.get("dynamic"):
         wide = () if inputs.axis is None else (like.shape[1] * getattr(layer, "groups", 1),)
         inputs = Scaled(inputs, like.new_ones(wide), like.new_zeros(wide))
-    if kind not in ("Packed", "BitMap"):
+    if kind not in ("Packed", "BitMap", "Corrected"):
         raise ValueError(
-            f"quantizer.restore: layers of kind {kind!r}; expected Packed, PackedEmbedding, BitMap, Around, Bound or Round."
+            f"quantizer.restore: layers of kind {kind!r}; expected Packed, PackedEmbedding, BitMap, Corrected, Around, Bound or Round."
         )
     layer = biased(layer) if given.get("bias") else layer
     codes = torch.zeros_like(like, dtype=torch.uint8) + max(grid.low, 0)
     if kind == "BitMap":
         return BitMap(layer, weights, codes=codes, inputs=inputs)
+    if kind == "Corrected":
+        rank, (out, wide_) = given["rank"], like.shape
+        factors = (like.new_zeros(out, rank), like.new_zeros(rank, wide_)) if rank else None
+        divisor = like.new_ones(wide_) if given["divided"] else None
+        return Corrected(layer, weights, codes=codes, inputs=inputs, factors=factors, divisor=divisor)
     return Packed(layer, weights, codes=codes, inputs=inputs, table=given.get("table", False))
 
 
