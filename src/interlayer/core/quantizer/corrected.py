@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def alternate(
         weight: The matrix W.
         grid: Of Q.
         rank: Of the product, from 1 to the smaller side.
-        rounds: How often both are found.
+        rounds: How often both are found. The turn with the least error counts.
 
     Returns:
         The grid of Q with its scales, the codes of Q, and L and R.
@@ -39,7 +40,7 @@ def alternate(
         True
     """
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    low = torch.zeros_like(wide)
+    low, least = torch.zeros_like(wide), math.inf
     for _ in range(rounds):
         held = grid.fit(wide - low)
         codes = held.codes(wide - low)
@@ -47,7 +48,9 @@ def alternate(
         root = s[:rank].sqrt()
         left, right = u[:, :rank] * root, root[:, None] * v[:rank]
         low = left @ right
-    return held, codes, (left.to(weight.dtype), right.to(weight.dtype))
+        if (error := float(s[rank:].square().sum())) < least:  # of W - Q - L R; a turn may make it worse
+            least, best = error, (held, codes, (left.to(weight.dtype), right.to(weight.dtype)))
+    return best
 
 
 class Corrected(Packed):
