@@ -9,7 +9,7 @@ from torch import nn
 from interlayer.core import taps
 from interlayer.core.process import DDIM, Diffusion, View, sample
 from interlayer.core.quantizer import Corrected, Grid, simulated
-from interlayer.transform.quantize.ditas import INPUTS, DiTAS, scale_of
+from interlayer.transform.quantize.ditas import INPUTS, DiTAS
 
 BLOCK = "transformer_blocks.0"
 
@@ -27,10 +27,10 @@ def test_scales_are_the_authors():
     tops, columns = torch.tensor([8.0, 0.5, 2.0]), torch.tensor([0.1, 0.4, 0.2])
     # their expression gave these at alpha 0.5 and 0.75
     torch.testing.assert_close(
-        scale_of(tops, columns, 0.5), torch.tensor([8.94427, 1.11803, 3.16228]), rtol=1e-5, atol=0
+        DiTAS().scale(tops, columns, 0.5), torch.tensor([8.94427, 1.11803, 3.16228]), rtol=1e-5, atol=0
     )
     torch.testing.assert_close(
-        scale_of(tops, columns, 0.75), torch.tensor([8.45897, 0.74767, 2.51487]), rtol=1e-5, atol=0
+        DiTAS().scale(tops, columns, 0.75), torch.tensor([8.45897, 0.74767, 2.51487]), rtol=1e-5, atol=0
     )
 
 
@@ -47,7 +47,7 @@ def test_without_data_the_model_samples_and_ranges_are_those_of_all_steps():
     most = torch.stack(tops[name]).amax(0)
     columns = net.get_submodule(name).weight.detach().abs().amax(0)
     new = plan.plan(net).apply()
-    torch.testing.assert_close(new.get_submodule(name).divisor, scale_of(most, columns, 0.5))
+    torch.testing.assert_close(new.get_submodule(name).divisor, DiTAS().scale(most, columns, 0.5))
     late = DiTAS(alphas=1).plan(net, [calls[-1]]).apply().get_submodule(name).divisor
     assert bool((late <= new.get_submodule(name).divisor + 1e-6).all()) and not torch.equal(late, most)
 
@@ -80,7 +80,7 @@ def test_the_search_takes_the_alpha_with_the_least_error_over_all_steps():
     xs, w = [x.flatten(0, 1) for x in seen[name]], net.get_submodule(name).weight.detach()
     most, errors = torch.cat(xs).abs().amax(0), []
     for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
-        s = scale_of(most, w.abs().amax(0), alpha)
+        s = DiTAS().scale(most, w.abs().amax(0), alpha)
         q = Grid(4, 0, kind="asymmetric").fit(w * s).fake(w * s)
         errors.append(
             sum(float((F.linear(INPUTS.by_token(x / s).fake(x / s), q) - F.linear(x, w)).square().sum()) for x in xs)

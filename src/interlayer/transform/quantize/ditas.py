@@ -120,7 +120,7 @@ class DiTAS(Transform):
             for key, names in groups.items()
         }
         found = self.searched(model, batches, groups, reach)
-        scales = {key: scale_of(*reach[key], alpha) for key, alpha in found.items()}
+        scales = {key: self.scale(*reach[key], alpha) for key, alpha in found.items()}
         norms, _ = foldable(model, batches, there)
         norm_of = {key: norm for key, names in groups.items() for norm, each in norms.items() if each == names}
         source_of = sources(model, {k: names for k, names in groups.items() if k not in norm_of}, batches[0])
@@ -196,7 +196,7 @@ class DiTAS(Transform):
         def see(key: str, x: Tensor) -> None:
             x = x.flatten(0, -2)
             for k, alpha in enumerate(tried):
-                scale = scale_of(*reach[key], alpha).to(x)
+                scale = self.scale(*reach[key], alpha).to(x)
                 near = INPUTS.by_token(x / scale).fake(x / scale)
                 for weight in weights[key]:
                     rounded = self.grid.fit(weight * scale).fake(weight * scale)
@@ -206,6 +206,12 @@ class DiTAS(Transform):
             for batch in tqdm(batches, "alphas", disable=None, leave=False):
                 next(taps.feed(model, [batch]))
         return {key: tried[int(e.argmin())] for key, e in errors.items()}
+
+    def scale(
+        self, tops: Float[Tensor, " features"], columns: Float[Tensor, " features"], alpha: float
+    ) -> Float[Tensor, " features"]:
+        """``tops^alpha / columns^(1 - alpha)``, from the largest magnitudes of features and of columns."""
+        return (tops.to(columns).pow(alpha) / columns.pow(1 - alpha)).clamp_min(LEAST)
 
     def rank_of(self, layer: nn.Module) -> int:
         """The rank of a layer's product."""
@@ -222,13 +228,6 @@ class DiTAS(Transform):
     def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         """Put packed layers where the saved ones belong."""
         return quantizer.restore(model, structure)
-
-
-def scale_of(
-    tops: Float[Tensor, " features"], columns: Float[Tensor, " features"], alpha: float
-) -> Float[Tensor, " features"]:
-    """``tops^alpha / columns^(1 - alpha)``, from the largest magnitudes of features and of columns."""
-    return (tops.to(columns).pow(alpha) / columns.pow(1 - alpha)).clamp_min(LEAST)
 
 
 def _grouped(
