@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ def sources(model: nn.Module, groups: Mapping[str, Sequence[str]], batch: Any) -
     """Maps that can give features divided by scales, so that what reads them can be multiplied and the function stays.
 
     Known are the gains and shifts of adaptive norms in diffusers' Transformer blocks (adaLN-Zero), and the values of its attention.
-    Each is tried out on one example; where outputs move, it is left out.
+    They are tried out on one example, together; where outputs move, one by one, and those that move them are left out.
 
     Args:
         model: Any module. It is not changed.
@@ -43,24 +43,29 @@ def sources(model: nn.Module, groups: Mapping[str, Sequence[str]], batch: Any) -
     found = {key: source for key, names in groups.items() if (source := _source(model, names)) is not None}
     if not found:
         return {}
-    work, example, kept = copy.deepcopy(model), one(batch), dict[str, Source]()
+    work, example = copy.deepcopy(model), one(batch)
     with taps.at_rest(work), torch.no_grad():
 
         def run() -> Tensor:
             return taps.first(next(taps.feed(work, [example]))).clone()
 
         before = run()
-        for key, source in found.items():
-            maps = [work.get_submodule(n) for n in (source.name, *groups[key])]
-            old = [copy.deepcopy(m.state_dict()) for m in maps]
-            divide(work, source, scale := 1 + torch.rand(weight_of(maps[1]).shape[1]).to(before))
-            for m in maps[1:]:
-                weight_of(m).mul_(scale)
-            if float((run() - before).abs().max()) <= CLOSE * float(before.abs().max()):
-                kept[key] = source
-            for m, state in zip(maps, old, strict=True):
-                m.load_state_dict(state)
-    return kept
+
+        def fits(keys: Iterable[str]) -> bool:
+            """Whether the outputs stay, with these sources divided and what reads them multiplied; all is as before afterwards."""
+            names = {n for key in keys for n in (found[key].name, *groups[key])}
+            old = {n: copy.deepcopy(work.get_submodule(n).state_dict()) for n in names}
+            for key in keys:
+                scale = 1 + torch.rand(weight_of(work.get_submodule(groups[key][0])).shape[1]).to(before)
+                divide(work, found[key], scale)
+                for n in groups[key]:
+                    weight_of(work.get_submodule(n)).mul_(scale)
+            stays = float((run() - before).abs().max()) <= CLOSE * float(before.abs().max())
+            for n, state in old.items():
+                work.get_submodule(n).load_state_dict(state)
+            return stays
+
+        return found if fits(list(found)) else {key: source for key, source in found.items() if fits([key])}
 
 
 def _source(model: nn.Module, names: Sequence[str]) -> Source | None:

@@ -20,7 +20,7 @@ from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.process import DDIM, Diffusion, Process, View, sample, scheduled, visited
 from interlayer.core.quantizer import Corrected, Grid, alternate, extremes, layers, packs, weight_of
 from interlayer.core.quantizer.modulated import divide, sources
-from interlayer.core.quantizer.smooth import Fold, apply, foldable
+from interlayer.core.quantizer.smooth import Fold, apply, foldable, one
 from interlayer.core.select import At
 
 INPUTS = Grid(8, kind="asymmetric")
@@ -240,7 +240,7 @@ def _grouped(
         torch.no_grad(),
         taps.watch(model, lambda n, m: n in there, lambda n, x: seen.update({n: x}), side="input"),
     ):
-        next(taps.feed(model, batches[:1]))
+        next(taps.feed(model, [one(batches[0])]))
     for n, m in there.items():
         if n not in seen:
             why[n] = "never ran on the data"
