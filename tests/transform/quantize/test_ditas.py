@@ -5,7 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from typer.testing import CliRunner
 
+from interlayer import load
+from interlayer.cli import app
 from interlayer.core import taps
 from interlayer.core.process import DDIM, Diffusion, View, sample
 from interlayer.core.quantizer import Corrected, Grid, simulated
@@ -166,3 +169,22 @@ def test_another_scheduler_draws_other_times():
     net = families.model("dit")
     calls = DiTAS(steps=2, examples=1, scheduler=DDIMScheduler(num_train_timesteps=100)).drawn(net)
     assert [int(c["timestep"][0]) for c in calls] == [50, 0]
+
+
+def test_the_command_needs_no_data_and_leaves_a_folder_that_loads(tmp_path):
+    families.model("dit").save_pretrained(tmp_path / "start")
+    options = [word for option in ("steps=2", "examples=1", "alphas=1") for word in ("-o", option)]
+    out = CliRunner().invoke(
+        app, ["apply", "ditas", "--model", f"hf:{tmp_path / 'start'}", *options, "--out", str(tmp_path / "there")]
+    )
+    assert out.exit_code == 0 and "alpha 0.50, divided in transformer_blocks.0.norm1.linear" in out.output, out.output
+    new = load(tmp_path / "there")
+    assert len(packed(new)) == 24 and families.output(new, families.batch("dit")).isfinite().all()
+
+
+def test_half_precision():
+    net, given = families.model("dit"), families.batch("dit")
+    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in given.items()}
+    new = DiTAS(alphas=2).plan(net.bfloat16(), half).apply()
+    out = families.output(new, half)
+    assert out.dtype == torch.bfloat16 and (out - families.output(net, half)).norm() < 0.1 * out.norm()

@@ -1,12 +1,16 @@
 import copy
 import itertools
+from pathlib import Path
 
 import families
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from typer.testing import CliRunner
 
+from interlayer import load
+from interlayer.cli import app
 from interlayer.core import taps
 from interlayer.core.fit import fit
 from interlayer.transform.sparsify import laptop_diff
@@ -229,3 +233,30 @@ def test_retraining_moves_the_student_alone_and_brings_its_features_back():
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
     assert sum(isinstance(m, Skip) for m in student.modules())
+
+
+def noised():
+    return [laptop_diff._unet()[1]]
+
+
+def test_the_command_leaves_a_smaller_unet_that_loads(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    model, given = unet()
+    model.save_pretrained(tmp_path / "start")
+    arguments = ["apply", "laptop-diff", "--model", f"hf:{tmp_path / 'start'}", "--data", "test_laptop_diff:noised"]
+    out = CliRunner().invoke(app, [*arguments, "-o", "share=0.4", "--out", str(tmp_path / "there")])
+    assert out.exit_code == 0 and "removed: " in out.output, out.output
+    new = load(tmp_path / "there")
+    assert sum(p.numel() for p in new.parameters()) <= 0.6 * sum(p.numel() for p in model.parameters())
+    assert new(**given).sample.isfinite().all()
+
+
+def test_what_is_left_is_exported_with_any_batch_cast_and_copied():
+    model, x = laptop_diff._plain()
+    new = LaptopDiff(share=0.4).plan(model, x).apply().eval()
+    exported = torch.export.export(new, (x,), dynamic_shapes=({0: torch.export.Dim("b", min=2)},)).module()
+    more = torch.randn(5, 2, 4, 4)
+    torch.testing.assert_close(exported(more), new(more))
+    torch.testing.assert_close(copy.deepcopy(new)(more), new(more))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert new(more).isfinite().all()
