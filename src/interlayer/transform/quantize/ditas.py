@@ -17,7 +17,7 @@ from interlayer.core.blockwise import listed
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
-from interlayer.core.process import DDIM, Diffusion, Process, View, sample, scheduled, visited
+from interlayer.core.process import DDIM, Diffusion, Guided, Process, View, sample, scheduled, visited
 from interlayer.core.quantizer import Corrected, Grid, alternate, extremes, layers, packs, weight_of
 from interlayer.core.quantizer.modulated import divide, sources
 from interlayer.core.quantizer.smooth import Fold, apply, foldable, one
@@ -109,7 +109,7 @@ class DiTAS(Transform):
         there, skipped = layers(model, self.at)
         there, groups, why = _grouped(model, batches, there)
         skipped += [Row(n, type(model.get_submodule(n)).__name__, f"{w}, stays in float") for n, w in why.items()]
-        ends = extremes(model, batches, dict.fromkeys(groups, -1))
+        ends = extremes(model, tqdm(batches, "ranges", disable=None, leave=False), dict.fromkeys(groups, -1))
         if bad := [n for n, e in ends.items() if not bool(e.isfinite().all())]:
             raise ValueError(f"ditas: inputs of {bad[0]} are not finite; expected finite activations. Check the data.")
         reach = {
@@ -167,17 +167,27 @@ class DiTAS(Transform):
         learned = "learned" if config.out_channels == 2 * config.in_channels else "small"
         process: Process = Diffusion(variance=learned) if self.scheduler is None else scheduled(self.scheduler)
         view, draw = View(model, process, clip=None), torch.Generator().manual_seed(self.seed)
-        device = next(model.parameters()).device
-        classes = torch.randint(config.num_embeds_ada_norm, (self.examples,), generator=draw).to(device)
+        like = next(model.parameters())
+        classes = torch.randint(config.num_embeds_ada_norm, (self.examples,), generator=draw).to(like.device)
         shape = (self.examples, config.in_channels, config.sample_size, config.sample_size)
-        guided = view.guided(GUIDANCE, config.num_embeds_ada_norm)
-        with taps.at_rest(model):
-            return visited(
-                model,
-                lambda: sample(
-                    guided, process, DDIM(), shape, classes, seed=self.seed, steps=self.steps, device=device
-                ),
-            )
+
+        def called(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            found: Tensor = view(x.to(like), t, y)
+            return found.to(x)
+
+        guided = Guided(called, GUIDANCE, config.num_embeds_ada_norm)
+        with taps.at_rest(model), tqdm(total=self.steps, desc="sampling", disable=None, leave=False) as bar:
+
+            def run() -> Tensor:
+                how: Any = {
+                    "seed": self.seed,
+                    "steps": self.steps,
+                    "device": like.device,
+                    "hooks": [lambda step: bar.update()],
+                }
+                return sample(guided, process, DDIM(), shape, classes, **how)
+
+            return visited(model, run)
 
     def searched(
         self,
