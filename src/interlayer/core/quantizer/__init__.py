@@ -14,9 +14,9 @@ from interlayer.core.quantizer.reconstruct import AdaRound, Learned, Rounder, le
 from interlayer.core.quantizer.smooth import smooth
 
 __all__ = [
-    "OPERANDS", "AdaRound", "Around", "Attend", "BitMap", "Bound", "Corrected", "Form", "Grid", "Learned", "LogGrid", "LogScaled", "Multihead",
-    "Packed", "PackedEmbedding", "Piece", "Round", "Rounder", "Scaled", "alternate", "attended", "bit_product", "columns",
-    "extremes", "fake", "fake_naive", "forms", "gptq", "inner", "integer_product", "layers", "learned", "nearest", "observe",
-    "ones", "opened", "opening", "pack", "packs", "planes", "reconstruct", "restore", "rounds", "simulated", "smooth",
-    "stored", "straight", "through", "unpack", "weight_of",
+    "OPERANDS", "AdaRound", "Around", "Attend", "BitMap", "Bound", "Corrected", "Form", "Grid", "Learned", "LogGrid",
+    "LogScaled", "Multihead", "Packed", "PackedEmbedding", "Piece", "Round", "Rounder", "Scaled", "alternate", "attended",
+    "bit_product", "columns", "extremes", "fake", "fake_naive", "forms", "gptq", "inner", "integer_product", "layers", "learned",
+    "nearest", "observe", "ones", "opened", "opening", "pack", "packs", "planes", "reconstruct", "restore", "rounds",
+    "simulated", "smooth", "stored", "straight", "through", "unpack", "weight_of",
 ]  # fmt: skip
