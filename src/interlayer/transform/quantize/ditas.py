@@ -48,7 +48,7 @@ class DiTAS(Transform):
 
     Compared with the authors' code: inputs are rounded by token, not by one range for each call, so the items of a batch stay
     independent; weights have a scale for each output, not for each 32 in a column, so products are of integers; smoothing comes before
-    the product of low rank, not after; and the rank of small matrices is less.
+    the product of low rank, not after, and its strength is searched without that product; and the rank of small matrices is less.
 
     Cost: a sampling run, one pass over its calls for the ranges, and one pass whose layers are computed once more for each alpha.
     Memory: the inputs of each call, two numbers for each feature, and a copy of the model.
