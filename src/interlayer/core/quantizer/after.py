@@ -1,7 +1,8 @@
-"""What is set right in a whole model once its layers are quantised: statistics of batch norms, and biases."""
+"""What is measured and set right in a whole model once its layers are quantised: errors by module, statistics of batch norms, biases."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from interlayer.core import taps
-from interlayer.core.blockwise import Part, fit
+from interlayer.core.blockwise import Part, fit, listed
 
 
 def counts(module: nn.Module) -> bool:
@@ -79,6 +80,33 @@ def logits(model: nn.Module, batches: list[Any]) -> list[Tensor]:
     """The first tensor that the model gives for each batch."""
     with taps.at_rest(model), torch.no_grad():
         return [taps.first(out) for out in taps.feed(model, batches)]
+
+
+def lost(model: nn.Module, new: nn.Module, batches: Any, names: Sequence[str]) -> dict[str, float]:
+    """How far the outputs of modules lie from those in another model: the squared error over the squared size.
+
+    Args:
+        model: What it should be like.
+        new: The model, with modules of the same names.
+        batches: As ``taps.feed`` takes them; both models run once on each.
+        names: Of the modules.
+
+    Examples:
+        >>> net, twin = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+        >>> lost(net, twin, torch.ones(1, 2), ["0"])["0"] > 0, lost(net, net, torch.ones(1, 2), ["0"])
+        (True, {'0': 0.0})
+    """
+    off, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    with taps.at_rest(model), taps.at_rest(new), torch.no_grad():
+        for batch in listed(batches):
+            with taps.read(model, names) as wanted, taps.read(new, names) as found:
+                for each in (model, new):
+                    for _ in taps.feed(each, [batch]):
+                        pass
+            for name in names:
+                off[name] += float((found[name] - wanted[name]).float().square().sum())
+                size[name] += float(wanted[name].float().square().sum())
+    return {name: off[name] / size[name] if size[name] else off[name] for name in names}
 
 
 def divergence(found: Float[Tensor, "... classes"], wanted: Float[Tensor, "... classes"]) -> Float[Tensor, ""]:
