@@ -99,7 +99,7 @@ def lost(model: nn.Module, new: nn.Module, batches: Any, names: Sequence[str]) -
     off, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     with taps.at_rest(model), taps.at_rest(new), torch.no_grad():
         for batch in listed(batches):
-            with taps.read(model, names) as wanted, taps.read(new, names) as found:
+            with taps.read(model, list(names)) as wanted, taps.read(new, list(names)) as found:
                 for each in (model, new):
                     for _ in taps.feed(each, [batch]):
                         pass
