@@ -9,7 +9,12 @@ def test_reading_equals_the_sum_cell_by_cell(bits):
     cells = draw_devices((5, 4), bits, stuck=0.2, spread=0.3, seed=bits)
     codes = torch.randint(2**bits, (5, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     torch.testing.assert_close(cells.read(codes), read_naive(cells, codes))
-    torch.testing.assert_close(cells.read(1), read_naive(cells, torch.ones(5, 4, dtype=torch.uint8)))
+    read, kept = cells.table()
+    for code in range(2**bits):
+        same = torch.full((5, 4), code, dtype=torch.uint8)
+        torch.testing.assert_close(read[code], read_naive(cells, same).flatten(), atol=1e-5, rtol=1e-5)
+        assert torch.equal(kept[code], cells.keeps(same).flatten())
+    assert torch.equal(cells.table(slice(3, 7))[0], read[:, 3:7])
 
 
 def test_ideal_cells_read_what_was_written_and_stuck_ones_what_they_hold():

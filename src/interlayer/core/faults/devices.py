@@ -54,25 +54,33 @@ class Devices:
         one, zero = self.one - (self.held != 0).to(self.one), self.zero - (self.held == 1).to(self.zero)
         return not self.held.numel() or max(float(one.abs().max()), float(zero.abs().max())) < 1e-3
 
-    def read(self, codes: Integer[Tensor, "*shape"] | int) -> Float[Tensor, "*shape"]:
-        """What codes, or one code in every place, are read as, in units of the lowest bit."""
+    def read(self, codes: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """What codes are read as, in units of the lowest bit."""
         found = torch.zeros_like(self.one[0])
         for bit in range(self.bits):
-            if isinstance(codes, int):
-                found.add_((self.one if codes >> bit & 1 else self.zero)[bit], alpha=2**bit)
-            else:
-                found += 2**bit * torch.where(_is_one(codes, bit), self.one[bit], self.zero[bit])
+            found += 2**bit * torch.where(_is_one(codes, bit), self.one[bit], self.zero[bit])
         return found
 
-    def keeps(self, codes: Integer[Tensor, "*shape"] | int) -> Bool[Tensor, "*shape"]:
+    def keeps(self, codes: Integer[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
         """Where a code has the bits that its stuck devices hold. All other codes are read as one that does."""
         found = torch.ones_like(self.held[0], dtype=torch.bool)
         for bit in range(self.bits):
-            if isinstance(codes, int):
-                found &= self.held[bit] != 1 - (codes >> bit & 1)
-            else:
-                found &= (self.held[bit] < 0) | (self.held[bit].bool() == _is_one(codes, bit))
+            found &= (self.held[bit] < 0) | (self.held[bit].bool() == _is_one(codes, bit))
         return found
+
+    def table(self, places: slice = slice(None)) -> tuple[Float[Tensor, "codes n"], Bool[Tensor, "codes n"]]:
+        """What each of all codes is read as, and whether it keeps, in some places of the flattened tensor.
+
+        Examples:
+            >>> draw_devices((3,), bits=2).table(slice(1, 2))[0].round().flatten().tolist()
+            [0.0, 1.0, 2.0, 3.0]
+        """
+        one, zero, held = (part.flatten(1)[:, places] for part in (self.one, self.zero, self.held))
+        order = torch.arange(self.bits, device=one.device)
+        bits = (torch.arange(2**self.bits, device=one.device)[:, None] >> order & 1).to(one)
+        size = (2.0**order).to(one)[:, None]
+        read = bits @ (size * one) + (1 - bits) @ (size * zero)
+        return read, bits @ (held == 0).to(one) + (1 - bits) @ (held == 1).to(one) == 0
 
     def to(self, where: Tensor | torch.device) -> Devices:
         """The same on a device, or on a tensor's device in its type."""

@@ -45,10 +45,11 @@ class FaultQAT(Rule):
     is trained towards its own. While the rule warms up, ``strength`` rises by 10^4 and ``sigma`` falls from a step to half of one, both
     geometrically. After each step weights are clamped to the range of the levels. All layers take part; biases and norms stay floats.
 
-    Cost of a step: one pass over the weights for each of the 2^b levels; memory of two more copies of one layer's weight.
+    Cost of a step: about ten passes over the weights for each of the 2^b levels. Memory: two more copies of one layer's weight, and two
+    floats and a byte for each bit of real devices.
 
     Args:
-        model: A classifier, plain or spiking. Trained in place; start from trained weights to fine-tune.
+        model: A classifier, plain or spiking. Trained in place; give a trained one, since its weights set the step and with it the range.
         bits: Bits of a weight, 1 to 8.
         levels: ``"fixed"``; ``"step"``: the step of each layer is learned; ``"free"``: all levels of each layer are.
         stuck: Share of devices that are stuck, half of them at 0 and half at 1, or all as ``at_bit`` says.

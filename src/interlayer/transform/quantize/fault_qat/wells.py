@@ -12,6 +12,8 @@ from torch import Tensor
 
 from interlayer.core.faults import Devices
 
+TABLE = 2**18  # numbers in a table of levels by weights that is held at a time
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -25,34 +27,39 @@ class Levels:
     values: Tensor
     devices: Devices | None = None
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor | float, Tensor | float]]:
-        """Each code, the factor of its value (by weight), and 1 where the cells can hold it, else 0."""
-        for code in range(len(self.values)):
-            if self.devices is None:
-                yield code, 1.0, 1.0
-            else:
-                middle = (len(self.values) - 1) / 2
-                factor = (self.devices.read(code) - middle) / (code - middle)
-                yield code, factor, self.devices.keeps(code).to(factor)
+    def tables(self, weight: Float[Tensor, " n"]) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Some weights at a time: which, the factor of the value of each code, whether the cells can hold it, and how far the weight
+        is from there; [2^bits, some], where the first two are [2^bits, 1] if they are the same for all weights.
+        """
+        codes = len(self.values)
+        middle, exact = (codes - 1) / 2, self.devices is None or self.devices.exact
+        some = max(1, TABLE // codes)
+        for start in range(0, len(weight), some):
+            places = slice(start, start + some)
+            factor = torch.ones_like(self.values)[:, None]
+            kept = torch.ones_like(factor, dtype=torch.bool)
+            if self.devices is not None:
+                read, kept = self.devices.table(places)
+                if not exact:
+                    factor = (read - middle) / (torch.arange(codes, device=read.device)[:, None] - middle)
+            yield places, factor, kept, weight[places] - self.values[:, None] * factor
 
     def nearest(self, weight: Float[Tensor, "*shape"]) -> tuple[UInt8[Tensor, "*shape"], Float[Tensor, "*shape"]]:
         """The codes whose readings are nearest to the weights, and these readings."""
-        codes = torch.zeros_like(weight, dtype=torch.uint8)
-        best, found = torch.full_like(weight, torch.inf), torch.zeros_like(weight)
-        for code, factor, kept in self:
-            value = self.values[code] * factor
-            off = torch.where(torch.as_tensor(kept, device=weight.device) > 0, (weight - value).abs(), torch.inf)
-            closer = off < best
-            codes, best = codes.masked_fill(closer, code), torch.where(closer, off, best)
-            found = torch.where(closer, value, found)
-        return codes, found
+        flat, codes = weight.flatten(), torch.zeros(weight.numel(), dtype=torch.uint8, device=weight.device)
+        found = torch.zeros_like(flat)
+        for places, factor, kept, off in self.tables(flat):
+            best = off.abs().masked_fill(~kept, torch.inf).argmin(0)
+            codes[places] = best.to(torch.uint8)
+            found[places] = self.values[best] * factor.expand(off.shape).gather(0, best[None])[0]
+        return codes.view(weight.shape), found.view(weight.shape)
 
 
 class Wells(torch.autograd.Function):
     """``-sum_w sum_k v_k exp(-(w - l_k)^2 / sigma^2)``, a well around each level that a weight's cells can hold.
 
-    Its gradients are found in the forward pass, so that memory does not grow with the number of levels. A weight moves by all wells;
-    a level by those weights alone to which it is nearest, for by all of them every level would move to where weights are densest.
+    Its gradients are found in the forward pass, so that no table of levels is kept for the backward pass. A weight moves by all wells; a
+    level by those weights alone to which it is nearest, for by all of them every level would move to where weights are densest.
 
     Args:
         weight: w, [*shape].
@@ -63,20 +70,17 @@ class Wells(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, values: Tensor, sigma: float, devices: Devices | None) -> Float[Tensor, ""]:
-        total, slopes = weight.new_zeros(()), torch.zeros_like(weight)
-        codes, least = torch.zeros_like(weight, dtype=torch.long), torch.full_like(weight, torch.inf)
-        own = torch.zeros_like(weight)
-        for code, factor, kept in Levels(values, devices):
-            off = (weight - values[code] * factor) / sigma
-            depth = kept * torch.exp(-off * off)
-            slope = 2 / sigma * off * depth
+        flat, total, by_level = weight.flatten(), weight.new_zeros(()), torch.zeros_like(values)
+        slopes = torch.zeros_like(flat)
+        for places, factor, kept, off in Levels(values, devices).tables(flat):
+            depth = kept * torch.exp(-((off / sigma) ** 2))
+            each = 2 / sigma**2 * off * depth
             total -= depth.sum()
-            slopes += slope
-            closer = (off.abs() < least) & torch.as_tensor(kept, device=weight.device).bool()
-            codes, least = codes.masked_fill(closer, code), torch.where(closer, off.abs(), least)
-            own = torch.where(closer, slope * factor, own)
-        by_level = torch.zeros_like(values).index_add_(0, codes.flatten(), own.flatten(), alpha=-1)
-        ctx.save_for_backward(slopes, by_level)
+            slopes[places] = each.sum(0)
+            best = off.abs().masked_fill(~kept, torch.inf).argmin(0)
+            own = (each * factor).gather(0, best[None])[0]
+            by_level.index_add_(0, best, own, alpha=-1)
+        ctx.save_for_backward(slopes.view(weight.shape), by_level)
         return total
 
     @staticmethod
