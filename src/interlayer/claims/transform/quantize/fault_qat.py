@@ -61,7 +61,7 @@ BROKEN = (
 )
 READ, UNAWARE, REVERSED = "codes", "codes, unaware", "codes, highest bit first"
 IN_WELLS, NO_WELLS, HILLS = "in wells", "no wells", "hills"
-READS, BACKWARD = Devices.read, Wells.backward
+TABLE, BACKWARD = Devices.table, Wells.backward
 
 
 def build(arm: str, scale: Scale) -> nn.Module:
@@ -156,17 +156,15 @@ def difference(arm: str, seed: int, scale: Scale) -> float:
     """How far the logits of what the chip reads lie from those that the rule predicts, relative to the largest."""
     options = {**STUCK, "chip": seed, **(IDEAL if arm == UNAWARE else {})}
     x = next(batches("digits", seed, 64, 1))[0]
-    with (
-        patch.object(
-            Devices, "read", lambda self, codes: READS(Devices(self.one.flip(0), self.zero.flip(0), self.held), codes)
-        )
-        if arm == REVERSED
-        else nullcontext()
-    ):
+    with patch.object(Devices, "table", _reversed) if arm == REVERSED else nullcontext():
         rule = tuned(arm, seed, scale, options, 1e-2, steps=10)
         expected, codes = rule.predict(x), rule.codes()
     with torch.no_grad():
         return float((chip(rule, codes, seed, STUCK)(x) - expected).abs().max() / expected.abs().max())
+
+
+def _reversed(self: Devices, places: slice) -> tuple[Tensor, Tensor]:
+    return TABLE(Devices(self.one.flip(0), self.zero.flip(0), self.held.flip(0)), places)
 
 
 def inside(arm: str, seed: int, scale: Scale) -> float:
