@@ -23,7 +23,7 @@ USUAL = (
     ("digits", "convnet(depth=8, width=4)"),
     ("digits", "vit(depth=2, width=32, heads=2)"),
     ("digits", "resnet18(width=8)"),
-    ("stdlib-bytes", "transformer(depth=3, width=32, heads=2)"),
+    ("stdlib-bytes", "transformer(depth=2, width=32, heads=2)"),
 )
 
 
