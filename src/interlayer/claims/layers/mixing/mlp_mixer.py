@@ -91,7 +91,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         found = {"change of a logit": _moved(arm, seed), "operations for 4 x the patches": _growth(arm)}
     rates = getattr(scale, "rates", RATES)["mlp-mixer" if arm == BAG else arm]
     for name in rates:
-        model = built(lambda name=name: build(arm, scale, name), seed)  # type: ignore[misc]
+        model = built(lambda name=name: build(arm, scale, name), seed)
         train(model, name, seed=seed, steps=scale.steps[name], lr=rates[name], batch=32, warmup=20)
         found[f"accuracy on {name}"] = judge(model, name, most=scale.judged)["accuracy"]
         found[f"parameters for {name}"] = parameters(model)

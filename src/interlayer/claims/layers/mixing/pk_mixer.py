@@ -11,12 +11,12 @@ from interlayer.claims.training import built, judge, task, train
 from interlayer.layers.mixing.pk_mixer import PermutedKronecker, PKMixer, commutation, density, effective_width
 
 DEPTH = 2
-NARROW_C, MIDDLING_C = "narrow, as many connections", "middling, as many connections"
+NARROW_C = "narrow, as many connections"
 SPARSE, SPARSE_C = "sparse MLP, wide", "sparse MLP, as many connections"
 UNPERMUTED, PLAIN, SWAPPED = "wide, unpermuted", "no commutation", "commutation of the transpose"
 # Learning rate of each arm, its best; see `pilots`.
 RATES = {
-    **{"narrow": 2e-2, "middling": 2e-2, "wide": 1e-2, NARROW_C: 2e-2, MIDDLING_C: 2e-2},
+    **{"narrow": 2e-2, "middling": 2e-2, "wide": 1e-2, NARROW_C: 2e-2},
     **{"wide, random": 2e-2, SPARSE: 2e-2, SPARSE_C: 5e-3, UNPERMUTED: 2e-2},
 }
 
@@ -58,8 +58,8 @@ class SparseMLP(PKMixer):
 def _sizes(arm: str, budget: int) -> tuple[int, int]:
     """Tokens and channels of a share S / C, with S^2 + C^2 near the budget, or with S C (S + C) / 2 as in ``wide``."""
     wide = max(2, round((budget / 2) ** 0.5))
-    if arm in (NARROW_C, MIDDLING_C):
-        tokens = max(2, wide // 10) if arm == NARROW_C else max(2, wide // 3)
+    if arm == NARROW_C:
+        tokens = max(2, wide // 10)
         return tokens, round((tokens**2 / 4 + 2 * wide**3 / tokens) ** 0.5 - tokens / 2)
     ratio = {"narrow": 1 / 8, "middling": 1 / 3}.get(arm, 1.0)
     channels = round((budget / (1 + ratio**2)) ** 0.5)
@@ -140,7 +140,7 @@ CLAIM = Claim(
     "weights, be they as many as its own or as many as its connections, and so are random groups behind ordered ones.",
     measure=measure,
     build=build,
-    arms=("narrow", "middling", "wide", NARROW_C, MIDDLING_C, "wide, random", SPARSE, SPARSE_C),
+    arms=("narrow", "middling", "wide", NARROW_C, "wide, random", SPARSE, SPARSE_C),
     statements=(
         mechanism(
             "Its layers are an MLP of Kronecker products and commutations, to single precision",
