@@ -5,6 +5,7 @@ from __future__ import annotations
 from mkdocs.structure.files import File
 
 from interlayer import catalog
+from interlayer.claims.result import mean
 
 PRIMITIVES = (
     "stream",
@@ -169,8 +170,7 @@ def _helped() -> str:
 
 
 def _mean(values: list[float | str]) -> str:
-    numbers = [float(v) for v in values]
-    return f"{sum(numbers) / len(numbers):.4g}"
+    return f"{mean([float(v) for v in values]):.4g}"
 
 
 def _taxonomy() -> str:

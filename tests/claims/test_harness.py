@@ -10,6 +10,7 @@ import torch
 from interlayer import claims
 from interlayer.claims import Claim, ClaimResult, check, effect, fits, highest, lowest, mechanism, ordered, run
 from interlayer.claims.expect import compare
+from interlayer.claims.result import mean
 from interlayer.study.stats import critical
 
 SCALES = {"smoke": {"n": 1}, "small": {"n": 2}, "full": {"n": 3}}
@@ -152,6 +153,11 @@ def test_result_survives_strict_json(tmp_path):
     assert again.to_json() == text and again.verdict == result.verdict
     assert again.values["plain"]["loss"][0] == math.inf and again.versions["torch"]
     assert "effect, shows nothing: ours beats plain" in str(again) and "broken: meets it too" in str(again)
+
+
+def test_a_mean_leaves_out_values_that_were_not_measured():
+    assert mean([1.0, math.nan, 3.0]) == 2.0
+    assert math.isnan(mean([math.nan])) and math.isnan(mean([]))
 
 
 def test_progress_and_seeds_and_global_generator():

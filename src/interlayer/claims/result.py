@@ -110,8 +110,9 @@ class ClaimResult:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean; NaN of nothing."""
-    return sum(values) / len(values) if values else math.nan
+    """The mean of the values that there are; NaN of nothing."""
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _interval(c: Comparison) -> str:
