@@ -65,7 +65,12 @@ def cut_error(arm: str, seed: int, scale: Scale) -> float:
         alpha.copy_(torch.randn_like(alpha) / len(alpha) ** 0.5)
     outputs: list[torch.Tensor] = []
     average = stream.average
-    stream.average = lambda state, i: (outputs.append(state.x), average(state, i))[1]  # X_i of every block
+
+    def see(state: State, i: int) -> torch.Tensor:
+        outputs.append(state.x)  # X_i of every block
+        return average(state, i)
+
+    stream.average = see
     model(tokens)
     del stream.average
     last, worst = stream.alpha[str(scale.depth)], 0.0
