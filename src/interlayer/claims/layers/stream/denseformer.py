@@ -34,11 +34,11 @@ class Averages(DenseFormer):
         return state
 
 
-# Stream, depth and width as multiples of the scale's, and peak rate; see `pilots`.
+# Stream, depth and steps as multiples of the scale's, and peak rate; see `pilots`.
 ARMS: dict[str, tuple[Any, float, float, float]] = {
     "plain": ("pre-norm", 1, 1, 3e-3),
     "deeper": ("pre-norm", 1.5, 1, 3e-3),
-    "wider": ("pre-norm", 1, 2, 3e-3),
+    "longer": ("pre-norm", 1, 2, 3e-3),
     "denseformer": ("denseformer", 1, 1, 3e-3),
     "denseformer(dilation=2)": ("denseformer(dilation=2)", 1, 1, 3e-3),
     "denseformer(dilation=4)": ("denseformer(dilation=4)", 1, 1, 3e-3),
@@ -49,8 +49,8 @@ TWINS: dict[str, tuple[Any, float, float, float]] = {UNREAD: (Unread, 1, 1, 3e-3
 
 def build(arm: str, scale: Scale) -> Transformer:
     """A language model of bytes."""
-    stream, deeper, wider, _ = (ARMS | TWINS)[arm]
-    return Transformer(depth=int(deeper * scale.depth), width=int(wider * scale.width), heads=4, stream=stream)
+    stream, deeper = (ARMS | TWINS)[arm][:2]
+    return Transformer(depth=int(deeper * scale.depth), width=scale.width, heads=4, stream=stream)
 
 
 @torch.no_grad()
@@ -87,8 +87,10 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
     model, found = built(lambda: build(arm, scale), seed), {}
     if isinstance(model.trunk.stream, DenseFormer):
         found = {"cut error": cut_error(arm, seed, scale), "outputs kept": len(model.trunk.stream.last_reader)}
-    lr = (ARMS | TWINS)[arm][3]
-    return {**found, "loss": language(model, seed, scale, lr=lr)} if lr else found
+    longer, lr = (ARMS | TWINS)[arm][2:]
+    if lr:
+        found["loss"] = language(model, seed, Scale(**{**vars(scale), "steps": int(longer * scale.steps)}), lr=lr)
+    return found
 
 
 CLAIM = Claim(
@@ -129,10 +131,11 @@ CLAIM = Claim(
     "DenseFormer 2.81, 2.70, 2.74, 2.88; dilation 4 2.75 at 0.003. 70 steps, rate 0.003: plain 2.85, twice as wide 2.78, 12 blocks "
     "2.87, dilation 4 2.82. 4 blocks, 160 steps, rate 0.003: plain 2.49, 6 blocks 2.51, DenseFormer 2.48. Chosen: 0.003 for all, 8 "
     "blocks, 80 steps. More blocks do not pay at this size, so that being below a deeper plain one is expected to show nothing: "
-    "the plain one is, too.",
+    "the plain one is, too. Head room by width was the check at first: at a rate that had not been tuned, twice the width "
+    "gained 0.07 on these seeds but 0.02 [-0.03, 0.06] on seeds 0 to 11 of MUDDFormer's claim. After twice the steps plain has 2.53.",
     checks=(
         check("A plain Transformer is below 3 nats; unigrams have 3.15", fits("loss", "plain", high=3.0)),
-        check("A plain Transformer of twice the width has a lower loss", lowest("loss", "wider", than=("plain",))),
+        check("A plain Transformer has a lower loss after twice the steps", lowest("loss", "longer", than=("plain",))),
     ),
     scales={
         "smoke": {"depth": 4, "width": 16, "length": 16, "steps": 2, "judged": 1},
