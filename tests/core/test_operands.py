@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from diffusers.models.attention_processor import SlicedAttnProcessor
 from families import PLAIN, batch, model, output
 from torch import nn
 
@@ -184,7 +185,11 @@ def test_the_plan_names_the_attentions_that_it_reaches_and_those_that_stay_in_fl
     other = VisionTransformer(1, 8, patch=4, classes=3, depth=1, width=8, heads=2, mixer="hopfield")
     plan = nearest(other, Grid(8, 0), inputs=BYTES, attention=True, data=x)
     assert any("stay in float" in r.why and "mixer" in r.name for r in plan.skipped)
-    assert "its processor is no module" in attentions(model("dit"))[1][0].why
+    dit = model("dit")
+    dit.transformer_blocks[0].attn1.set_processor(SlicedAttnProcessor(1))
+    assert [(r.name, r.why) for r in attentions(dit)[1]] == [
+        ("transformer_blocks.0.attn1", "its processor is a SlicedAttnProcessor, its products stay in float")
+    ]
     plan = nearest(Idle(), Grid(8, 0), inputs=BYTES, attention=True, data=torch.ones(2, 4))
     assert "never ran" in {r.name: r.why for r in plan.skipped}["idle"]
 

@@ -16,7 +16,7 @@ from interlayer.core.process.sampling import (
     integrate,
     sample,
 )
-from interlayer.core.process.visited import visited
+from interlayer.core.process.visited import drawn, times_of, visited
 
 __all__ = [
     "DDIM",
@@ -38,6 +38,7 @@ __all__ = [
     "View",
     "adapt",
     "distance",
+    "drawn",
     "frechet",
     "integrate",
     "kid",
@@ -45,5 +46,6 @@ __all__ = [
     "sample",
     "scheduled",
     "sliced_wasserstein",
+    "times_of",
     "visited",
 ]

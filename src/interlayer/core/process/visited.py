@@ -6,8 +6,17 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from interlayer.core import taps
+from interlayer.core.process.adapter import FORMS, View, adapt
+from interlayer.core.process.paths import Diffusion
+from interlayer.core.process.sampling import DDIM, sample
+
+TIMES = ("timestep", "timesteps", "t", "time", "times", "sigma")  # what models call their times
+GUIDANCE = 1.5  # of the sampling runs of a DiT, as the authors of DiTAS have it
 
 
 def visited(model: nn.Module, run: Callable[[], Any]) -> list[dict[str, Any]]:
@@ -46,3 +55,87 @@ def visited(model: nn.Module, run: Callable[[], Any]) -> list[dict[str, Any]]:
     finally:
         handle.remove()
     return seen
+
+
+def times_of(who: str, model: nn.Module) -> tuple[str, int]:
+    """The argument of a model that holds the times, and its position.
+
+    Args:
+        who: Who asks, for the error.
+        model: Any module.
+
+    Raises:
+        ValueError: It takes no times, or nothing before them.
+
+    Examples:
+        >>> class Velocity(nn.Linear):
+        ...     def forward(self, x, t):
+        ...         return super().forward(x)
+        >>> times_of("me", Velocity(2, 2))
+        ('t', 1)
+    """
+    names = [*inspect.signature(model.forward).parameters]
+    found = [(n, i) for i, n in enumerate(names) if i and n in TIMES]
+    if not found:
+        raise ValueError(
+            f"{who}: {type(model).__name__}, which takes ({', '.join(names)}); expected a diffusion model, with a noised item and "
+            f"{' or '.join(TIMES)} among its arguments."
+        )
+    return found[0]
+
+
+def drawn(
+    who: str, model: nn.Module, *, steps: int, examples: int, scheduler: Any = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The calls of a sampling run of an unmodified model of diffusers that needs no more than noise and classes, which are random.
+
+    A ``DiTTransformer2DModel`` is guided, so that each call has every image twice: with a class and without one.
+
+    Args:
+        who: Who asks, for the error.
+        model: A ``DiTTransformer2DModel``, or a ``UNet2DModel``.
+        steps: Of DDIM.
+        examples: Images.
+        scheduler: Whose noise the model was trained with, and whose bound on clean items holds. Defaults to 1000 linearly rising
+            betas, without a bound.
+        seed: Of noise and classes.
+
+    Raises:
+        ValueError: Another model.
+
+    Examples:
+        >>> from diffusers import UNet2DModel
+        >>> unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4,
+        ...                    down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1)
+        >>> [int(call["timestep"][0]) for call in drawn("me", unet, steps=4, examples=2)]
+        [750, 500, 250, 0]
+    """
+    form = FORMS.get(type(model).__name__)
+    if form is None or form.conditions != ("class_labels",):
+        known = " or ".join(name for name, each in FORMS.items() if each.conditions == ("class_labels",))
+        raise ValueError(
+            f"{who}: no data for a {type(model).__name__}; expected a {known}, whose inputs can be drawn, or the calls of a "
+            "sampling run as data. Record them with core.process.visited."
+        )
+    config: Any = model.config
+    learned = "learned" if config.out_channels == 2 * config.in_channels else "small"
+    if scheduler is None:
+        view = View(model, Diffusion(variance=learned), clip=None)
+    else:
+        view = adapt(model, scheduler)
+    draw = torch.Generator().manual_seed(seed)
+    device, classes = next(model.parameters()).device, tuple[Tensor, ...]()
+    if view.conditions:
+        kinds = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+        classes = (torch.randint(kinds, (examples,), generator=draw).to(device),)
+    null = config.get("num_embeds_ada_norm")
+    guided = view.guided(GUIDANCE, null) if classes and null else view
+    side = config.sample_size if isinstance(config.sample_size, tuple | list) else (config.sample_size,) * 2
+    shape = (examples, config.in_channels, *side)
+    with taps.at_rest(model):
+        return visited(
+            model,
+            lambda: sample(
+                guided, view.process, DDIM(), shape, *classes, seed=seed, steps=steps, clip=view.clip, device=device
+            ),
+        )

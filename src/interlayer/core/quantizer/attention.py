@@ -21,6 +21,7 @@ from interlayer.core.swap import mentions
 OPERANDS = ("queries", "keys", "values", "probabilities")
 NAME = "interlayer_open"  # of the attention function that transformers calls
 LOST = ("softcap", "s_aux")  # what some models of transformers pass beside the mask
+PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")  # of diffusers, whose function Processor has
 
 
 class Attend(nn.Module):
@@ -157,7 +158,8 @@ def refuses(module: nn.Module) -> str | None:
     if isinstance(module, Attend | Multihead):
         return None
     if hasattr(module, "processor") and hasattr(module, "set_processor"):
-        return "its processor is no module, its products stay in float"
+        known = type(module.processor).__name__ in PROCESSORS
+        return "" if known else f"its processor is a {type(module.processor).__name__}, its products stay in float"
     calls = mentions(module)
     if "ALL_ATTENTION_FUNCTIONS" in calls:
         return ""
@@ -205,10 +207,13 @@ def opened(model: nn.Module, names: Iterable[str]) -> nn.Module:
     several = [n for n in names if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
     if several:
         exchange(model, several, Multihead)  # type: ignore[arg-type]
-    rest = [model.get_submodule(n) for n in names if n not in several]
+    rest: list[Any] = [model.get_submodule(n) for n in names if n not in several]
     for module in rest:
         module.attend = Attend().train(module.training)
-    if any(not isinstance(m, Attention) for m in rest):
+    for module in rest:
+        if hasattr(module, "set_processor"):
+            module.set_processor(Processor())
+    if any(not isinstance(m, Attention) and not hasattr(m, "set_processor") for m in rest):
         hf: Any = need("transformers", "hf", "opened attention")
         hf.AttentionInterface.register(NAME, _transformers)
         hf.AttentionMaskInterface.register(NAME, hf.masking_utils.eager_mask)
@@ -217,6 +222,42 @@ def opened(model: nn.Module, names: Iterable[str]) -> nn.Module:
             if hasattr(config, "_attn_implementation"):
                 config._attn_implementation = NAME
     return model
+
+
+class Processor:
+    """What an ``Attention`` of diffusers calls: its maps and norms, and ``attend`` for the products."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """As the processors in ``PROCESSORS``."""
+        x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+        if x.ndim == 4:
+            x = x.flatten(2).transpose(1, 2)
+        read = encoder_hidden_states
+        length = (x if read is None else read).shape[1]
+        mask = attn.prepare_attention_mask(attention_mask, length, len(x))
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        if read is not None and attn.norm_cross:
+            read = attn.norm_encoder_hidden_states(read)
+        read = x if read is None else read
+        q, k, v = (
+            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for part in (attn.to_q(x), attn.to_k(read), attn.to_v(read))
+        )
+        q, k = (t if norm is None else norm(t) for norm, t in ((attn.norm_q, q), (attn.norm_k, k)))
+        bias = None if mask is None else mask.unflatten(0, (-1, attn.heads))
+        out = attn.attend(q, k, v, causal=False, bias=bias, scale=attn.scale)
+        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+        if hidden_states.ndim == 4:
+            out = out.transpose(1, 2).view(hidden_states.shape)
+        return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
 
 
 def _transformers(

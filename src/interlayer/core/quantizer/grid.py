@@ -344,6 +344,25 @@ def powers(exponents: Int8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return ((exponents.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
+def through(x: Float[Tensor, "..."], grid: Grid, scale: Tensor, zero: Tensor) -> Float[Tensor, "..."]:
+    """``x`` on a grid whose scale and zero are learned too.
+
+    Gradients pass the rounding. Those of the scale are LSQ's (Esser et al., arXiv:1902.08153): ``code - x / scale`` inside the
+    range, the lowest or highest code less the zero outside. The zero gets minus the scale outside.
+
+    Args:
+        x: Values.
+        grid: The grid.
+        scale: Positive.
+        zero: The code that means zero.
+    """
+    step, zero = grid.spread(scale, x), grid.spread(zero, x)
+    wide = grid.grouped(x.to(torch.promote_types(x.dtype, torch.float32)))
+    exact = (wide / step + zero).clamp(grid.low, grid.high)
+    whole = straight(exact, exact.round())
+    return ((whole - zero) * step).view(x.shape).to(x.dtype)
+
+
 def fake_naive(x: Tensor, scale: float, zero: float, low: int, high: int) -> Tensor:
     """One value after the other."""
     codes = [min(max(round(float(v) / scale + zero), low), high) for v in x.flatten()]

@@ -210,10 +210,14 @@ class Packed(_Map):
         if inputs is None:
             few = self.table and not torch.compiler.is_compiling() and x[..., 0].numel() <= FEW
             return self.by_table(x) if few else self.call(x, self.weight)
-        wide = self.conv is not None or (inputs.grid.axis is not None and not self.dynamic)
-        if wide or x.requires_grad:
+        if self.floats or x.requires_grad:
             return self.call(inputs.fake(x), self.weight)
         return self.product(x, inputs)
+
+    @property
+    def floats(self) -> bool:
+        """Whether rounded floats are multiplied, as in a convolution or with scales by channel, and no integers."""
+        return self.conv is not None or (self.inputs is not None and self.inputs.axis is not None and not self.dynamic)
 
     def by_table(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows out"]:
         """``s_w (sum x (c - low) + (low - z) sum x)``, on packed codes."""

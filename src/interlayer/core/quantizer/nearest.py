@@ -19,6 +19,7 @@ from interlayer.core.quantizer.corrected import Corrected
 from interlayer.core.quantizer.grid import By, Grid, LogScaled, Scaled
 from interlayer.core.quantizer.layers import BitMap, Bound, Packed, Round, axis_of, biased, is_conv1d, weight_of
 from interlayer.core.quantizer.observe import observe
+from interlayer.core.quantizer.timed import Clock, Timed, TimedRound
 from interlayer.core.record import QUANTIZE, record
 from interlayer.core.select import At, exchange, select, ties
 from interlayer.core.swap import bypassed
@@ -190,6 +191,7 @@ def packs(
     *,
     opens: Iterable[str] = (),
     norms: Mapping[str, nn.Module] | None = None,
+    clock: Clock | None = None,
 ) -> nn.Module:
     """A copy of a model with these layers in the places of others; ``save`` and ``load`` rebuild it.
 
@@ -197,16 +199,21 @@ def packs(
 
     Args:
         model: Any module. It is not changed.
-        new: ``Packed``, ``PackedEmbedding``, ``BitMap``, ``Corrected``, ``Around``, ``Bound`` and ``Round`` by name.
+        new: ``Packed``, ``PackedEmbedding``, ``BitMap``, ``Corrected``, ``Around``, ``Bound``, ``Round``, ``Timed`` and ``TimedRound``
+            by name.
         options: Noted in the recipe.
         opens: Attentions that are opened first, so that ``new`` finds their operands; see ``attention.opened``.
         norms: Modules whose values the copy takes, by name, such as norms that scales were folded into.
+        clock: That of ``Timed`` and ``TimedRound``; the copy tells it the times of each call.
     """
     result, opens = copy.deepcopy(model), list(opens)
     for name, module in (norms or {}).items():
         result.get_submodule(name).load_state_dict(module.state_dict())
     places = {name: m.structure() for name, m in new.items()}  # type: ignore[operator]
-    record(result, QUANTIZE, options or {}, {"places": places, **({"opens": opens} if opens else {})})
+    structure = {"places": places, **({"opens": opens} if opens else {})}
+    record(result, QUANTIZE, options or {}, structure | ({"clock": clock.structure()} if clock else {}))
+    if clock is not None:
+        result.register_forward_pre_hook(clock, with_kwargs=True)
     return _exchanged(opened(result, opens), new)
 
 
@@ -265,11 +272,21 @@ def restore(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"quantizer.restore: {str(structure)[:80]!r}; expected places.")
     like = next((t for t in model.parameters() if t.is_floating_point()), torch.zeros(()))
     opened(model, structure.get("opens", ()))
-    return _exchanged(model, {n: _hollow(model.get_submodule(n), given, like) for n, given in places.items()})
+    clock = None
+    if "clock" in structure:
+        clock = Clock(**structure["clock"])
+        model.register_forward_pre_hook(clock, with_kwargs=True)
+    return _exchanged(model, {n: _hollow(model.get_submodule(n), given, like, clock) for n, given in places.items()})
 
 
-def _hollow(layer: nn.Module, given: Mapping[str, Any], near: Tensor) -> nn.Module:
+def _hollow(layer: nn.Module, given: Mapping[str, Any], near: Tensor, clock: Clock | None) -> nn.Module:
     kind = given.get("kind")
+    if str(kind).startswith("Timed") and clock is None:
+        raise ValueError(f"quantizer.restore: layers of kind {kind}, and no clock; expected one in the structure.")
+    if kind == "TimedRound":
+        assert clock is not None
+        ones = near.detach().new_ones(given["shape"])
+        return TimedRound(Scaled(Grid(**given["grid"]), ones, torch.zeros_like(ones)), clock)
     if kind == "Bound":
         return Bound(fold=given["fold"])
     if kind == "Round":
@@ -284,11 +301,14 @@ def _hollow(layer: nn.Module, given: Mapping[str, Any], near: Tensor) -> nn.Modu
     weights = Scaled(grid, like.new_ones(shape), like.new_zeros(shape))
     inputs: Any = given["inputs"] and Grid(**given["inputs"])
     if inputs and not given.get("dynamic"):
-        wide = () if inputs.axis is None else (like.shape[1] * getattr(layer, "groups", 1),)
+        wide: tuple[int, ...] = () if inputs.axis is None else (like.shape[1] * getattr(layer, "groups", 1),)
+        if kind == "Timed" and clock is not None:
+            wide = (clock.groups, *wide)
         inputs = Scaled(inputs, like.new_ones(wide), like.new_zeros(wide))
-    if kind not in ("Packed", "BitMap", "Corrected"):
+    if kind not in ("Packed", "BitMap", "Corrected", "Timed"):
         raise ValueError(
-            f"quantizer.restore: layers of kind {kind!r}; expected Packed, PackedEmbedding, BitMap, Corrected, Around, Bound or Round."
+            f"quantizer.restore: layers of kind {kind!r}; expected Packed, PackedEmbedding, BitMap, Corrected, Around, Bound, Round, "
+            "Timed or TimedRound."
         )
     layer = biased(layer) if given.get("bias") else layer
     codes = torch.zeros_like(like, dtype=torch.uint8) + max(grid.low, 0)
@@ -299,6 +319,9 @@ def _hollow(layer: nn.Module, given: Mapping[str, Any], near: Tensor) -> nn.Modu
         factors = (like.new_zeros(out, rank), like.new_zeros(rank, wide_)) if rank else None
         divisor = like.new_ones(wide_) if given["divided"] else None
         return Corrected(layer, weights, codes=codes, inputs=inputs, factors=factors, divisor=divisor)
+    if kind == "Timed":
+        assert clock is not None
+        return Timed(layer, weights, codes=codes, inputs=inputs, clock=clock)
     return Packed(layer, weights, codes=codes, inputs=inputs, table=given.get("table", False))
 
 

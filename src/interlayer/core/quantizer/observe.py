@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -72,7 +73,15 @@ def observe(
         kept: dict[str, list[Tensor]] = {}
         _run(model, data, names, lambda n, x: kept.setdefault(n, []).append(_some(x, axes[n])), side)
         seen = {n: torch.cat(each, -1) for n, each in kept.items()}
-    return {n: grids[n].fit(seen[n].movedim(0, axes[n] or 0), by) for n in names if n in seen}
+    return {n: _fitted(grids[n], seen[n], by) for n in names if n in seen}
+
+
+def _fitted(grid: Grid | LogGrid, seen: Tensor, by: By) -> Scaled | LogScaled:
+    """The grid with scales that suit values [n], or [entries of its axis, n]."""
+    if isinstance(grid, LogGrid) or grid.axis is None:
+        return grid.fit(seen, by)
+    held = replace(grid, axis=0).fit(seen, by)
+    return Scaled(grid, held.scale, held.zero)
 
 
 def extremes(

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from interlayer.core import taps
 from interlayer.core.blockwise import Part, Prefix, blockwise, fit, listed, runs, sequence
 from interlayer.core.kinds import Plan, Row
-from interlayer.core.quantizer.grid import By, Grid, Scaled, straight
+from interlayer.core.quantizer.grid import By, Grid, Scaled, straight, through
 from interlayer.core.quantizer.layers import Packed, is_conv1d, weight_of
 from interlayer.core.quantizer.nearest import layers, packs, rounds
 from interlayer.core.quantizer.observe import observe
@@ -103,25 +103,6 @@ def annealed(share: float, first: float = 20.0, last: float = 2.0) -> float:
     [20.0, 11.0, 2.0]
     """
     return last + 0.5 * (first - last) * (1 + float(torch.tensor(share * torch.pi).cos()))
-
-
-def through(x: Float[Tensor, "..."], grid: Grid, scale: Tensor, zero: Tensor) -> Float[Tensor, "..."]:
-    """``x`` on a grid whose scale and zero are learned too.
-
-    Gradients pass the rounding. Those of the scale are LSQ's (Esser et al., arXiv:1902.08153): ``code - x / scale`` inside the
-    range, the lowest or highest code less the zero outside. The zero gets minus the scale outside.
-
-    Args:
-        x: Values.
-        grid: The grid.
-        scale: Positive.
-        zero: The code that means zero.
-    """
-    step, zero = grid.spread(scale, x), grid.spread(zero, x)
-    wide = grid.grouped(x.to(torch.promote_types(x.dtype, torch.float32)))
-    exact = (wide / step + zero).clamp(grid.low, grid.high)
-    whole = straight(exact, exact.round())
-    return ((whole - zero) * step).view(x.shape).to(x.dtype)
 
 
 class Learned(nn.Module):

@@ -17,7 +17,7 @@ from interlayer.core.blockwise import listed
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
-from interlayer.core.process import DDIM, Diffusion, Guided, Process, View, sample, scheduled, visited
+from interlayer.core.process import drawn
 from interlayer.core.quantizer import Corrected, Grid, alternate, extremes, layers, packs, weight_of
 from interlayer.core.quantizer.modulated import divide, sources
 from interlayer.core.quantizer.smooth import Fold, apply, foldable, one
@@ -26,7 +26,6 @@ from interlayer.core.select import At
 INPUTS = Grid(8, kind="asymmetric")
 LEAST = 1e-4  # magnitude of a feature or column that never moves
 RATIO = 36  # smaller side of a matrix for each rank, at least; 32 of 1152 in DiT-XL
-GUIDANCE = 1.5  # of the sampling runs, as the authors'
 
 
 class DiTAS(Transform):
@@ -66,8 +65,8 @@ class DiTAS(Transform):
     Shapes: any.
 
     Raises:
-        ValueError: An option out of range; from ``plan``: no data for a model that is no ``DiTTransformer2DModel`` (record it with
-            ``core.process.visited``), or no linear map of a block that reads tokens.
+        ValueError: An option out of range; from ``plan``: no data for a model whose inputs ``core.process.drawn`` cannot draw
+            (record them with ``core.process.visited``), or no linear map of a block that reads tokens.
 
     Examples:
         >>> from diffusers import DiTTransformer2DModel
@@ -158,36 +157,9 @@ class DiTAS(Transform):
 
     def drawn(self, model: nn.Module) -> list[dict[str, Any]]:
         """The calls of sampling runs of a DiT, of random classes and guided."""
-        if type(model).__name__ != "DiTTransformer2DModel":
-            raise ValueError(
-                f"ditas: no data for a {type(model).__name__}; expected a DiTTransformer2DModel, whose inputs can be drawn, or the "
-                "calls of a sampling run as data. Record them with core.process.visited."
-            )
-        config: Any = model.config
-        learned = "learned" if config.out_channels == 2 * config.in_channels else "small"
-        process: Process = Diffusion(variance=learned) if self.scheduler is None else scheduled(self.scheduler)
-        view, draw = View(model, process, clip=None), torch.Generator().manual_seed(self.seed)
-        like = next(model.parameters())
-        classes = torch.randint(config.num_embeds_ada_norm, (self.examples,), generator=draw).to(like.device)
-        shape = (self.examples, config.in_channels, config.sample_size, config.sample_size)
-
-        def called(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            found: Tensor = view(x.to(like), t, y)
-            return found.to(x)
-
-        guided = Guided(called, GUIDANCE, config.num_embeds_ada_norm)
-        with taps.at_rest(model), tqdm(total=self.steps, desc="sampling", disable=None, leave=False) as bar:
-
-            def run() -> Tensor:
-                how: Any = {
-                    "seed": self.seed,
-                    "steps": self.steps,
-                    "device": like.device,
-                    "hooks": [lambda step: bar.update()],
-                }
-                return sample(guided, process, DDIM(), shape, classes, **how)
-
-            return visited(model, run)
+        return drawn(
+            self.slug, model, steps=self.steps, examples=self.examples, scheduler=self.scheduler, seed=self.seed
+        )
 
     def searched(
         self,
