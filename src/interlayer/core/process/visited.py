@@ -85,7 +85,7 @@ def times_of(who: str, model: nn.Module) -> tuple[str, int]:
 
 
 def drawn(
-    who: str, model: nn.Module, *, steps: int, examples: int, scheduler: Any = None, seed: int = 0
+    who: str, model: nn.Module, *, steps: int, examples: int, scheduler: Any = None, seed: int = 0, every: bool = False
 ) -> list[dict[str, Any]]:
     """The calls of a sampling run of an unmodified model of diffusers that needs no more than noise and classes, which are random.
 
@@ -99,6 +99,7 @@ def drawn(
         scheduler: Whose noise the model was trained with, and whose bound on clean items holds. Defaults to 1000 linearly rising
             betas, without a bound.
         seed: Of noise and classes.
+        every: Draw each class once before one is drawn again.
 
     Raises:
         ValueError: Another model.
@@ -127,7 +128,10 @@ def drawn(
     device, classes = next(model.parameters()).device, tuple[Tensor, ...]()
     if view.conditions:
         kinds = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
-        classes = (torch.randint(kinds, (examples,), generator=draw).to(device),)
+        chosen = torch.randint(kinds, (examples,), generator=draw)
+        if every:
+            chosen = torch.randperm(kinds, generator=draw).repeat(-(-examples // kinds))[:examples]
+        classes = (chosen.to(device),)
     null = config.get("num_embeds_ada_norm")
     guided = view.guided(GUIDANCE, null) if classes and null else view
     side = config.sample_size if isinstance(config.sample_size, tuple | list) else (config.sample_size,) * 2

@@ -74,8 +74,8 @@ class QuEST(Transform):
         epochs: Over the calls, for each of the two kinds of layers.
         lr: Learning rate of weights, relative to a weight's root mean square.
         scale_lr: Learning rate of scales, relative to the scale.
-        steps: Of the sampling run, where no data is given.
-        examples: Images of the sampling run.
+        steps: Of the sampling run, where no data is given; as many as the rounded model will sample with, or more.
+        examples: Images of the sampling run; at least one for each class, so that no time's grid misses any.
         scheduler: Of diffusers, whose noise the model was trained with. Defaults to 1000 linearly rising betas.
         seed: Of noise, classes and the order of the calls.
         at: Among which layers. Defaults to all.
@@ -133,9 +133,8 @@ class QuEST(Transform):
         """Sample, or take the calls in ``data``, find the ranges at each time, and the layers that are fine-tuned."""
         self.take(others)
         if data is None:
-            data = drawn(
-                self.slug, model, steps=self.steps, examples=self.examples, scheduler=self.scheduler, seed=self.seed
-            )
+            given = {"steps": self.steps, "examples": self.examples, "scheduler": self.scheduler, "seed": self.seed}
+            data = drawn(self.slug, model, **given, every=True)
         calls, clock = split(self.slug, listed(data), *times_of(self.slug, model), self.groups)
         work, opens, rows = opening(model, self.at)
         there, skipped = layers(work, self.at)
