@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from tqdm import tqdm
 
 from interlayer.core import taps
 from interlayer.core.process.adapter import FORMS, View, adapt
 from interlayer.core.process.paths import Diffusion
-from interlayer.core.process.sampling import DDIM, sample
+from interlayer.core.process.sampling import DDIM, Guided, sample
 
 TIMES = ("timestep", "timesteps", "t", "time", "times", "sigma")  # what models call their times
 GUIDANCE = 1.5  # of the sampling runs of a DiT, as the authors of DiTAS have it
@@ -125,21 +126,25 @@ def drawn(
     else:
         view = adapt(model, scheduler)
     draw = torch.Generator().manual_seed(seed)
-    device, classes = next(model.parameters()).device, tuple[Tensor, ...]()
+    like, classes = next(model.parameters()), tuple[Tensor, ...]()
     if view.conditions:
         kinds = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
         chosen = torch.randint(kinds, (examples,), generator=draw)
         if every:
             chosen = torch.randperm(kinds, generator=draw).repeat(-(-examples // kinds))[:examples]
-        classes = (chosen.to(device),)
+        classes = (chosen.to(like.device),)
+
+    def called(x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        found: Tensor = view(x.to(like), t, *conditions)
+        return found.to(x)
+
     null = config.get("num_embeds_ada_norm")
-    guided = view.guided(GUIDANCE, null) if classes and null else view
+    guided: Any = Guided(called, GUIDANCE, null) if classes and null else called
     side = config.sample_size if isinstance(config.sample_size, tuple | list) else (config.sample_size,) * 2
     shape = (examples, config.in_channels, *side)
-    with taps.at_rest(model):
+    with taps.at_rest(model), tqdm(total=steps, desc="sampling", disable=None, leave=False) as bar:
+        how: Any = {"seed": seed, "steps": steps, "clip": view.clip, "device": like.device}
         return visited(
             model,
-            lambda: sample(
-                guided, view.process, DDIM(), shape, *classes, seed=seed, steps=steps, clip=view.clip, device=device
-            ),
+            lambda: sample(guided, view.process, DDIM(), shape, *classes, **how, hooks=[lambda step: bar.update()]),
         )

@@ -293,7 +293,7 @@ def _hollow(layer: nn.Module, given: Mapping[str, Any], near: Tensor, clock: Clo
         return Round.hollow(given, near.detach())
     grid = Grid(**given["grid"])
     if kind == "Around":
-        return Around(_hollow(layer, given["inner"], near) if given["inner"] else layer, grid)
+        return Around(_hollow(layer, given["inner"], near, clock) if given["inner"] else layer, grid)
     if kind == "PackedEmbedding":
         return PackedEmbedding(layer, grid)
     shape = grid.shape(weight_of(layer))
