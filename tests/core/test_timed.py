@@ -7,6 +7,7 @@ import torch
 from families import batch, model, output
 from torch import nn
 
+from interlayer.core.conditioning import AdaLNHead
 from interlayer.core.process import View, drawn, times_of
 from interlayer.core.quantizer import (
     Clock,
@@ -189,3 +190,12 @@ def test_a_u_net_is_sampled_with_classes_of_its_own():
     calls = drawn("me", net, steps=2, examples=2, seed=3)
     assert [c["sample"].shape for c in calls] == [(2, 1, 4, 8)] * 2 and "class_labels" in calls[0]
     assert isinstance(View(net, None, clip=None).conditions, tuple)
+
+
+def test_a_head_of_a_diffusion_transformer_knows_its_packed_convolution():
+    head = AdaLNHead(8, nn.Conv2d(8, 2, 3, padding=1))
+    torch.nn.init.normal_(head.out.weight)
+    x, c = torch.randn(2, 4, 4, 8), torch.randn(2, 8)
+    wanted = head(x, c)
+    head.out = Packed(head.out, Grid(8, 0))
+    torch.testing.assert_close(head(x, c), wanted, rtol=0.1, atol=0.1)

@@ -38,9 +38,10 @@ def places(system):
 
 
 def short(system):
-    """The arm's text; transforms that train or sample take two steps."""
-    steps = system.kind == "transform" and "steps" in inspect.signature(system.resolve()).parameters
-    return f"{system.slug}(steps=2)" if steps else system.slug
+    """The arm's text; transforms that train or sample take two steps, or one epoch."""
+    known = inspect.signature(system.resolve()).parameters if system.kind == "transform" else ()
+    given = ", ".join(text for name, text in (("steps", "steps=2"), ("epochs", "epochs=1")) if name in known)
+    return f"{system.slug}({given})" if given else system.slug
 
 
 @pytest.mark.parametrize("slug", READY)

@@ -137,6 +137,7 @@ class AdaLNHead(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation, self.out = Modulation(width, 2), out
+        self.channels_first = isinstance(out, nn.Conv2d)  # asked here: a packed layer is none
         for p in out.parameters():
             nn.init.zeros_(p)
 
@@ -144,7 +145,7 @@ class AdaLNHead(nn.Module):
         """The normed features through the last layer, which gets [B, D, H, W] if it is a convolution."""
         shift, scale = self.modulation(c, x.ndim - 2)
         x = self.norm(x) * (1 + scale) + shift
-        return self.out(x.movedim(-1, 1)) if isinstance(self.out, nn.Conv2d) else self.out(x)
+        return self.out(x.movedim(-1, 1)) if self.channels_first else self.out(x)
 
 
 def xavier(*parts: nn.Module) -> None:

@@ -269,7 +269,7 @@ CLAIM = Claim(
     "three minutes.",
     scales={
         "smoke": {
-            **SIZES, "width": 8, "steps": 2, "items": 2, "drawn": 2, "examples": 2, "groups": 2, "epochs": 1,
+            **SIZES, "width": 8, "steps": 2, "items": 2, "drawn": 1, "examples": 2, "groups": 1, "epochs": 1,
         },
         "small": SIZES,
         "full": {**SIZES, "width": 128, "steps": 50000, "items": 512, "drawn": 20, "examples": 64, "groups": 10, "epochs": 20},
