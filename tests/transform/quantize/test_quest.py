@@ -72,9 +72,7 @@ def test_layers_with_temporal_information_are_found_by_what_moves_their_inputs()
     found = {
         n
         for n, kind in kinds(
-            QuEST(**SHORT, at=["transformer_blocks.1.norm1.**", "transformer_blocks.1.ff.**", "proj_out_1"]).plan(
-                families.model("dit")
-            )
+            QuEST(**SHORT, at=["transformer_blocks.1.norm1.**", "proj_out_1"]).plan(families.model("dit"))
         ).items()
         if kind.startswith("temporal")
     }
@@ -198,7 +196,7 @@ def test_a_u_net_that_reads_text_is_rounded_and_saved(tmp_path):
     assert any(isinstance(m, TimedRound) for m in new.modules())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "vit", "resnet", "twice"])
+@pytest.mark.parametrize("name", ["gpt2", "vit", "twice"])
 def test_models_that_take_no_times_are_refused(name):
     with pytest.raises(ValueError, match=r"quest: .*expected a diffusion model"):
         QuEST().plan(families.model(name), families.batch(name))
