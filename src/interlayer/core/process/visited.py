@@ -110,7 +110,7 @@ def drawn(
         >>> unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4,
         ...                    down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1)
         >>> [int(call["timestep"][0]) for call in drawn("me", unet, steps=4, examples=2)]
-        [750, 500, 250, 0]
+        [999, 666, 333, 0]
     """
     form = FORMS.get(type(model).__name__)
     if form is None or form.conditions != ("class_labels",):
