@@ -20,6 +20,7 @@ Measure: TypeAlias = Callable[[Tensor], Tensor]
 LEAST = 1e-12  # scale of a tensor of zeros
 FEWEST = 16  # values in a group, where there are more
 RATIOS = 100  # ranges that the search for the least squared error tries
+SEARCHED = 2**18  # numbers that it holds at a time
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,14 @@ class Grid:
         if by == "mse" or callable(by):
             best = torch.full_like(lowest, torch.inf)
             share = torch.ones_like(lowest)
-            for step in range(RATIOS, 0, -1):
-                scale, zero = self.cover(lowest * step / RATIOS, highest * step / RATIOS)
-                codes = (rows / scale[:, None] + zero[:, None]).round().clamp(self.low, self.high)
-                off = (codes - zero[:, None]) * scale[:, None] - rows
-                error = by(off) if callable(by) else off.abs().pow(power).sum(1)
-                share = torch.where(error < best, step / RATIOS, share)
+            some = 1 if callable(by) else max(1, SEARCHED // rows.numel())  # ranges at a time
+            for first in range(RATIOS, 0, -some):
+                steps = torch.arange(first, max(first - some, 0), -1).to(rows)[:, None]
+                scale, zero = self.cover(lowest * steps / RATIOS, highest * steps / RATIOS)
+                codes = (rows / scale[..., None] + zero[..., None]).round().clamp(self.low, self.high)
+                off = (codes - zero[..., None]) * scale[..., None] - rows
+                error, at = (by(off[0])[None] if callable(by) else off.abs().pow(power).sum(-1)).min(0)
+                share = torch.where(error < best, (first - at) / RATIOS, share)
                 best = torch.minimum(error, best)
             lowest, highest = lowest * share, highest * share
         scale, zero = self.cover(lowest, highest)
