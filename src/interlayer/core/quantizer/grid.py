@@ -128,8 +128,9 @@ class Grid:
         """The grid with groups that divide this many values: of the largest divisor up to ``group``, and none where that is below 16
         or all of them.
 
-        >>> [Grid(4, 0, group=64).divided(n).group for n in (64, 96, 128, 67)]
-        [None, 48, 64, None]
+        Examples:
+            >>> [Grid(4, 0, group=64).divided(n).group for n in (64, 96, 128, 67)]
+            [None, 48, 64, None]
         """
         if self.group is None:
             return self

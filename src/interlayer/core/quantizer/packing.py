@@ -21,8 +21,9 @@ def stored(bits: int) -> int:
 def each(bits: float) -> int:
     """How many codes are in a byte.
 
-    >>> [each(bits) for bits in (1, 1.58, 2, 3, 4, 8)]
-    [8, 5, 4, 2, 2, 1]
+    Examples:
+        >>> [each(bits) for bits in (1, 1.58, 2, 3, 4, 8)]
+        [8, 5, 4, 2, 2, 1]
     """
     return 5 if bits == TERNARY else 8 // stored(int(bits))
 
