@@ -53,6 +53,19 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(data.images, dtype=torch.float32).unsqueeze(1), torch.tensor(data.target, dtype=torch.long)
 
 
+def digit_batches() -> tuple[tuple[Tensor, Tensor], ...]:
+    """Twenty batches of 64 digits drawn by torch's generator, between 0 and 1: what examples of rules learn from.
+
+    Examples:
+        >>> images, labels = digit_batches()[0]
+        >>> images.shape, images.max().item()
+        (torch.Size([64, 1, 8, 8]), 1.0)
+    """
+    images, labels = digits()
+    order = torch.randperm(len(labels))[:1280].view(20, 64)
+    return tuple((images[batch] / 16, labels[batch]) for batch in order)
+
+
 @cache
 def split_digits() -> Split:
     """The digits, standardised; every fifth is held out."""

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from interlayer.core import quantizer, taps
 from interlayer.core.blockwise import listed
 from interlayer.core.example import Example
-from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.process import drawn
 from interlayer.core.quantizer import Corrected, Grid, alternate, extremes, layers, packs, weight_of
 from interlayer.core.quantizer.modulated import divide, sources
 from interlayer.core.quantizer.smooth import Fold, apply, foldable, one
 from interlayer.core.select import At
+from interlayer.transform.quantize._dit import tiny_dit
 
 INPUTS = Grid(8, kind="asymmetric")
 LEAST = 1e-4  # magnitude of a feature or column that never moves
@@ -245,17 +245,4 @@ def _plain() -> tuple[nn.Module, Tensor]:
     return Transformer(8, 4, 1, 8, 2), torch.randint(8, (2, 4))
 
 
-def _dit() -> tuple[nn.Module, Any]:
-    diffusers: Any = need("diffusers", "hf", "ditas.EXAMPLE")
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=4, in_channels=2, num_layers=1, sample_size=4, patch_size=2,
-        num_embeds_ada_norm=10, norm_num_groups=1,
-    )  # fmt: skip
-    return model, {
-        "hidden_states": torch.randn(2, 2, 4, 4),
-        "timestep": torch.tensor([3, 7]),
-        "class_labels": torch.tensor([1, 2]),
-    }
-
-
-EXAMPLE = Example(make=lambda: DiTAS(alphas=3), inputs=_plain, hf=_dit)
+EXAMPLE = Example(make=lambda: DiTAS(alphas=3), inputs=_plain, hf=tiny_dit)

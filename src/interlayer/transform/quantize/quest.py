@@ -15,7 +15,6 @@ from tqdm import tqdm
 from interlayer.core import quantizer, taps
 from interlayer.core.blockwise import Part, fit, listed
 from interlayer.core.example import Example
-from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.process import drawn, times_of
 from interlayer.core.quantizer import (
@@ -37,6 +36,7 @@ from interlayer.core.quantizer.layers import axis_of
 from interlayer.core.quantizer.reconstruct import wide
 from interlayer.core.quantizer.smooth import one
 from interlayer.core.select import At
+from interlayer.transform.quantize._dit import tiny_dit
 
 FLOAT = 16  # bits that stand for no rounding
 LOOKED = 4  # calls, at times far apart, by which the harm of a layer is measured
@@ -342,17 +342,4 @@ def _plain() -> tuple[nn.Module, Any]:
     return model, {"x": torch.randn(4, 1, 4, 4), "t": torch.tensor([3, 7, 900, 3]), "y": torch.tensor([0, 1, 2, 3])}
 
 
-def _dit() -> tuple[nn.Module, Any]:
-    diffusers: Any = need("diffusers", "hf", "quest.EXAMPLE")
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=4, in_channels=2, num_layers=1, sample_size=4, patch_size=2,
-        num_embeds_ada_norm=10, norm_num_groups=1,
-    )  # fmt: skip
-    return model, {
-        "hidden_states": torch.randn(2, 2, 4, 4),
-        "timestep": torch.tensor([3, 7]),
-        "class_labels": torch.tensor([1, 2]),
-    }
-
-
-EXAMPLE = Example(make=lambda: QuEST(epochs=1), inputs=_plain, hf=_dit)
+EXAMPLE = Example(make=lambda: QuEST(epochs=1), inputs=_plain, hf=tiny_dit)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interlayer.core import aside, datasets
+from interlayer.core import aside
 from interlayer.core.data import answer, run
+from interlayer.core.datasets import digit_batches
 from interlayer.core.example import Example
 from interlayer.core.factored import CONVOLUTIONS, factored
 from interlayer.core.kinds import Row, Rule
@@ -418,16 +419,10 @@ class DLRT(Rule):
         self.rest.load_state_dict(state["rest"])
 
 
-def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
-    images, labels = datasets.digits()
-    order = torch.randperm(len(labels))[:1280].view(20, 64)
-    return tuple((images[batch] / 16, labels[batch]) for batch in order)
-
-
 def _net() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10)
     )  # fmt: skip
 
 
-EXAMPLE = Example(make=lambda: DLRT(_net(), tolerance=0.3), inputs=_digits)
+EXAMPLE = Example(make=lambda: DLRT(_net(), tolerance=0.3), inputs=digit_batches)

@@ -59,7 +59,7 @@ SPACES: dict[str, type[WeightSpace]] = {POOLED: Pooled, PAIRED: NoPairs, SWAPPED
 
 
 class Places(DWSNet):
-    """Each weight comes with its position, so that neurons are told apart."""
+    """Each weight comes with its position, which breaks the symmetry."""
 
     def forward(self, weights: Tensor) -> Tensor:
         place = torch.linspace(-1, 1, weights.shape[1], dtype=weights.dtype).expand_as(weights)

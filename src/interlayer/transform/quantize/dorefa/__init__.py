@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.core import aside, datasets
+from interlayer.core import aside
 from interlayer.core.data import answer, run
+from interlayer.core.datasets import digit_batches
 from interlayer.core.example import Example
 from interlayer.core.kinds import Row, Rule
 from interlayer.core.quantizer import BitMap, Bound, Packed, layers, packs
@@ -185,10 +186,4 @@ def net(width: int = 8) -> nn.Sequential:
     )  # fmt: skip
 
 
-def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
-    images, labels = datasets.digits()
-    order = torch.randperm(len(labels))[:1280].view(20, 64)
-    return tuple((images[batch] / 16, labels[batch]) for batch in order)
-
-
-EXAMPLE = Example(make=lambda: DoReFa(net(4)), inputs=_digits)
+EXAMPLE = Example(make=lambda: DoReFa(net(4)), inputs=digit_batches)

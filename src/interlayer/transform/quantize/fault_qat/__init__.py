@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from interlayer.core import aside, datasets
+from interlayer.core import aside
 from interlayer.core.data import answer, run
+from interlayer.core.datasets import digit_batches
 from interlayer.core.example import Example
 from interlayer.core.faults import Devices, Stuck, draw_devices
 from interlayer.core.kinds import Rule
@@ -242,14 +243,8 @@ class FaultQAT(Rule):
                 self.learned[name].copy_(value)
 
 
-def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
-    images, labels = datasets.digits()
-    order = torch.randperm(len(labels))[:1280].view(20, 64)
-    return tuple((images[batch] / 16, labels[batch]) for batch in order)
-
-
 def _net() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
-EXAMPLE = Example(make=lambda: FaultQAT(_net(), stuck=0.1, spread=0.1), inputs=_digits)
+EXAMPLE = Example(make=lambda: FaultQAT(_net(), stuck=0.1, spread=0.1), inputs=digit_batches)
