@@ -25,10 +25,8 @@ USUAL = (
     ("digits", "resnet18(width=8)"),
     ("stdlib-bytes", "transformer(depth=2, width=32, heads=2)"),
 )
-
-
-# A base that samples sooner than the usual one.
-SMALLER = {"digits-flow": "dit(depth=1, width=16, heads=2)"}
+# Bases that are sooner trained, or sample sooner, than a task's own.
+SMALLER = {"stdlib-bytes": dict(USUAL)["stdlib-bytes"], "digits-flow": "dit(depth=1, width=16, heads=2)"}
 
 
 def places(system):
