@@ -1,4 +1,4 @@
-"""Parametric spans: every classical layer as one construction, its derivatives too."""
+"""Parametric spans: every classical layer as one construction, its derivatives too, and a network trained by them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, effect, fits
-from interlayer.layers.mixing.parametric_spans import Span, attention, convolution, dense, graph, pooling
+from interlayer.claims import Claim, Scale, check, effect, fits, mechanism
+from interlayer.core import datasets
+from interlayer.core.fit import fit
+from interlayer.layers.mixing.parametric_spans import (
+    ParametricSpan,
+    Span,
+    SpanNet,
+    attention,
+    convolution,
+    dense,
+    graph,
+    pooling,
+)
 
 Case = tuple[Span, Tensor, Tensor, Tensor]  # span, inputs, weights as the span takes them, torch's own output
 
@@ -64,16 +75,89 @@ CASES: dict[str, Callable[[int], Case]] = {
 }
 
 
+MOVED, SHUFFLED = "source map moved by one", "target map shuffled"
+OURS, WRONG = "trained by spans", "trained by the derivatives of moved spans"
+
+
 def _draw(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+def changed(span: Span, how: str) -> Span:
+    """The span with one of its maps wrong; unchanged for other words."""
+    if how == MOVED:
+        return Span(span.source.roll(1), span.target, span.weight, span.sizes, span.mass)
+    if how == SHUFFLED:
+        return Span(span.source, span.target[torch.randperm(span.edges)], span.weight, span.sizes, span.mass)
+    return span
+
+
+class ByConstruction(torch.autograd.Function):
+    """A span's layer whose derivatives are the span's own, not those of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, span: Span, slopes: Span) -> Tensor:
+        """The layer."""
+        ctx.save_for_backward(x, w)
+        ctx.slopes = slopes
+        return span.push(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The same construction with the maps exchanged."""
+        (x, w), (dy,) = ctx.saved_tensors, grads
+        return ctx.slopes.adjoint().push(dy, w.transpose(1, 2)), ctx.slopes.weight_gradient(x, dy), None, None
+
+
+class Constructed(nn.Module):
+    """A layer of a network with such derivatives."""
+
+    def __init__(self, layer: ParametricSpan, how: str) -> None:
+        super().__init__()
+        self.layer, self.slopes = layer, changed(layer.span, how)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``ParametricSpan.forward``."""
+        y = ByConstruction.apply(x, self.layer.weight, self.layer.span, self.slopes)
+        return y if self.layer.bias is None else y + self.layer.bias[:, None]
+
+
+def _trained(arm: str, seed: int, scale: Scale) -> dict[str, float]:
+    """How far the weights of a network that is trained by the construction come from those of its twin of torch's operators."""
+    (x, y), (held, truth) = datasets.split_digits()
+    torch.manual_seed(seed)
+    net: Any = SpanNet(width=scale.width).double()
+    twin = SpanNet(width=scale.width, spans=False).double()
+    twin.load_state_dict(net.state_dict())
+    before = torch.cat([p.detach().flatten() for p in net.parameters()])
+    ours, theirs = list(net.parameters()), list(twin.parameters())
+    for i, layer in enumerate(net.layers):
+        if isinstance(layer, ParametricSpan):
+            net.layers[i] = Constructed(layer, MOVED if arm == WRONG else "")
+    net.head = Constructed(net.head, MOVED if arm == WRONG else "")
+    x, held = x.double(), held.double()
+    for model in (net, twin):
+        draw = torch.Generator().manual_seed(seed)
+        rows = (torch.randint(len(x), (64,), generator=draw) for _ in range(scale.steps))
+        fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=scale.steps, lr=1e-2, seed=seed)
+    a, b = (torch.cat([p.detach().flatten() for p in ps]) for ps in (ours, theirs))
+    with torch.no_grad():
+        right = [float((m(held).argmax(-1) == truth).double().mean()) for m in (net, twin)]
+    return {
+        "distance from torch's weights": float((a - b).norm() / (b - before).norm()),
+        "accuracy": right[0],
+        "accuracy of torch's": right[1],
+    }
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Largest relative error against torch's own operator: of the output, and of both derivatives made by the construction."""
+    if arm in (OURS, WRONG):
+        return _trained(arm, seed, scale)
     torch.manual_seed(seed)
-    span, x, w, theirs = CASES.get(arm, _conv)(scale.sites)
-    if arm == "source map moved by one":
-        span = Span(span.source.roll(1), span.target, span.weight, span.sizes, span.mass)
+    case, _, how = arm.partition(", ")
+    span, x, w, theirs = CASES[case](scale.sites)
+    span = changed(span, how)
     dy = torch.randn_like(theirs)
     leaves = [t for t in (x, w) if t.requires_grad]  # pooling and attention have no learned weight
     slopes = [span.adjoint().push(dy, w.transpose(1, 2)), span.weight_gradient(x, dy)]
@@ -85,10 +169,35 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
 
 
 CLAIM = Claim(
-    says="Dense, convolution (strided, dilated), locally connected, pooling, graph and attention-weighted layers are the same "
-    "span construction: values and derivatives equal torch's to 1e-12.",
+    says="Dense, convolution (strided, dilated), locally connected, pooling, graph and attention-weighted layers are the same span "
+    "construction: values and derivatives equal torch's to 1e-12. A network that is trained by the construction's derivatives "
+    "takes the course of its twin of torch's operators.",
     measure=measure,
-    arms=tuple(CASES),
-    statements=tuple(effect("", fits("error", arm, high=1e-12), control="source map moved by one") for arm in CASES),
-    scales={"smoke": {"sites": 8}, "small": {"sites": 24}, "full": {"sites": 96}},
+    arms=(*CASES, OURS),
+    statements=(
+        *(
+            mechanism(
+                f"Values and derivatives of the span of {name} equal torch's",
+                fits("error", name, high=1e-12),
+                control=f"{name}, {SHUFFLED}",
+                mutant=f"{name}, {MOVED}",
+            )
+            for name in CASES
+        ),
+        effect(
+            "Trained on digits by the construction's derivatives, weights end where torch's do, to 1e-6 of the way that they went",
+            fits("distance from torch's weights", OURS, high=1e-6),
+            control=WRONG,
+        ),
+    ),
+    checks=(check("The twin of torch's operators reads 85% of digits", fits("accuracy of torch's", OURS, low=0.85)),),
+    pilots="Seeds 1000 to 1003, 24 sites: largest relative errors 0 (pooling) to 1.5e-15 (convolution); with the target map "
+    "shuffled 1.45 to 1.73, with the source map moved by one 0.95 to 1.65. Networks of 3 convolutions of width 8, 60 steps of 64 "
+    "digits at 1e-2: the weights end 1.6e-15 of the way from torch's, with moved derivatives 2.4; .96 of held-out digits right, "
+    ".31 with moved derivatives. All in double precision, so that no rate or size changes what is asked.",
+    scales={
+        "smoke": {"sites": 8, "width": 4, "steps": 2},
+        "small": {"sites": 24, "width": 8, "steps": 60},
+        "full": {"sites": 96, "width": 64, "steps": 2000},
+    },
 )
