@@ -19,7 +19,7 @@ from interlayer.core.task import Task, TensorTask
 from interlayer.layers.stream.ssl_interface import hidden_states
 from interlayer.models import Transformer
 
-PROBES = {"byte": 128, "byte before": 128, "token": 8, "nesting": 4}  # from what the first layers hold to the last
+PROBES = {"byte": 128, "byte before": 128, "token": 8, "next byte": 128}  # from what the first layers hold to the last
 KEYWORD, NAME, NUMBER, STRING, COMMENT, OPERATOR, SPACE = range(1, 8)
 BY_TYPE = {kinds.NAME: NAME, kinds.NUMBER: NUMBER, kinds.STRING: STRING, tokenize.COMMENT: COMMENT, kinds.OP: OPERATOR}
 
@@ -38,19 +38,16 @@ def labelled(count: int) -> tuple[Tensor, Tensor]:
         if not source.isascii() or not 4000 < len(source) < 60_000:
             continue
         text = torch.tensor(list(source))
-        token, nesting = torch.full_like(text, SPACE), torch.zeros_like(text)
+        token = torch.full_like(text, SPACE)
         starts = [0]
         for line in source.split(b"\n"):
             starts.append(starts[-1] + len(line) + 1)
-        depth = 0
         for t in tokenize.tokenize(io.BytesIO(source).readline):
             if t.type in BY_TYPE:
                 here = slice(starts[t.start[0] - 1] + t.start[1], starts[t.end[0] - 1] + t.end[1])
                 token[here] = KEYWORD if keyword.iskeyword(t.string) else BY_TYPE[t.type]
-                depth += (t.string in ("(", "[", "{")) - (t.string in (")", "]", "}"))
-                nesting[here.start :] = min(depth, 3)
         texts.append(text)
-        labels.append(torch.stack([text, text.roll(1), token, nesting], -1))
+        labels.append(torch.stack([text, text.roll(1), token, text.roll(-1)], -1))
     return torch.cat(texts), torch.cat(labels)
 
 
