@@ -7,6 +7,7 @@ import math
 from functools import lru_cache
 from statistics import mean
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ def _order(arm: str, seed: int) -> float:
     tokens = torch.randint(32, (4, 8), generator=torch.Generator().manual_seed(seed))
     changes = []
     for size in (1e-2, 1e-3):
-        model = built(lambda: Transformer(vocab=32, length=8, depth=6, width=16, heads=2), seed).double()
+        model: Any = built(lambda: Transformer(vocab=32, length=8, depth=6, width=16, heads=2), seed).double()
         noise = torch.Generator().manual_seed(seed)
         for weights in model.trunk.blocks.parameters():
             nn.init.normal_(weights, std=0.3, generator=noise)
@@ -119,7 +120,7 @@ def measure(arm: str, seed: int, scale: SimpleNamespace) -> dict[str, float]:
             for s in draws
         ]
         result[f"loss_{size}"] = mean(losses)
-        result[f"depth_{size}"] = cost(execution(variant, DEPTH, start, end, loops=loops))["depth"]  # type: ignore[arg-type]
+        result[f"depth_{size}"] = cost(execution(variant, DEPTH, start, end, loops=loops))["depth"]
     result["loss"] = mean(result[f"loss_{size}"] for size in scale.middles)
     if arm in (LOOPED, RANDOM):
         result["order of the change"] = _order(arm, seed)
