@@ -158,7 +158,7 @@ CLAIM = Claim(
     statements=(
         mechanism(
             "After training, a layer that copies another has exactly its weights",
-            fits("most between tied layers", OURS, high=0.0),
+            fits("most between tied layers", OURS, high=1e-6),
             control=INERT,
             mutant=ONCE,
         ),
@@ -214,7 +214,9 @@ CLAIM = Claim(
     "2.77 2.66, 2.84 2.74; tied 2.83 2.76, 2.81 2.79, 3.08 2.82. Trained share .52 .57, random .64 .54. Ties where they pay, six "
     "seeds: .97 to 1, no reward .52 to .83, the other sign .02 to .67. 240 steps on 24 texts of 48 (2e-3, 5e-3): untied 3.36, 4.54, tied "
     "3.13, 3.27, one layer 2.93, 3.14; at 1e-3, near their best, 2.88 2.89 and 2.84 2.87. So ties help where training overfits; the gain "
-    "is small or gone at the best rate.",
+    "is small or gone at the best rate. After the "
+    "reported run, which gave exactly 0, the bound of the first statement went from 0, which no interval at 0 leaves out, to 1e-6; it "
+    "alone was judged again, on the same values.",
     scales={
         "smoke": {
             "depth": 3,
