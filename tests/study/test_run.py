@@ -186,6 +186,14 @@ def test_a_diverged_run_counts_as_a_predictor_that_ignores_its_inputs(tmp_path):
     assert not alone.finished  # nothing but divergence
 
 
+def test_a_run_that_ends_far_above_where_it_began_has_diverged(tmp_path):
+    result, said = run(tmp_path, arms=["plain", "lr=30"], seeds=1)
+    assert result.of("lr=30")[0].state == "diverged" and re.search(
+        r"the loss is [\d.e+]+ at the end, and was [\d.]+ in the first", said
+    )
+    assert result.values("lr=30", "loss")[0] == pytest.approx(2.303, abs=0.05)
+
+
 def test_an_arm_that_equals_the_baseline_is_refused_unless_allowed(tmp_path):
     result, said = run(tmp_path, arms=["plain", "width=16", "width=16+weight_decay=0.0"])
     assert {r.state for r in result.of("width=16")} == {"failed"} and "equals the baseline 'plain'" in said

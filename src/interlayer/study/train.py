@@ -29,8 +29,11 @@ OTHERS = 10_000  # what is added to a seed for the next model that a transform m
 Emit = Callable[[dict[str, Any]], None]
 
 
+FAR = 10  # times the first training loss; a run that ends above it has diverged
+
+
 class Diverged(RuntimeError):
-    """The training loss is no longer a finite number."""
+    """The loss is no longer a finite number, or ends far above where it began."""
 
 
 @dataclass
@@ -153,7 +156,7 @@ def train(
         measure: Whether to count all costs, which are the same for every seed; otherwise only parameters and step time.
 
     Raises:
-        Diverged: The loss is not finite.
+        Diverged: The loss is not finite, or ends ten times above that of the first steps.
     """
     record = record if record is not None else Record()
     learner = _learner(arm, task, job, seed, lr)
@@ -259,6 +262,11 @@ def _judge(learner: Learner, record: Record, emit: Emit, *, last: bool) -> None:
     emit({"what": "eval", "step": record.steps, "value": found[learner.task.metric], "last": last})
     if not all(math.isfinite(v) for v in found.values()):
         raise Diverged(f"validation gives {found} at step {record.steps}.")
+    loss, first = found.get("loss", 0.0), record.train[0][1] if record.train else math.inf
+    if (
+        last and loss > FAR * abs(first) and not learner.arm.transforms
+    ):  # what a transform does to a model counts as it is
+        raise Diverged(f"the loss is {loss:.4g} at the end, and was {first:.4g} in the first steps.")
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
