@@ -50,6 +50,7 @@ ACTIVATIONS: dict[str, Any] = {
 }
 ON_TEXT = {OURS: partial(HeLU, 0.05)}  # the authors' alpha; see `pilots`
 RATES = {OURS: 3e-3, WITHOUT: 5e-3, "relu": 5e-3, "gelu": 5e-3}  # on digits; see `pilots`
+SEEDS = 100  # see `pilots`
 ARMS = (OURS, "relu", "gelu", "leaky-relu", "silu")
 
 
@@ -81,36 +82,35 @@ def equation_error(act: nn.Module, seed: int) -> float:
     return float((y - x.clamp_min(0)).detach().abs().max() + (slope - (x > -ALPHA).double()).abs().max())
 
 
-def revived(act: nn.Module, seed: int) -> tuple[float, float]:
-    """Of units that are silent for every input, the shares that fire after 100 steps of gradient descent.
+def revived(act: nn.Module, seed: int, deep: float) -> float:
+    """Of 32 units that are silent for every input, the share that fire after 100 steps of gradient descent.
 
-    First of units that lie less than alpha below 0 for every input, then of others that lie further below.
+    Every unit gets numbers between ``-deep - alpha / 2`` and ``-deep``.
     """
     draw = torch.Generator().manual_seed(seed)
     x = torch.rand(64, 4, generator=draw)
-    first = nn.Linear(4, 64)
-    depths = (0.5 + 0.4 * torch.rand(64, generator=draw)) * ALPHA
-    depths[32:] += 1.5 * ALPHA
+    first, last = nn.Linear(4, 32), nn.Linear(32, 1)
     with torch.no_grad():
-        first.weight.copy_(0.1 * ALPHA * (torch.rand(64, 4, generator=draw) - 0.5))
-        first.bias.copy_(-depths)
-    net = nn.Sequential(first, act, nn.Linear(64, 1))
-    nn.init.constant_(net[2].weight, 0.1)  # type: ignore[arg-type]
-    optimiser = torch.optim.SGD(net.parameters(), 0.1)
+        first.weight.copy_(0.05 * ALPHA * (torch.rand(32, 4, generator=draw) - 0.5))
+        first.bias.copy_(-deep - ALPHA * (0.1 + 0.3 * torch.rand(32, generator=draw)))
+    nn.init.constant_(last.weight, 0.1)
+    nn.init.zeros_(last.bias)
+    net = nn.Sequential(first, act, last)
+    optimiser = torch.optim.SGD(first.parameters(), 0.1)
     for _ in range(100):
         optimiser.zero_grad()
         (net(x) - 10).square().mean().backward()
         optimiser.step()
-    fires = (first(x) > 0).any(0).float()
-    return float(fires[:32].mean()), float(fires[32:].mean())
+    return float((first(x) > 0).any(0).float().mean())
 
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """The equation, units that come back, a deep narrow MLP on digits, and a Transformer on text."""
+    seed += SEEDS
     found: dict[str, float] = {}
     if arm in ACTIVATIONS:
         found["equation error"] = equation_error(ACTIVATIONS[arm](), seed)
-        near, far = revived(ACTIVATIONS[arm](), seed)
+        near, far = (revived(ACTIVATIONS[arm](), seed, deep * ALPHA) for deep in (0.25, 1.25))
         found |= {"revived near 0": near, "revived far below": far, "revived near less far": near - far}
     if arm in (ABOVE, EVERYWHERE):
         return found
@@ -187,7 +187,11 @@ CLAIM = Claim(
     "fall, HeLU of alpha 1 most. Six seeds, depth 12 at .005: ReLU .933, HeLU .921, GELU .941. Text, width 32, length 32, 150 "
     "steps, seeds 1000 and 1001, rates .003, .006, .01: ReLU 2.449, 2.424, 2.479; HeLU of alpha .05 2.460, 2.437, 2.439, of .3 "
     "2.500, 2.496, 2.504, of 1 2.527, 2.624, 2.593; GELU 2.493, 2.456, 2.554; .02 and .04 are worse for all. So alpha is 1 on "
-    "digits, and the authors' .05 on text, at .006.",
+    "digits, and the authors' .05 on text, at .006. A first run on seeds 0 to 11 showed nothing by its second mechanism: units "
+    "near 0 and far below shared one net, where the near ones fitted the targets before the far ones of the mutant came back, as "
+    "the pilots had shown already. They now have a net each. The effects of that run: dead units 0.046 [0.009, 0.082] fewer, "
+    "accuracy -0.005 [-0.017, 0.007], loss on text higher by 0.021 [0.000, 0.042]. Nothing of them was changed; models and "
+    "batches are of new seeds, 100 and up.",
     scales={
         "smoke": {"depth": 3, "steps": 2, "width": 16, "length": 16, "text": 2, "judged": 1},
         "small": {"depth": 8, "steps": 200, "width": 32, "length": 32, "text": 150, "judged": 6},
