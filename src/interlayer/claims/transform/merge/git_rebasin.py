@@ -22,6 +22,7 @@ from interlayer.transform.merge.git_rebasin import GitRebasin, match_weights, ma
 METHODS = ("weights", "activations", "straight-through")
 UNMATCHED, RANDOM = "unmatched", "random"
 INVERSE, INCOMING = "inverse permutation", "incoming weights alone"
+SEEDS = 100  # see `pilots`
 Data = tuple[Tensor, Tensor]
 State = dict[str, Tensor]
 
@@ -38,13 +39,15 @@ def net(width: int) -> nn.Sequential:
 
 
 @lru_cache(maxsize=64)
-def _trained(width: int, steps: int, seed: int, part: int | None = None, lr: float = 1e-3) -> nn.Module:
+def _trained(
+    width: int, steps: int, seed: int, part: int | None = None, lr: float = 1e-3, clip: float | None = None
+) -> nn.Module:
     torch.manual_seed(seed)
     model = net(width)
     x, y = _train() if part is None else _split(seed // 2)[part]
     chance = torch.Generator().manual_seed(seed)
     rows = (torch.randint(len(x), (64,), generator=chance) for _ in range(steps))
-    fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=steps, lr=lr, clip=None)
+    fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=steps, lr=lr, clip=clip)
     return model.eval()
 
 
@@ -132,6 +135,7 @@ def _loss(model: nn.Module) -> float:
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """What is exact, and barriers of the validation loss between two networks trained from different initial weights."""
+    seed += SEEDS
     found = {} if arm in METHODS[1:] else _exact(arm, seed, scale.exact)
     if arm in (INVERSE, INCOMING):
         return found
@@ -147,9 +151,8 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     found["barrier"], found["barrier left"] = found[f"barrier at width {wide}"], left[f"width {wide}"]
     found["fall of the barrier left"] = left[f"width {narrow}"] - left[f"width {wide}"]
     found["accuracy alone"] = judge(_trained(wide, scale.steps, 2 * seed), "digits")["accuracy"]
-    a, b, every = (
-        _trained(wide, scale.split, s, part, 3e-3) for s, part in ((2 * seed, 0), (2 * seed + 1, 1), (2 * seed, None))
-    )
+    parts = ((2 * seed, 0), (2 * seed + 1, 1), (2 * seed, None))
+    a, b, every = (_trained(wide, scale.split, s, part, 2e-3, 1.0) for s, part in parts)
     merged, least = _loss(interpolate(a, _aligned(a, b, arm, seed, scale.matching), 0.5)), min(_loss(a), _loss(b))
     found |= {"merged loss": merged, "gain over each part": least - merged, "gain of all images": least - _loss(every)}
     return found
@@ -209,10 +212,15 @@ CLAIM = Claim(
     ".02 -.06 .05, so that a fall of 0.05 is asked for. Split data, loss of the better part less that of the merge, seeds 1000 to"
     " 1005: width 256, 300 steps at 0.003 -.05 .03 .04 .00 .05 .03; 600 steps at 0.003 -.41 .01 .06 .02 .04 .02; 800 at 0.001 .01"
     " .02 -.02 .00 -.05 -.02, 200 at 0.001 -.04 -.06 -.05 -.04; width 128, 300 at 0.01 .17 -.09 -.04. Merges by activations are "
-    "alike.",
+    "alike. A first run on seeds 0 to 11, 300 steps at 0.003 without clipping, was void: a network of all images was better than "
+    "the parts by 0.020 [-0.038, 0.077] only, as losses jumped from step to step at that rate (the pilots, seeds 1000 to 1007, "
+    "had .04 to .11). Its effects: left .041 of the barrier at width 256, .155 more at 32, gain of the merge 0.007 [-0.075, "
+    "0.090]. With 0.002 and gradients clipped, seeds 1000 to 1009, 600 steps, all images gain .02 to .13, the merge .04 .08 .03 "
+    ".05 -.01 .01 .06 -.01 .06 .01 (400 steps .04 .07 .02 .05 -.01 .00 .06 .01 .02 .00; 200 .08 .05 .02 .03 -.03 .04 .05 -.01 .01"
+    " -.05). Chosen: that, and pairs of new seeds, 100 and up, for all statements.",
     scales={
         "smoke": {"exact": 6, "widths": (8, 16), "steps": 10, "early": (), "split": 10, "matching": 2},
-        "small": {"exact": 16, "widths": (32, 256), "steps": 200, "early": (20, 100), "split": 300, "matching": 60},
+        "small": {"exact": 16, "widths": (32, 256), "steps": 200, "early": (20, 100), "split": 600, "matching": 60},
         "full": {
             "exact": 64,
             "widths": (32, 64, 256, 512, 2048),
