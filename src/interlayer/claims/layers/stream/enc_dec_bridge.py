@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, Scale, effect, lowest
+from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
 from interlayer.core.extras import need
 from interlayer.layers.stream.enc_dec_bridge import EncDecBridge
 from interlayer.study.translation import END, PAD, START, VOCAB, sentences
+
+TUNED, MIRRORED, ONES = "fine-tune", "fine-tune: granularity", "fine-tune: ones"
+ANEW, LEARNED, ANEW_MIRRORED = "anew", "anew: original", "anew: granularity"
+FINE = (TUNED, MIRRORED, ONES)
+FIXED, STRAIGHT, FIRST = "anew: original, fixed", "granularity in the same order", "original of the first layer"
+# Learning rate of each arm; see `pilots`.
+RATES = {TUNED: 6e-3, MIRRORED: 1e-2, ONES: 1e-2, ANEW: 6e-3, LEARNED: 1e-2, ANEW_MIRRORED: 1e-2, FIXED: 6e-3}
 
 
 def marian(depth: int, width: int) -> Any:
@@ -26,18 +33,21 @@ def marian(depth: int, width: int) -> Any:
     return hf.MarianMTModel(config)
 
 
-def fit(model: Any, seed: int, scale: Scale, steps: int, lr: float) -> None:
-    """Adam with a short warm-up."""
+def fit(model: Any, seed: int, scale: Scale, steps: int, lr: float) -> float:
+    """Adam with a short warm-up and a linear decay; the mean loss of all steps, each of which has new sentences."""
+    losses = []
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     model.train()
     for step, (source, target) in enumerate(sentences(seed, steps, scale.batch)):
         for group in optimiser.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 30)
+            group["lr"] = lr * min(1.0, (step + 1) / 30) * (1 - step / steps)
         loss = model(input_ids=source, labels=target).loss
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
+        losses.append(float(loss.detach()))
+    return sum(losses) / max(len(losses), 1)
 
 
 @torch.no_grad()
@@ -52,12 +62,12 @@ def judge(model: Any, scale: Scale) -> tuple[float, float]:
 
 
 @cache
-def pretrained(seed: int, before: int, batch: int, depth: int, width: int) -> dict[str, Tensor]:
-    """Weights of a model that translates, the same for all arms of a seed."""
+def trained(seed: int, steps: int, batch: int, depth: int, width: int) -> tuple[dict[str, Tensor], float]:
+    """Weights of a plain model that translates, the same for all arms of a seed, and the mean loss of its training."""
     torch.manual_seed(seed)
     model = marian(depth, width)
-    fit(model, seed, Scale(batch=batch), before, 3e-3)
-    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    along = fit(model, seed, Scale(batch=batch), steps, RATES[ANEW])
+    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}, along
 
 
 def build(arm: str, scale: Scale) -> Any:
@@ -67,50 +77,110 @@ def build(arm: str, scale: Scale) -> Any:
 
 def bridged(model: Any, arm: str) -> Any:
     """Attach the arm's connections, if it has any."""
-    if how := arm.partition(": ")[2]:
-        EncDecBridge.attach(model, start="original" if how == "model of ones" else how)
+    if how := arm.partition(": ")[2].partition(",")[0]:
+        bridge = EncDecBridge.attach(model, start=how)
+        if arm == FIXED:
+            bridge.requires_grad_(False)
     return model
 
 
+@torch.no_grad()
+def exact(arm: str, seed: int, scale: Scale) -> dict[str, float]:
+    """How far attaching original connections moves the outputs, and granularity-consistent ones from the mirrored layers."""
+    torch.manual_seed(seed)
+    model = marian(scale.depth, scale.width).eval()
+    source, target = next(sentences(seed, 1, 4))
+    before = model(input_ids=source, labels=target).logits
+    bridge = EncDecBridge.attach(model, start="ones" if arm == ONES else "original")
+    if arm == FIRST:
+        bridge.weight.copy_(bridge.weight.roll(scale.width, 2))
+    moved = float((model(input_ids=source, labels=target).logits - before).abs().max())
+    other = EncDecBridge(scale.width, scale.depth, start="original" if arm == FIXED else "granularity")
+    if arm == STRAIGHT:
+        other.weight.copy_(other.weight.flip(0))
+    states = torch.randn(2, scale.depth, 5, scale.width)
+    return {"outputs moved": moved, "from the mirrored layer": float((other(states) - states.flip(1)).abs().max())}
+
+
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
-    """Loss and exact translations before and after training."""
-    old = arm.startswith("fine-tune")
-    start = pretrained(seed, scale.before, scale.batch, scale.depth, scale.width) if old else {}
+    """What is exact, and loss and exact translations after training."""
+    found = exact(arm, seed, scale)
+    if arm in (STRAIGHT, FIRST):
+        return found
+    plain, along = (
+        trained(seed, scale.anew, scale.batch, scale.depth, scale.width) if arm in (ANEW, *FINE) else ({}, 0.0)
+    )
     torch.manual_seed(seed)
     model = marian(scale.depth, scale.width)
-    model.load_state_dict({**model.state_dict(), **start})
+    model.load_state_dict({**model.state_dict(), **plain})
+    if arm == TUNED:
+        found["exact before"] = judge(model, scale)[1]
     bridged(model, arm)
-    if arm.endswith("model of ones"):
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if not name.startswith("bridge"):
-                    weight.fill_(1.0)
-    found = dict(zip(("loss at the start", "exact at the start"), judge(model, scale), strict=True))
-    fit(model, seed + 1, scale, scale.steps if old else scale.anew, 1e-3 if old else 3e-3)
+    if arm in FINE:
+        along = fit(model, seed + 1, scale, scale.steps, RATES[arm])
+    elif arm != ANEW:
+        along = fit(model, seed, scale, scale.anew, RATES[arm])
+    found["loss along training"] = along
     return found | dict(zip(("loss", "exact"), judge(model, scale), strict=True))
 
 
 CLAIM = Claim(
-    says="Fine-tuning a trained translation model with granularity-consistent connections ends worse than fine-tuning it "
-    "unchanged; trained anew, the model with these connections ends better than the plain one.",
+    says="Original connections change no output and granularity-consistent ones read the mirrored layers; fine-tuning a trained "
+    "translation model with the latter ends worse than fine-tuning it unchanged, and trained anew the model with them learns faster "
+    "than the plain one and than with original connections that learn, and ends better than the plain one.",
     measure=measure,
     build=build,
-    arms=(
-        "fine-tune",
-        "fine-tune: original",
-        "fine-tune: granularity",
-        "anew",
-        "anew: original",
-        "anew: granularity",
-        "anew: model of ones",
-    ),
+    arms=(TUNED, MIRRORED, ANEW, LEARNED, ANEW_MIRRORED),
     statements=(
-        effect("", lowest("loss", "fine-tune", than=("fine-tune: granularity",)), control="fine-tune: ones"),
-        effect("", lowest("loss", "anew: granularity", than=("anew",)), control="anew: ones"),
+        mechanism(
+            "Attaching original connections moves no output",
+            fits("outputs moved", TUNED, high=0.0),
+            control=ONES,
+            mutant=FIRST,
+        ),
+        mechanism(
+            "With granularity-consistent connections, each decoder layer reads the encoder layer that mirrors it",
+            fits("from the mirrored layer", ANEW_MIRRORED, high=0.0),
+            control=FIXED,
+            mutant=STRAIGHT,
+        ),
+        effect(
+            "Fine-tuned unchanged, the loss is lower than with granularity-consistent connections",
+            lowest("loss", TUNED, than=(MIRRORED,)),
+            control=ONES,
+        ),
+        effect(
+            "Trained anew, it learns faster with granularity-consistent connections: the mean loss of all steps is lower",
+            lowest("loss along training", ANEW_MIRRORED, than=(ANEW,)),
+            control=FIXED,
+        ),
+        effect(
+            "Trained anew, the final loss with granularity-consistent connections is lower than the plain model's",
+            lowest("loss", ANEW_MIRRORED, than=(ANEW,)),
+            control=FIXED,
+        ),
+        effect(
+            "Trained anew, it learns faster than with original connections that learn",
+            lowest("loss along training", ANEW_MIRRORED, than=(LEARNED,)),
+            control=FIXED,
+        ),
     ),
+    checks=(
+        check(
+            "The model translates 80% of sentences exactly before it is fine-tuned",
+            fits("exact before", TUNED, low=0.8),
+        ),
+        check("Trained anew, the plain model ends below 0.5 nats; guessing has 3.7", fits("loss", ANEW, high=0.5)),
+    ),
+    pilots="Seeds 1000, 1001, two layers of 32, 320 steps of 16, linear decay; mean loss of all steps, final loss. Plain 1.04 .0148 and "
+    ".92 .0096 at 6e-3 (4e-3: 1.04 .025); seed 1000 at 1e-2: granularity .70 .0041, original that learns .87 .0056. In 220 steps, "
+    "seed 1000: plain 1.69 (6e-3) and 1.72 (1e-2), granularity 1.10 and .97, original 1.26 at 6e-3. Fine-tuned for 30 steps, seed 1000: "
+    "unchanged .0110 (1e-3) .0068 (3e-3), granularity .0165 (3e-3) .0113 (6e-3); seed 1001: .0025 (6e-3) .0036 (1e-2), and .0069 "
+    ".0059. Three layers without decay: plain is still at 1.3 after 120 steps of 24, where granularity is at .08; after 300 both "
+    "translate everything.",
     scales={
-        "smoke": {"depth": 2, "width": 16, "batch": 4, "before": 1, "steps": 1, "anew": 1, "judged": 4},
-        "small": {"depth": 3, "width": 48, "batch": 32, "before": 240, "steps": 60, "anew": 240, "judged": 200},
-        "full": {"depth": 6, "width": 256, "batch": 128, "before": 5000, "steps": 2000, "anew": 7000, "judged": 2000},
+        "smoke": {"depth": 2, "width": 16, "batch": 4, "steps": 1, "anew": 1, "judged": 4},
+        "small": {"depth": 2, "width": 32, "batch": 16, "steps": 30, "anew": 320, "judged": 100},
+        "full": {"depth": 6, "width": 256, "batch": 128, "steps": 2000, "anew": 7000, "judged": 2000},
     },
 )
