@@ -19,7 +19,7 @@ FINE = (TUNED, MIRRORED, ONES)
 FIXED, STRAIGHT, FIRST = "anew: original, fixed", "granularity in the same order", "original of the first layer"
 # Learning rate of each arm; see `pilots`.
 RATES = {TUNED: 6e-3, MIRRORED: 1e-2, ONES: 1e-2, ANEW: 6e-3, LEARNED: 1e-2, ANEW_MIRRORED: 1e-2, FIXED: 6e-3}
-SEEDS = 100  # see `pilots`
+SEEDS = 200  # see `pilots`
 
 
 def marian(depth: int, width: int) -> Any:
@@ -109,9 +109,8 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     found = exact(arm, seed, scale)
     if arm in (STRAIGHT, FIRST):
         return found
-    plain, along = (
-        trained(seed, scale.anew, scale.batch, scale.depth, scale.width) if arm in (ANEW, *FINE) else ({}, 0.0)
-    )
+    steps = scale.before if arm in FINE else scale.anew
+    plain, along = trained(seed, steps, scale.batch, scale.depth, scale.width) if arm in (ANEW, *FINE) else ({}, 0.0)
     torch.manual_seed(seed)
     model = marian(scale.depth, scale.width)
     model.load_state_dict({**model.state_dict(), **plain})
@@ -169,22 +168,23 @@ CLAIM = Claim(
     ),
     checks=(
         check(
-            "The model translates half of the sentences exactly before it is fine-tuned",
-            fits("exact before", TUNED, low=0.5),
+            "The model translates 80% of sentences exactly before it is fine-tuned",
+            fits("exact before", TUNED, low=0.8),
         ),
         check("Trained anew, the plain model ends below 0.5 nats; guessing has 3.7", fits("loss", ANEW, high=0.5)),
     ),
-    pilots="A first run on seeds 0 to 11 was void: the check asked for 80% of exact translations, where one model in twelve, which had "
-    "learnt nothing yet, left .85 [.59, 1.12]; it asks for half of them now, and models and sentences are of seeds that nobody "
-    "had looked at. Seeds 1000 to 1005 all gave 1.0. Seeds 1000, 1001, two layers of 32, 320 steps of 16, linear decay; mean "
-    "loss of all steps, final loss. Plain 1.04 .0148 and .92 .0096 at 6e-3 (4e-3: 1.04 .025); seed 1000 at 1e-2: granularity "
-    ".70 .0041, original that learns .87 .0056. In 220 steps, seed 1000: plain 1.69 (6e-3) and 1.72 (1e-2), granularity 1.10 "
-    "and .97, original 1.26 at 6e-3. Fine-tuned for 30 steps, seed 1000: unchanged .0110 (1e-3) .0068 (3e-3), granularity .0165 "
-    "(3e-3) .0113 (6e-3); seed 1001: .0025 (6e-3) .0036 (1e-2), and .0069 .0059. Three layers without decay: plain is still at "
-    "1.3 after 120 steps of 24, where granularity is at .08; after 300 both translate everything.",
+    pilots="Two runs, on seeds 0 to 11 and 100 to 111, were void: models to be fine-tuned had 320 steps, after which one and three of "
+    "twelve had learnt little yet, so that 85% [59, 112] and 77% [46, 109] of sentences were exact where 80% and 50% were asked "
+    "for. Now such models have 640 steps, 80% is asked for, and models and sentences are of seeds that nobody had looked at. "
+    "After 320 and 420 steps, seeds 1000 to 1005 all gave 100%. Seeds 1000, 1001, two layers of 32, 320 steps of 16, linear "
+    "decay; mean loss of all steps, final loss. Plain 1.04 .0148 and .92 .0096 at 6e-3 (4e-3: 1.04 .025); seed 1000 at 1e-2: "
+    "granularity .70 .0041, original that learns .87 .0056. In 220 steps, seed 1000: plain 1.69 (6e-3) and 1.72 (1e-2), "
+    "granularity 1.10 and .97, original 1.26 at 6e-3. Fine-tuned for 30 steps, seed 1000: unchanged .0110 (1e-3) .0068 (3e-3), "
+    "granularity .0165 (3e-3) .0113 (6e-3); seed 1001: .0025 (6e-3) .0036 (1e-2), and .0069 .0059. Three layers without decay: "
+    "plain is still at 1.3 after 120 steps of 24, where granularity is at .08; after 300 both translate everything.",
     scales={
-        "smoke": {"depth": 2, "width": 16, "batch": 4, "steps": 1, "anew": 1, "judged": 4},
-        "small": {"depth": 2, "width": 32, "batch": 16, "steps": 30, "anew": 320, "judged": 100},
-        "full": {"depth": 6, "width": 256, "batch": 128, "steps": 2000, "anew": 7000, "judged": 2000},
+        "smoke": {"depth": 2, "width": 16, "batch": 4, "steps": 1, "before": 1, "anew": 1, "judged": 4},
+        "small": {"depth": 2, "width": 32, "batch": 16, "steps": 30, "before": 640, "anew": 320, "judged": 100},
+        "full": {"depth": 6, "width": 256, "batch": 128, "steps": 2000, "before": 7000, "anew": 7000, "judged": 2000},
     },
 )
