@@ -135,14 +135,16 @@ CLAIM = Claim(
             "Trained twice as long, ReLU MLPs have a lower loss", lowest("loss", "relu, twice as long", than=("relu",))
         ),
     ),
-    pilots="Seeds 1000 to 1002, depth 2, width 48, 240 steps. Mean loss at 2e-3, 3e-3 and 5e-3: bilinear 2.163 2.151 2.225, ReLU 2.149 "
-    "2.135 2.161, GELU 2.241 2.220 2.225, SwiGLU 2.194 2.159 2.250; at 2e-3 and 3e-3, one-sided 2.292 2.280, ReLU four times as wide "
-    "2.125 2.098; so 3e-3 for all. By seed at 3e-3: bilinear 2.199 2.146 2.109, ReLU 2.147 2.115 2.142. So bilinear and ReLU were about "
-    "equal, also at width 32 and 300 steps (5e-3, seeds 1000 and 1001: 2.169 2.157 against 2.147 2.174; all were worse at 1e-2, 2e-2). A first run on seeds 0 to 11 was void: "
-    "its check of head room, ReLU MLPs four times as wide, stayed undecided (0.019 [-0.003, 0.040]), while bilinear against ReLU was "
-    "undecided (-0.014 [-0.031, 0.003]) and the other statements held. The check is now twice the steps, and models and batches are of "
-    "new seeds, 100 and up; nothing else was changed. Pilots of it, seeds 1003 to 1005: ReLU 2.122 2.105 2.165, twice as "
-    "long 1.943 1.929 1.926 (at 2e-3 1.936 1.931 1.925); bilinear 2.128 2.152 2.176 (at 4e-3 2.163 2.132 2.158, ReLU 2.128 2.128 2.136).",
+    pilots="Seeds 1000 to 1002, depth 2, width 48, 240 steps. Mean loss at 2e-3, 3e-3 and 5e-3: bilinear 2.163 2.151 2.225, ReLU "
+    "2.149 2.135 2.161, GELU 2.241 2.220 2.225, SwiGLU 2.194 2.159 2.250; at 2e-3 and 3e-3, one-sided 2.292 2.280, ReLU four "
+    "times as wide 2.125 2.098; so 3e-3 for all. By seed at 3e-3: bilinear 2.199 2.146 2.109, ReLU 2.147 2.115 2.142. So "
+    "bilinear and ReLU were about equal, also at width 32 and 300 steps (5e-3, seeds 1000 and 1001: 2.169 2.157 against "
+    "2.147 2.174; all were worse at 1e-2, 2e-2). A first run on seeds 0 to 11 was void: its check of head room, ReLU MLPs "
+    "four times as wide, stayed undecided (0.019 [-0.003, 0.040]), while bilinear against ReLU was undecided (-0.014 "
+    "[-0.031, 0.003]) and the other statements held. The check is now twice the steps, and models and batches are of new "
+    "seeds, 100 and up; nothing else was changed. Pilots of it, seeds 1003 to 1005: ReLU 2.122 2.105 2.165, twice as long "
+    "1.943 1.929 1.926 (at 2e-3 1.936 1.931 1.925); bilinear 2.128 2.152 2.176 (at 4e-3 2.163 2.132 2.158, ReLU 2.128 2.128 "
+    "2.136).",
     scales={
         "smoke": {"depth": 1, "width": 16, "steps": 2, "length": 16, "judged": 1, "rates": RATES},
         "small": {"depth": 2, "width": 48, "steps": 240, "length": 48, "judged": 8, "rates": RATES},
