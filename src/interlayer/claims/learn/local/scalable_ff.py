@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from interlayer.models.classic import MobileNetV3Small, ResNet18, Staged
 
 NETS = {"resnet18": lambda: ResNet18(1, 10, width=8), "mobilenetv3": lambda: MobileNetV3Small(1, 10, width=0.25)}
 WRONG, ONE, LATE, ATTACHED = "wrong labels", "one unit of all blocks", "one backward pass", "not detached"
+SEEDS = 100  # see `pilots`
 # Adam's learning rate of each arm, its best; see `pilots`.
 RATES = {"backprop": 1e-2, "blocks": 2e-2, "layers": 1e-2, WRONG: 2e-2, ONE: 2e-2}
 
@@ -111,11 +113,12 @@ def _mechanism(arm: str, seed: int) -> dict[str, float]:
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Validation accuracy on digits after equal steps, milliseconds of CPU a step, bytes held for backward at the fullest moment."""
+    number, seed = seed, seed + SEEDS
     found = _mechanism(arm, seed) if arm in ("blocks", ONE, LATE, ATTACHED) else {}
     if arm in (LATE, ATTACHED):
         return found
     for name, (steps, seeds) in scale.nets.items():
-        if seed % 1000 >= seeds or (arm in (ONE, WRONG) and name != "resnet18"):
+        if number >= seeds or (arm in (ONE, WRONG) and name != "resnet18"):
             continue
         model = built(NETS[name], seed)
         lr = getattr(scale, "rate", RATES[arm])
@@ -134,6 +137,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
             kept = meter.peak if step else 0
         found[f"{name}: ms a step"] = 1000 * (time.process_time() - started) / (step + 1)
         found[f"{name}: bytes saved"] = kept
+        found[f"{name}: log2 of bytes saved"] = math.log2(max(kept, 1))
         if arm != ONE:
             found[f"{name}: accuracy"] = _accuracy(model, rule)
     return found
@@ -167,7 +171,7 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 CLAIM = Claim(
     says="Block by block, no gradient crosses and the bytes held for the backward pass do not grow with depth. Trained so with "
     "backpropagation inside blocks only, a ResNet-18 is within 3 points of backpropagation's accuracy on digits at equal steps, "
-    "and above it, better than layer-wise training, and holds fewer bytes.",
+    "and above it, better than layer-wise training, and holds less than half of its bytes.",
     measure=measure,
     build=build,
     arms=("backprop", "blocks", "layers"),
@@ -187,8 +191,11 @@ CLAIM = Claim(
         effect("", highest("resnet18: accuracy", "blocks", than=("backprop",), margin=-0.03), control=WRONG),
         effect("", highest("resnet18: accuracy", "blocks", than=("backprop",)), control=WRONG),
         effect("", highest("resnet18: accuracy", "blocks", than=("layers",)), control=WRONG),
-        # The one unit leaves out the stem and the head, 5% of backpropagation's bytes: "lower" alone does not set it apart.
-        effect("", lowest("resnet18: bytes saved", "blocks", than=("backprop",)), control=ONE),
+        effect(
+            "A ResNet-18 holds less than half of backpropagation's bytes for the backward pass",
+            lowest("resnet18: log2 of bytes saved", "blocks", than=("backprop",), margin=1.0),
+            control=ONE,
+        ),
     ),
     checks=(
         check("Backpropagation is right on 92%", fits("resnet18: accuracy", "backprop", low=0.92)),
@@ -197,14 +204,19 @@ CLAIM = Claim(
             fits("resnet18: accuracy", "layers", high=0.98),
         ),
     ),
-    pilots="ResNet-18, batches of 32. 150 steps, seed 1000, rates .002 .005 .01: backpropagation .911 .953 .944, blocks .869 .866 .930, "
-    "layers .841 .805 .827. 200 steps, seeds 1000 to 1002: backpropagation .939 .955 .944 at .005, .953 .961 .944 at .01, .933 .908 at "
-    ".02; blocks .922 .922 .919 at .01, .936 .953 .922 at .02, .939 .939 at .04; layers .833 .875 at .002, .88 (seed 1001) at .01, "
-    ".825 .883 at .02. Bytes at twice the depth: blocks 1.00, one unit 1.79, one backward pass 1.82, not detached 1.84; change of "
-    "the first gradient 0, 1.09, 0, .60. The MobileNet is measured on the first seed, without a statement.",
+    pilots="ResNet-18, batches of 32. 150 steps, seed 1000, rates .002 .005 .01: backpropagation .911 .953 .944, blocks .869 .866 "
+    ".930, layers .841 .805 .827. 200 steps, seeds 1000 to 1002: backpropagation .939 .955 .944 at .005, .953 .961 .944 at "
+    ".01, .933 .908 at .02; blocks .922 .922 .919 at .01, .936 .953 .922 at .02, .939 .939 at .04; layers .833 .875 at .002, "
+    ".88 (seed 1001) at .01, .825 .883 at .02. Bytes at twice the depth: blocks 1.00, one unit 1.79, one backward pass 1.82, "
+    "not detached 1.84; change of the first gradient 0, 1.09, 0, .60. The MobileNet is measured on the first seed, without a "
+    "statement. In a first run, on seeds 0 to 11, the statement on memory showed nothing: it asked for fewer bytes than "
+    "backpropagation's, and the one unit, which leaves out the stem and the head, has 5% fewer too. It now asks for less "
+    "than half. That run had blocks at most .03 below backpropagation (+.027 [.005, .050] beyond it), not above it (-.003 "
+    "[-.025, .020], undecided), and above layer-wise training (+.040 [.002, .077]). Batches and models are now of new seeds, "
+    "100 and up; rates, steps and the other statements are as they were, but for the MobileNet's steps, 100 then.",
     scales={  # steps of each network, and how many seeds it is measured on
         "smoke": {"nets": {"resnet18": (2, 1)}},
-        "small": {"nets": {"resnet18": (200, 12), "mobilenetv3": (100, 1)}},
+        "small": {"nets": {"resnet18": (200, 12), "mobilenetv3": (80, 1)}},
         "full": {"nets": {"resnet18": (5000, 12), "mobilenetv3": (5000, 12)}},
     },
 )
