@@ -17,7 +17,7 @@ from interlayer.claims.layers.mixing.x_formers import FULL, LEAVES
 
 SWEEPS = {
     "rezero": {"depths": (32, 64, 128, 256), "limit": 100, "blocks": 24},
-    "identity-mappings": {"depths": (20, 56, 110, 164)},
+    "identity-mappings": {"depths": (20, 56, 110, 164), "more": ()},
     "helu": {},  # leaky ReLU and SiLU, which no statement needs
     "lamp": {"sparsities": (0.5, 0.8, 0.9, 0.95, 0.98)},
     "x-formers": {},
