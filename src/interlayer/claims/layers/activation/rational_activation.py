@@ -20,7 +20,7 @@ from interlayer.models import MLP
 ENVIRONMENTS = ("CartPole-v1", "Acrobot-v1")
 RELU, LONG, SILU, OURS, JOINT = "relu", "relu, twice the steps", "silu", "rational", "recurrent-rational"
 FROZEN, OUTSIDE, UNMOVED = "frozen", "residual left out", "denominator not moved"
-SEEDS = 200  # see `pilots`
+SEEDS = 300  # see `pilots`
 RATES = {RELU: 2e-2, LONG: 2e-2, SILU: 4e-2, OURS: 2e-2, JOINT: 2e-2, FROZEN: 2e-2}  # of the stream of tasks
 
 
@@ -127,7 +127,7 @@ def returns(arm: str, seed: int, scale: Scale, name: str, steps: int) -> dict[st
     ends = sum(at > steps / 2 for at in run.at)
     return {
         name: float(np.mean(late)) if late else float("nan"),
-        f"{name}: steps to an end": steps / 2 / (ends + 1),
+        f"{name}: log2 of steps to an end": float(np.log2(steps / 2 / (ends + 1))),
         f"moved on {name}": moved(q),
     }
 
@@ -171,7 +171,7 @@ CLAIM = Claim(
         _lower(JOINT, SILU, "One rational unit for all layers has less error than SiLU"),
         effect(
             "In deep Q-learning on CartPole rational units balance the pole for longer than ReLU",
-            highest("CartPole-v1: steps to an end", OURS, than=(RELU,)),
+            highest("CartPole-v1: log2 of steps to an end", OURS, than=(RELU,)),
             control=FROZEN,
         ),
     ),
@@ -179,24 +179,26 @@ CLAIM = Claim(
         check("The error of ReLU is at most 0.3 of the variance", fits("error", RELU, high=0.3)),
         check("Twice the steps leave less error", lowest("log2 of the error", LONG, than=(RELU,))),
         check(
-            "ReLU balances the pole for 25 steps; random actions do for 22",
-            fits("CartPole-v1: steps to an end", RELU, low=25.0),
+            "ReLU balances the pole for longer than random actions, which do for 22 steps",
+            fits("CartPole-v1: log2 of steps to an end", RELU, low=4.46),
         ),
     ),
-    pilots="A run on seeds 100 to 111 was void: two checks stayed undecided, networks four times as wide had less error by .020 "
-    "[-.014, .055], and ReLU balanced the pole for 53.8 [27.5, 80.2] steps where 40 were asked for. Now it is twice the steps, "
-    "whose error's log2 is lower by .2 to 3.1 on seeds 1000 to 1005, and 25 steps; seeds are new, 200 and up. Seeds 1000 to "
-    "1003, four tasks of 100 steps, rates .003 .01 .02 .04, mean error: ReLU .21 .13 .12 .17, SiLU .23 .11 .07 .07, rational "
-    ".15 .06 .04 .05, one for all .15 .05 .05 .05, frozen .22 .10 .09 .10; chosen: .02, and .04 for SiLU. So frozen units, "
-    "which are a smooth leaky ReLU, have less error than ReLU too, by less than half. Deep Q-learning on CartPole, seeds 1000 "
-    "and 1001, returns in the last quarter of 6000 steps at .001 and .003: ReLU 229 185, SiLU 214 145, rational 180 158; of "
-    "5000 steps at .001 and .002: ReLU 197 164, rational 156 (and one run without an end) 162, frozen 234 133; of 3000 steps at "
-    ".001: ReLU 30, rational 12, frozen 57, too few to learn; so 5000 steps at .001 for all, and steps to an end, which a run "
-    "without one has too. Frozen units earned as much as learned ones. An earlier form, on seeds 0 to 11, was of deep "
-    "Q-learning alone, 20,000 steps at .001, 1226 CPU seconds: on CartPole rational units earned less than SiLU (-48 [-81, "
-    "-15]) and no more than ReLU (-13 [-34, 7]), one for all +9 [-20, 38] against ReLU and -25 [-62, 11] against SiLU; on "
-    "Acrobot -76 [-182, 30] and -53 [-150, 44], one for all -113 [-207, -19] and -90 [-173, -6]. Its SiLU and its unit for all "
-    "layers are now measured on the first four seeds, and Acrobot on the first two, without a statement.",
+    pilots="Two runs, on seeds 100 to 111 and 200 to 211, were void. In the first two checks stayed undecided: networks four times as "
+    "wide had less error by .020 [-.014, .055], and ReLU balanced the pole for 53.8 [27.5, 80.2] steps where 40 were asked for; "
+    "in the second, with twice the steps as head room, 57.9 [20.0, 95.8] where 25 were. Such times have long tails, so now "
+    "their log2 is compared: in the second run it was 5.4 [4.5, 6.3] for ReLU, where random actions have 4.46, 1.03 [.46, 1.60] "
+    "more for rational units and .75 more for frozen ones. Seeds are new, 300 and up. Seeds 1000 to 1003, four tasks of 100 "
+    "steps, rates .003 .01 .02 .04, mean error: ReLU .21 .13 .12 .17, SiLU .23 .11 .07 .07, rational .15 .06 .04 .05, one for "
+    "all .15 .05 .05 .05, frozen .22 .10 .09 .10; chosen: .02, and .04 for SiLU. So frozen units, which are a smooth leaky "
+    "ReLU, have less error than ReLU too, by less than half. Deep Q-learning on CartPole, seeds 1000 and 1001, returns in the "
+    "last quarter of 6000 steps at .001 and .003: ReLU 229 185, SiLU 214 145, rational 180 158; of 5000 steps at .001 and .002: "
+    "ReLU 197 164, rational 156 (and one run without an end) 162, frozen 234 133; of 3000 steps at .001: ReLU 30, rational 12, "
+    "frozen 57, too few to learn; so 5000 steps at .001 for all, and steps to an end, which a run without one has too. Frozen "
+    "units earned as much as learned ones. An earlier form, on seeds 0 to 11, was of deep Q-learning alone, 20,000 steps at "
+    ".001, 1226 CPU seconds: on CartPole rational units earned less than SiLU (-48 [-81, -15]) and no more than ReLU (-13 [-34, "
+    "7]), one for all +9 [-20, 38] against ReLU and -25 [-62, 11] against SiLU; on Acrobot -76 [-182, 30] and -53 [-150, 44], "
+    "one for all -113 [-207, -19] and -90 [-173, -6]. Its SiLU and its unit for all layers are now measured on the first four "
+    "seeds, and Acrobot on the first two, without a statement.",
     scales={  # steps of deep Q-learning, and on how many seeds arms without a statement are measured
         "smoke": {
             **{"tasks": 1, "each": 2, "copies": 1, "warm": 505},
