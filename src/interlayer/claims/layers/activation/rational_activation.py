@@ -116,7 +116,7 @@ def tasks(arm: str, seed: int, scale: Scale) -> dict[str, float]:
 
 
 def returns(arm: str, seed: int, scale: Scale, name: str, steps: int) -> dict[str, float]:
-    """Mean return of the episodes that ended in the last quarter of training, if any; steps to an end in the last half.
+    """Mean return of the episodes that ended in the last quarter of training, if any; log2 of the steps to an end in the last half.
 
     On CartPole an episode earns 1 for each step until the pole falls.
     """
