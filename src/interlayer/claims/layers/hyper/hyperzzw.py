@@ -225,7 +225,7 @@ CLAIM = Claim(
     "000 to 14 000 parameters, .002 for all), the residual one was more accurate by .08 and .11, and in 2-D the means of the control "
     "were nearer to zero too.",
     scales={
-        "smoke": {"steps": 1, "widths": (4, 4), "groups": 4, "hidden": 4, "sides": (3,), "residual": 3},
+        "smoke": {"steps": 1, "widths": (4,), "groups": 4, "hidden": 2, "sides": (3,), "residual": 3},
         "small": {"steps": 80, "widths": (8, 8), "groups": 4, "hidden": 4, "sides": (3,), "residual": 4},
         "full": {
             "steps": 10_000,
