@@ -151,6 +151,12 @@ class DeepPlain(Rule):
                     nn.init.orthogonal_(bank)
         self.optimiser = torch.optim.SGD(model.parameters(), lr, momentum=momentum)
 
+    def factor(self, above: Float[Tensor, ""], norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """By what an error of this norm is multiplied; ``above`` is the modulated norm at the convolution after it."""
+        ratio = above / norm.clamp_min(torch.finfo(torch.float32).tiny)
+        off = (ratio > self.tolerance) | (ratio < 1 / self.tolerance)
+        return torch.where(off, ratio, torch.ones_like(ratio))
+
     @contextmanager
     def _watching(self, model: nn.Module, norms: dict[str, Tensor]) -> Iterator[None]:
         """Modulate errors, if asked for, and collect their norms in ``norms``, last layer first; a context manager."""
@@ -164,9 +170,7 @@ class DeepPlain(Rule):
             if not after:
                 after.append(norm)
                 return None
-            ratio = after[-1] / norm.clamp_min(torch.finfo(torch.float32).tiny)
-            off = (ratio > self.tolerance) | (ratio < 1 / self.tolerance)
-            ratio = torch.where(off, ratio, torch.ones_like(ratio))
+            ratio = self.factor(after[-1], norm)
             norms[name] = norm * ratio
             after.append(norms[name])
             return e * ratio.to(e.dtype)
