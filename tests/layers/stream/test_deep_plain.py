@@ -100,6 +100,15 @@ def test_all_errors_have_one_norm_with_modulation_and_grow_without():
     assert found[False][0] > 20 * found[False][-1]
 
 
+@pytest.mark.parametrize("tolerance", [1.0, 2.0])
+def test_the_factor_is_the_ratio_of_norms_beyond_the_tolerance(tolerance):
+    rule = DeepPlain(net(8), tolerance=tolerance)
+    above, norms = torch.tensor(3.0), (1.0, 2.0, 3.0, 5.0, 9.0)
+    expected = [3 / n if 3 / n > tolerance or 3 / n < 1 / tolerance else 1.0 for n in norms]
+    assert [float(rule.factor(above, torch.tensor(n))) for n in norms] == pytest.approx(expected)
+    assert rule.factor(torch.tensor(5.0), torch.tensor(0.0)) == 1  # 0 times infinity would not be a number
+
+
 def test_looking_changes_nothing():
     rule = DeepPlain(net())
     before = copy.deepcopy(rule.model.state_dict())

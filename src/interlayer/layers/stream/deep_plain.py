@@ -155,6 +155,7 @@ class DeepPlain(Rule):
         """By what an error of this norm is multiplied; ``above`` is the modulated norm at the convolution after it."""
         ratio = above / norm.clamp_min(torch.finfo(torch.float32).tiny)
         off = (ratio > self.tolerance) | (ratio < 1 / self.tolerance)
+        off &= ratio.isfinite()  # an error of zero stays zero
         return torch.where(off, ratio, torch.ones_like(ratio))
 
     @contextmanager
