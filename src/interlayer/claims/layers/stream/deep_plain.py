@@ -14,7 +14,7 @@ from interlayer.claims.training import batches, built, task
 from interlayer.layers.stream.deep_plain import DeepPlain, Plain, orthonormality
 from interlayer.models import ConvNet
 
-FIRST_SEED = 100  # earlier results used seeds 0 to 7
+FIRST_SEED = 200  # see `pilots`
 
 
 class HalfWay(DeepPlain):
@@ -35,6 +35,7 @@ NETS: dict[str, tuple[dict[str, Any], int | None]] = {
     "both, 44 layers": ({}, 44),
     "plain, 8 layers": (NOTHING, 8),
     START: ({"strength": 0.0, "modulate": False}, None),
+    f"{START}, 44 layers": ({"strength": 0.0, "modulate": False}, 44),
     ROOT: ({}, None),
 }
 CHAIN, RANDOM, SHRINK = "regularised chain", "random filters", "regulariser without the identity"
@@ -110,7 +111,7 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
 
 CLAIM = Claim(
     says="Modulated errors have one norm at every convolution, convolutions that minimise the regulariser pass an error with its norm, "
-    "and a plain Conv-BN-ReLU net of 110 layers reaches a lower training loss on digits in equal steps with both than without.",
+    "and plain Conv-BN-ReLU nets of 44 and 110 layers reach a lower training loss on digits in equal steps with both than without.",
     measure=measure,
     build=build,
     arms=("plain", "both", "plain, 44 layers", "both, 44 layers", "plain, 8 layers", CHAIN),
@@ -126,6 +127,11 @@ CLAIM = Claim(
             fits("orders of change", CHAIN, high=0.01),
             control=RANDOM,
             mutant=SHRINK,
+        ),
+        effect(
+            "44 layers have a lower training loss after equal steps with both than without",
+            lowest("loss", "both, 44 layers", than=("plain, 44 layers",)),
+            control=f"{START}, 44 layers",
         ),
         effect(
             "110 layers have a lower training loss after equal steps with both than without",
@@ -147,18 +153,21 @@ CLAIM = Claim(
             fits("loss", "both, 44 layers", high=2.3),
         ),
     ),
-    pilots="Seeds 1000 and 1001 unless said; batches of 32, width 8, warm-up of 5 steps and linear decay; loss of the last ten "
-    "steps. 110 layers, 50 steps, seed 1000, rates 0.03, 0.1, 0.3: plain 2.28 2.29 2.29, both 2.23 2.27 2.08; orthogonal "
+    pilots="Seeds 1000 and 1001 unless said; batches of 32, width 8, warm-up of 5 steps and linear decay; loss of the last ten steps. "
+    "110 layers, 50 steps, seed 1000, rates 0.03, 0.1, 0.3: plain 2.28 2.29 2.29, both 2.23 2.27 2.08; orthogonal "
     "initialisation alone, rates 0.1, 0.3: 2.30 2.31. Seed 1001, rates 0.3, 0.6: plain 2.23 2.25, both 2.23 2.30, orthogonal "
     "initialisation 2.30 2.32. Chosen: 0.3, at or within 0.01 of the best for each arm. Batches of 16 or 64, 80 steps, or "
-    "widths 4 and 16: nothing learns (2.24 to 2.33). 74 layers, 60 steps: plain 2.31 2.29, both 2.30 2.29. 44 layers, 60 "
-    "steps, rate 0.3, seeds 1000 to 1003: plain 1.73 2.02 1.87 2.08, both 1.79 1.90 1.94 1.81; 120 steps: plain 1.75 1.84, "
-    "both 1.61 1.88, orthogonal initialisation 1.62 1.96. At 50 steps plain was once still at 2.28, hence 70. 8 plain layers, "
-    "50 steps: 0.22 0.30. At initialisation errors of 110 layers differ by a factor of 2400 to 3000 where they are multiplied "
-    "by the root of the ratio, by 1 + 2e-7 where by the ratio. 20 convolutions: 2e-7 orders of change, random 4.9 5.2, "
-    "without the identity 20 20. An earlier form, seeds 0 to 7, batches of 64, 150 and 240 steps, gave every arm the rate "
-    "0.1, which is not the best one at 44 layers: loss lower with both by 0.58 [0.16, 1.01] at 44 layers and by 0.20 [0.06, "
-    "0.35] at 110, in 766 CPU-seconds. An effect at 110 layers fits the present time only where training just begins.",
+    "widths 4 and 16: nothing learns (2.24 to 2.33). 74 layers, 60 steps: plain 2.31 2.29, both 2.30 2.29. 44 layers, 60 steps, "
+    "rate 0.3, seeds 1000 to 1003: plain 1.73 2.02 1.87 2.08, both 1.79 1.90 1.94 1.81; 120 steps: plain 1.75 1.84, both 1.61 "
+    "1.88, orthogonal initialisation 1.62 1.96. At 50 steps plain was once still at 2.28, hence 70. 8 plain layers, 50 steps: "
+    "0.22 0.30. At initialisation errors of 110 layers differ by a factor of 2400 to 3000 where they are multiplied by the root "
+    "of the ratio, by 1 + 2e-7 where by the ratio. 20 convolutions: 2e-7 orders of change, random 4.9 5.2, without the identity "
+    "20 20. An earlier form, seeds 0 to 7, batches of 64, 150 and 240 steps, gave every arm the rate 0.1, which is not the best "
+    "one at 44 layers: loss lower with both by 0.58 [0.16, 1.01] at 44 layers and by 0.20 [0.06, 0.35] at 110, in 766 "
+    "CPU-seconds. An effect at 110 layers fits the present time only where training just begins. A run on seeds 100 to 111 had "
+    "the effect at 110 layers alone, which stayed undecided (-0.007 [-0.025, 0.010]), as hardly any net begins to learn in 50 "
+    "steps; its checks at 44 layers had means of 2.07 without and 1.93 with both. The effect at 44 layers is added, on new "
+    "seeds, 200 and up.",
     scales={
         "smoke": {"steps": {8: 1, 44: 1}, "lr": 0.3, "width": 4},
         "small": {"steps": {8: 50, 44: 70, 110: 50}, "lr": 0.3, "width": 8},
