@@ -259,12 +259,68 @@ def test_a_plan_spares_a_build_and_changes_no_number(slots):
         return Transformer(vocab=20, length=8, depth=2, width=8, heads=2, **slots)
 
     first = paired(build, 0)
-    assert len(built) == 2
+    once = 1 if first.plan.unread else 2
+    assert len(built) == once == (2 if slots else 1)
     for seed in (0, 1):
         quick, slow = paired(build, seed, plan=first.plan), paired(build, seed)
         assert (quick.drawn, quick.unpaired, quick.noise) == (slow.drawn, slow.unpaired, slow.noise)
         assert all(map(torch.equal, quick.model.parameters(), slow.model.parameters()))
-    assert len(built) == 2 + 2 * 3
+    assert len(built) == once + 2 * (1 + once)
+
+
+def _drawn_again(reads):
+    """Layers drawn twice or filled with constants; what reads a drawn number says why one build is not enough."""
+    net = nn.Sequential(nn.Linear(4, 40), nn.BatchNorm1d(40), nn.Embedding(5, 4), nn.Conv1d(4, 2, 3, bias=False))
+    for weight in (net[0].weight, net[2].weight):
+        nn.init.normal_(weight, std=0.1)
+    if reads == "copy":
+        net.start = net[0].weight.detach().clone()
+    elif reads == "scale":
+        nn.init.orthogonal_(net[0].weight)
+    elif reads == "value":
+        net.largest = net[0].weight.max().item()
+    elif reads == "attribute":
+        net.start = torch.empty(3).normal_()
+    elif reads == "numpy":
+        nn.init.constant_(net[0].bias, np.random.default_rng().random())
+    elif reads == "part":
+        net.part = nn.Parameter(net[0].weight.detach().view(-1)[:160].view(40, 4))
+        net[0].weight = nn.Parameter(torch.empty(80, 4).normal_()[:40])
+    elif reads == "table":
+        net.register_buffer("turns", torch.cos(torch.arange(6) / 10000 ** (torch.arange(6) / 6)))
+    elif reads == "order":
+        net[0].weight = nn.Parameter(torch.empty(4, 40).t().normal_())
+    return net
+
+
+@pytest.mark.parametrize("reads", ["", "table", "copy", "scale", "value", "attribute", "numpy", "part", "order"])
+def test_one_build_where_nothing_reads_a_draw_gives_what_two_builds_give(reads):
+    built = []
+
+    def build(second=False):
+        built.append(1)
+        net = _drawn_again(reads)
+        if second:
+            net.register_buffer("more", torch.full((1,), 0.5))
+        return net
+
+    one = paired(build, 3)
+    single = reads in ("", "table")
+    assert len(built) == (1 if single else 2)
+    two = paired(lambda: build(second=True), 3)
+    assert len(built) == (3 if single else 4)
+    same = set(one.model.state_dict()) - ({"0.bias"} if reads == "numpy" else set())
+    assert all(torch.equal(one.model.state_dict()[name], two.model.state_dict()[name]) for name in same)
+    assert (one.drawn, one.noise, one.unpaired) == (two.drawn, two.noise, two.unpaired)
+    assert set(one.unpaired) == ({"0.bias"} if reads == "numpy" else set())
+    assert one.plan.names == two.plan.names and one.plan.unread == single
+    again, fresh = paired(build, 4, plan=one.plan), paired(build, 4)
+    assert all(torch.equal(again.model.state_dict()[name], fresh.model.state_dict()[name]) for name in same)
+    assert (again.drawn, again.noise, again.unpaired) == (fresh.drawn, fresh.noise, fresh.unpaired)
+    if reads == "copy":
+        assert torch.equal(one.model.start, one.model[0].weight)
+    if reads == "value":
+        assert one.model.largest == one.model[0].weight.max()
 
 
 def test_a_plan_of_another_build_is_ignored():
