@@ -1,5 +1,6 @@
 """The harness of the claims: verdicts of statements, controls, mutants, checks, early stops and the stored result."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -167,6 +168,9 @@ def test_progress_and_seeds_and_global_generator():
     result = run(claim({"plain": 2.0, "ours": 1.0, "broken": 2.0}), seeds=[4, 1], progress=lambda *a: seen.append(a))
     assert torch.equal(before, torch.random.get_rng_state())
     assert result.seeds == [4, 1] and seen[0] == (0, "plain", 4) and seen[-1] == (5, "broken", 1)
+    later = dataclasses.replace(claim({"plain": 2.0, "ours": 1.0, "broken": 2.0}), first_seed=100)
+    assert run(later).seeds == [100, 101, 102, 103] and run(later, seeds=2).seeds == [100, 101]
+    assert run(later, "smoke").seeds == [100]
 
 
 def test_mistakes_are_named():

@@ -22,7 +22,7 @@ from interlayer.study.stats import looks
 Scale = SimpleNamespace  # what `measure` gets: the fields of the chosen entry of `scales`
 VERDICTS = ("holds", "partly", "not at this scale", "void")
 LOOKS = looks(4, 12)
-PILOT = 1000  # first pilot seed; results come from seeds that start at 0
+PILOT = 1000  # first pilot seed; results come from lower ones
 Progress = Callable[[int, str, int], None]
 
 
@@ -99,6 +99,7 @@ class Claim:
         scales: The sizes ``smoke`` (in tests), ``small`` (default) and ``full``.
         checks: Competence of the baselines and head room; the claim is void where one does not hold.
         pilots: What was tried on which pilot seeds (from 1000 up), and what was chosen by it.
+        first_seed: The first of the seeds that results come from; above 0 where an earlier form of the claim had looked at those.
         build: ``(arm, scale) -> model``, so that the largest scale can be built without being run.
 
     Raises:
@@ -122,6 +123,7 @@ class Claim:
     scales: Mapping[str, Mapping[str, Any]]
     checks: Sequence[Statement] = ()
     pilots: str = ""
+    first_seed: int = 0
     build: Callable[[str, Any], nn.Module] | None = None
 
     def __post_init__(self) -> None:
@@ -156,7 +158,7 @@ def run(
     Args:
         claim: The claim.
         scale: ``smoke``, ``small`` or ``full``.
-        seeds: A number of seeds (0, 1, ...) or which; then intervals are plain 95% t intervals.
+        seeds: A number of seeds, from the claim's first on, or which; then intervals are plain 95% t intervals.
         progress: Called before each run with (runs done, arm, seed).
 
     Raises:
@@ -168,7 +170,8 @@ def run(
         raise ValueError(f"claim: no scale {scale!r}; there are {', '.join(claim.scales)}.")
     if seeds is None and scale == "smoke":
         seeds = 1
-    chosen = list(range(LOOKS[-1])) if seeds is None else list(range(seeds) if isinstance(seeds, int) else seeds)
+    count = LOOKS[-1] if seeds is None else seeds
+    chosen = [claim.first_seed + i for i in range(count)] if isinstance(count, int) else list(count)
     if not chosen:
         raise ValueError("claim: no seed was given; at least one is needed.")
     at = LOOKS if seeds is None else None

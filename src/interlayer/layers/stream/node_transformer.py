@@ -26,8 +26,9 @@ class NODETransformer(PreNorm):
     ``order`` has better solvers. What a block adds is
     the stream's, how often blocks run is the order's, and each is useful without the other.
 
-    Each sublayer has its own norm, as in the sequential block; whether the authors share one could not be verified: no code
-    of theirs was found.
+    Each sublayer has its own norm, as in the sequential block; whether the authors share one is not known: no code of theirs was
+    found, by title or by name on GitHub. By a summary of the paper its ODE is a stack of layers that share their weights; here each
+    block has its own and is integrated over one unit of time.
 
     Args:
         depth: Number of blocks.

@@ -180,8 +180,9 @@ class SSLInterface(nn.Module):
     weights); ``grouped`` has one sum for each group of neighbouring layers and a projection; ``concat`` projects all of
     them (L D^2 weights); ``hconv``, the paper's proposal, convolves along the layers, floor(log_3 L) times with kernel 5
     and stride 3 (5 D^2 weights each); ``cls`` is a Transformer layer along the layers with a pooling token; ``pca``
-    concatenates principal components. Heads and feed-forward width of ``cls``, and whether it encodes the layer's position,
-    could not be verified (the authors' repository, atosystem/SSL_Interface, has ``hconv`` and the weighted sum); it does not here.
+    concatenates principal components. ``hconv`` and the weighted sum agree with the authors' code (atosystem/SSL_Interface), which
+    has no other interface; the others follow a summary of section 2. Heads and feed-forward width of ``cls``, and whether it encodes
+    the layer's position, were not found there, in the authors' other repositories or by name elsewhere; it does not here.
 
     Args:
         width: Features D of an upstream state.

@@ -57,9 +57,9 @@ class NHL(Adapter):
     the statistics of the batch. The modulator begins as the identity. It sits behind the BatchNorm that follows the convolution, if
     one does, since a BatchNorm after it would undo it.
 
-    What could not be verified: the paper's equations. The authors' code is not public in any store that was searched (their
-    repository yushuntang/NHL, its fetch, and searches of code by method, title and ``neuro_modulator``), and of the paper's text
-    only abstract, beginning and the caption of figure 2 were found. From these: soft Hebbian learning of the first convolution, then
+    The paper's equations could not be verified. The authors' code was looked for by their account, by title, by the paper's number
+    and by method on GitHub, and lists of papers give none; of the text only abstract, beginning and the caption of figure 2 were
+    found. From these: soft Hebbian learning of the first convolution, then
     the modulator by entropy, then the prediction, with a fixed classifier. The rule is that of SoftHebb (Moraitis et al.,
     arXiv:2107.05747), with one author in common, checked with its public code, which also divides each change by its largest entry
     and adds an anti-Hebbian variant; neither is done here. The modulator's form, BatchNorm's statistics, Adam and all rates are

@@ -32,8 +32,10 @@ class RethinkRebasin(Transform):
 
     splits into rescaling, :math:`z \mapsto z \sigma^* / \sigma`, and reshifting, :math:`z \mapsto z - \mu + \mu^*`. A pruned network
     is such a point between the dense one and zero, so the same with the statistics of the dense network repairs it. Both parts
-    are absorbed into the weights: the result is the same plain network. The equations were read from the authors' code; their
-    numbers in the paper could not be checked.
+    are absorbed into the weights: the result is the same plain network. The equations agree with the authors' code
+    (XingyuQu/rethink-re-basin). Its saved runs of a plain VGG16 on CIFAR-10 are at 12% accuracy after merging, 67% with both parts,
+    83% with rescaling and 10% with reshifting: there rescaling alone is best, unlike in the claim here. The paper's tables were not
+    found.
 
     ``plan(model, data, others=(other,))``. Merging: the second network is aligned to the first by ``GitRebasin`` and the two
     are interpolated. Repairing, with ``merge=None``: ``model`` is the pruned network and ``other`` the dense one.

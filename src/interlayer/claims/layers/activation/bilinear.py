@@ -54,7 +54,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "swiglu": {"mlp": "glu"},
     "relu, twice as long": {"mlp": "mlp", "activation": "relu"},
 }
-SEEDS = 100  # see `pilots`
 RATES = dict.fromkeys((*ARMS, "one-sided"), 3e-3)  # see `pilots`
 ONE_SIDED, GATED, TWICE, TRIANGLE = "one-sided", "silu gate", "first factor twice", "upper triangle"
 LAYERS: dict[str, type[Bilinear]] = {"bilinear": Bilinear, GATED: Gated, TWICE: FactorTwice, TRIANGLE: Triangle}
@@ -83,7 +82,6 @@ def _exact(make: type[Bilinear]) -> dict[str, float]:
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """What is exact, and the validation loss after equal steps."""
-    seed += SEEDS
     torch.manual_seed(seed)
     if arm.endswith("long"):
         scale = Scale(**vars(scale) | {"steps": 2 * scale.steps})
@@ -135,6 +133,7 @@ CLAIM = Claim(
             "Trained twice as long, ReLU MLPs have a lower loss", lowest("loss", "relu, twice as long", than=("relu",))
         ),
     ),
+    first_seed=100,
     pilots="Seeds 1000 to 1002, depth 2, width 48, 240 steps. Mean loss at 2e-3, 3e-3 and 5e-3: bilinear 2.163 2.151 2.225, ReLU "
     "2.149 2.135 2.161, GELU 2.241 2.220 2.225, SwiGLU 2.194 2.159 2.250; at 2e-3 and 3e-3, one-sided 2.292 2.280, ReLU four "
     "times as wide 2.125 2.098; so 3e-3 for all. By seed at 3e-3: bilinear 2.199 2.146 2.109, ReLU 2.147 2.115 2.142. So "

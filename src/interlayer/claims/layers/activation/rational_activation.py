@@ -20,7 +20,7 @@ from interlayer.models import MLP
 ENVIRONMENTS = ("CartPole-v1", "Acrobot-v1")
 RELU, LONG, SILU, OURS, JOINT = "relu", "relu, twice the steps", "silu", "rational", "recurrent-rational"
 FROZEN, OUTSIDE, UNMOVED = "frozen", "residual left out", "denominator not moved"
-SEEDS = 300  # see `pilots`
+FIRST = 300  # first seed; see `pilots`
 RATES = {RELU: 2e-2, LONG: 2e-2, SILU: 4e-2, OURS: 2e-2, JOINT: 2e-2, FROZEN: 2e-2}  # of the stream of tasks
 
 
@@ -134,7 +134,6 @@ def returns(arm: str, seed: int, scale: Scale, name: str, steps: int) -> dict[st
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Closure under a residual; errors on a stream of tasks; returns of deep Q-learning, of some arms on the first seeds only."""
-    number, seed = seed, seed + SEEDS
     torch.manual_seed(seed)
     found = {"error of the residual": closure(EXACT[arm])} if arm in EXACT else {}
     if arm in (OUTSIDE, UNMOVED):
@@ -142,7 +141,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     found |= tasks(arm, seed, scale)
     for name, (steps, seeds) in scale.environments.items():
         judged = name == "CartPole-v1" and arm in (RELU, OURS, FROZEN)
-        if judged or (number < seeds and arm not in (LONG, FROZEN)):
+        if judged or (seed < FIRST + seeds and arm not in (LONG, FROZEN)):
             found |= returns(arm, seed, scale, name, steps)
     return found
 
@@ -183,6 +182,7 @@ CLAIM = Claim(
             fits("CartPole-v1: log2 of steps to an end", RELU, low=4.46),
         ),
     ),
+    first_seed=FIRST,
     pilots="Two runs, on seeds 100 to 111 and 200 to 211, were void. In the first two checks stayed undecided: networks four times as "
     "wide had less error by .020 [-.014, .055], and ReLU balanced the pole for 53.8 [27.5, 80.2] steps where 40 were asked for; "
     "in the second, with twice the steps as head room, 57.9 [20.0, 95.8] where 25 were. Such times have long tails, so now "

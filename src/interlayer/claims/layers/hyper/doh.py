@@ -19,7 +19,6 @@ from interlayer.layers.hyper.doh import DOH
 
 SINE: dict[str, Any] = {"activation": "sine", "frequencies": 0}
 RELU: dict[str, Any] = {"activation": "relu", "frequencies": 5}
-SEEDS = 100  # see `pilots`
 WIDTH, DEPTH = 32, 3  # of what D'OH makes at every rate
 CROP, LEAST = 128, 0.1  # pixels of a photograph, averaged to `scale.side`, and their smallest standard deviation
 
@@ -173,7 +172,6 @@ def learned(arm: str, seed: int, size: int, scale: Scale) -> float:
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """What a number of the code moves, what a file gives back, and quality at two rates, with its gain from the lower."""
-    seed += SEEDS
     torch.manual_seed(seed)
     found: dict[str, float] = {}
     make, options, lr = (ARMS | TWINS)[arm]
@@ -228,6 +226,7 @@ CLAIM = Claim(
         *(check(f"{arm}: 800 bytes give a higher PSNR than 150", fits("gain of bytes", arm, low=0.0)) for arm in ARMS),
         check("COIN's network reaches 22 dB at 800 bytes", fits("PSNR", COIN, low=22.0)),
     ),
+    first_seed=100,
     pilots="Seeds 1000 to 1003, rates with 300 full-batch steps of Adam and a linear decay, mean PSNR at 700 bytes: D'OH 23.5, 23.9, 24.5 "
     "and 24.7 at .01, .02, .04 and .08, code for each layer 24.5, 25.3 and 24.8 at .02, .04 and .08, COIN 30.8 and 29.5 at .005 and "
     ".01, D'OH with ReLUs 20.5, 20.9 and 20.7 at .02, .04 and .08, ReLU network 23.0 and 23.4 at .02 and .04. D'OH with ReLUs hardly "

@@ -170,8 +170,8 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
 
 CLAIM = Claim(
     says="Dense, convolution (strided, dilated), locally connected, pooling, graph and attention-weighted layers are the same span "
-    "construction: values and derivatives equal torch's to 1e-12. A network that is trained by the construction's derivatives "
-    "takes the course of its twin of torch's operators.",
+    "construction: values and derivatives equal torch's to 1e-12. A network trained with the construction's derivatives follows "
+    "its twin built from torch's operators.",
     measure=measure,
     arms=(*CASES, OURS),
     statements=(

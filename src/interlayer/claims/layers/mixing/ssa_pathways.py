@@ -20,8 +20,6 @@ from interlayer.core.fit import fit
 from interlayer.layers.mixing.ssa_pathways import SAMPLERS, SSA, ensemble, resampled
 from interlayer.models import Transformer
 
-SEEDS = 100  # see `pilots`
-
 
 class Masked(SSA):
     """The control of the cost: the same sample as a mask over all S^2 scores."""
@@ -217,7 +215,6 @@ def build(arm: str, scale: Scale) -> Transformer:
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """The sample as a mask, costs of a step, and held-out loss of the dense network with gains of ensembles."""
     kind, sampling, rise, texts = (ARMS | TWINS)[arm]
-    seed += SEEDS
     found = {"error": equation_error(kind, seed)}
     if not arm.startswith("many"):
         found |= costs(kind, 1.0 if rise == DENSE else sampling, scale.width, scale.long)
@@ -271,6 +268,7 @@ CLAIM = Claim(
         check("There, it rises again by at least 0.1 until the end", fits("rise until the end", "dense", low=0.1)),
         check("On many texts the loss of dense attention is lower", lowest("loss", PLENTY, than=("dense",))),
     ),
+    first_seed=100,
     pilots="Two blocks of width 32, texts of 64 bytes, batches of 16. Seeds 1000 and 1001, 160 steps, rates 0.003, 0.005, 0.008, 0.015, "
     "lowest loss on 64 texts: dense 2.52, 2.51, 2.54, 2.64; 1/4 2.44, 2.46, 2.43, 2.54; frozen sample 2.54, 2.54, 2.56, 2.64. On 2560 "
     "texts: 1/4 2.43, 2.38, 2.47, 2.49; never opened 2.47, 2.43, 2.47, 2.52; dense first 2.46, 2.45, 2.44, 2.50. 240 steps at 0.003, seed "

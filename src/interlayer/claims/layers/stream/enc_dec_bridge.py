@@ -19,7 +19,6 @@ FINE = (TUNED, MIRRORED, ONES)
 FIXED, STRAIGHT, FIRST = "anew: original, fixed", "granularity in the same order", "original of the first layer"
 # Learning rate of each arm; see `pilots`.
 RATES = {TUNED: 6e-3, MIRRORED: 1e-2, ONES: 1e-2, ANEW: 6e-3, LEARNED: 1e-2, ANEW_MIRRORED: 1e-2, FIXED: 6e-3}
-SEEDS = 200  # see `pilots`
 
 
 def marian(depth: int, width: int) -> Any:
@@ -105,7 +104,6 @@ def exact(arm: str, seed: int, scale: Scale) -> dict[str, float]:
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """What is exact, and loss and exact translations after training."""
-    seed += SEEDS
     found = exact(arm, seed, scale)
     if arm in (STRAIGHT, FIRST):
         return found
@@ -173,6 +171,7 @@ CLAIM = Claim(
         ),
         check("Trained anew, the plain model ends below 0.5 nats; guessing has 3.7", fits("loss", ANEW, high=0.5)),
     ),
+    first_seed=200,
     pilots="Two runs, on seeds 0 to 11 and 100 to 111, were void: models to be fine-tuned had 320 steps, after which one and three of "
     "twelve had learnt little yet, so that 85% [59, 112] and 77% [46, 109] of sentences were exact where 80% and 50% were asked "
     "for. Now such models have 640 steps, 80% is asked for, and models and sentences are of seeds that nobody had looked at. "

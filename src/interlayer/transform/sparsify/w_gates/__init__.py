@@ -70,8 +70,9 @@ class WGates(Rule):
     gates, which see the filters of all of them. Beside a training step, gates take one pass over the weights.
 
     No code of the authors was found (repositories, code and papers-with-code were searched), and only abstracts of the
-    paper could be read. Its layers' equation is as described there; the surrogate gradient, the bias, the hinge at a target
-    and all rates are choices of this implementation and could not be verified.
+    paper could be read. They say that binary gates are a learned function of the filters' weights, and that the efficiency module
+    predicts latency or FLOPs; the linear score, the surrogate gradient, the bias, the hinge at a target and all rates are choices
+    made here.
 
     Args:
         model: The network, trained or not. Its own weights are trained too.
