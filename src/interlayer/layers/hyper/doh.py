@@ -31,7 +31,8 @@ class DOH(nn.Module):
     biases, which are learned directly, and the seed. Here B_l is Gaussian with variance 1 / latent, z is standard normal at
     initialisation, and ``s_l`` is the usual standard deviation of that layer's weights at initialisation, so that the generated
     network is initialised as an ordinary one (with sines, the last layer as a linear one, as the code cannot grow for one
-    layer alone). The paper's distributions could not be verified: no code of the authors was found.
+    layer alone). The paper's distributions could not be verified: no code of the authors was found, by title,
+    by method or by their names on GitHub, and of the paper only abstract and introduction could be read.
 
     The footprint is ``latent`` numbers and the biases for any network, so that the rate is chosen without a search over
     architectures. For a network of P weights, a forward pass costs P latent multiply-adds more than the network, and as much

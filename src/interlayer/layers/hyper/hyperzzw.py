@@ -263,9 +263,11 @@ class Terminator(nn.Module):
 
     As in the authors' published code, with these differences: kernels of local branches depend on each example alone, not on the
     mean of its batch; the renormalisation's two scales are learned; sequences use a circular convolution as global product;
-    dropout and the concatenation of earlier blocks are left out. Their code standardises over the batch in evaluation too
+    dropout and the concatenation of earlier blocks are left out; all slow networks have the same hidden features and products (theirs
+    16 to 64, and three in the first block); channel maps begin as torch's (theirs Kaiming, without biases). Their code standardises over the batch in evaluation too
     (``running=False``); by default running statistics are used there, so that an example's output is its own. The
-    authors' frequency scale could not be verified.
+    authors' frequency scale is not public: their code reads ``omega_0`` from a configuration that does not set it, and has since
+    been withdrawn.
 
     Cost for N positions: C N sqrt(N) multiply-adds for each global product of an image, C N log N of a sequence, and 14 C^2 N for
     maps of channels in each block.

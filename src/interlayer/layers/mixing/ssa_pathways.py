@@ -40,9 +40,9 @@ class SSA(Attention):
     geometrically (1/8, 1/4, 1/2, 1 take equally long); training loops say how far they are (``core.schedule``). ``ensemble``
     averages predictions over fresh samples. Pathways cannot be drawn token by token, so decoding with a cache is dense.
 
-    No reference implementation is public (the authors' repository shamim-hussain/ssa holds a page with figures). The paper's
-    exact samplers, noise and fine-tuning schedule could not be verified; here queries are grouped together with keys, which
-    gives the causal form without a mask.
+    No reference implementation is public: the authors' repository shamim-hussain/ssa holds a page with figures, which names
+    locally biased sampling and a short fine-tuning step after sparse training. The samplers, their noise and the gradual rise are
+    this project's. Here queries are grouped together with keys, which gives the causal form without a mask.
 
     Args:
         width: Features D.

@@ -32,7 +32,8 @@ class TwoPoint(nn.Module):
 
     Equation: ``y = ReLU6(R^2 + 2 R + C (1 + |R|))`` with ``R = W x + b`` and ``C = W_L l + W_U u`` from local context l (units of
     the same layer, mostly of other streams) and universal context u (shared by all streams). The transfer function
-    is that of the authors' later work (arXiv:2505.06257); it could not be checked against the paper's own text.
+    is that of the authors' later work (arXiv:2505.06257) and agrees with its code (ARIA-Funded-TREND/HMS), whose other variants use
+    other functions. No code of this paper was found by title, method or author, and of its text only the abstract could be read.
 
     Args:
         inputs: Features of the receptive field.

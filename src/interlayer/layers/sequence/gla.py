@@ -29,7 +29,8 @@ class GLA(Recurrent):
     Sizes and defaults are those of the authors' code (fla-org/flash-linear-attention, ``layers/gla.py``): keys of half the
     width, values of the full width, no feature map, no position encoding, an epsilon of 1e-5 and one gain shared by the heads. Its
     short convolutions, fewer key-value heads and clamped gates, which are off there too, are left out. The equations were taken
-    from that code; their numbers in the paper could not be checked.
+    from that code. The authors' first release (berlino/gated_linear_attention) has a LayerNorm without gain instead, a bias in the
+    swish gate, and Glorot's uniform with gain 2^-2.5 for queries, keys and gates; the paper's own text could not be read.
 
     A sequence is run in chunks (``core.scan.gated``): S (32 K + 64 V + 2 K V) multiply-adds a head. Decoding carries the state
     alone, H K V numbers however long the text is. States and gates are at least float32. At padding the state stays as it is.

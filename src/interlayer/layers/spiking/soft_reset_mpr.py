@@ -56,7 +56,8 @@ class SoftResetMPR(LIF):
 
     The rectifier grows with u and leaves 1/2 where it is, so it changes no spike: it acts by the gradient, and costs nothing
     after training. Constants and the gradient are those of the authors' code (yfguo91/Re-Loss, ``models/spike_layer.py``), whose
-    gradient at potentials of exactly 0 and 1 is 1 instead. The numbers of the equations in the paper could not be checked.
+    gradient at potentials of exactly 0 and 1 is 1 instead. The authors name that code as this paper's, whose own text could not be
+    read.
 
     Args:
         reset: ``soft``, or ``hard`` for comparison.

@@ -89,8 +89,10 @@ class LowRankPassthrough(nn.Module):
     * ``lstm``: ``c' = f c + i g``, ``h' = o tanh(c')``, all four from x and h.
 
     Initialisation as in that code: Glorot's uniform for each factor and d uniform within 0.01; the first state is learned. The
-    rows of the factors may be weight-normalised (Salimans and Kingma, arXiv:1602.07868). The author's code has only the GRU;
-    how the paper parametrises the LSTM could not be verified, and all cells are treated alike here.
+    rows of the factors may be weight-normalised (Salimans and Kingma, arXiv:1602.07868). The author's code has
+    low-rank GRUs (lowrank-gru, as here; dl4mt-lm, which resets after the matrices), feed-forward highway layers with ReLU and batch
+    norm (lowrank-highwaynetwork), an LSTM with full matrices alone, and no weight normalisation. The low-rank LSTM and the recurrent
+    highway cell are treated like the GRU here; the paper's text on them could not be read.
 
     With G matrices, a step costs G n^2 multiply-adds, and as many weights, with full matrices, 2 G n r with low rank ((G + 1)
     n r weights where R is tied), and G n more with the diagonal. The loop over time is inherent; the inputs are projected

@@ -25,7 +25,9 @@ class ParametricSpan(nn.Module):
     Equation: for ``X <-s- E -t-> Y`` and ``p: E -> W``, ``y = t_!(s^* x . p^* w)``, that is
     ``y[j] = sum over e with t(e) = j of m(e) w[p(e)] x[s(e)]``, where m is the measure. The derivatives have the same
     form with the maps exchanged: ``dx = s_!(t^* dy . p^* w')`` and ``dw = p_!(t^* dy . s^* x)``. Channels are a dense factor: each
-    weight is a matrix over them. The paper could not be read in full; notation and discrete form are this project's.
+    weight is a matrix over them. Of the paper the abstract could be read, and the beginning of the authors'
+    slides (bilinearity and duality from Frobenius integration theories); no code of theirs was found by title or by their names on
+    GitHub. Notation and discrete form are this project's.
 
     Cost: that of the cheapest of four orders (``Span.plan``); a convolution is as many products as torch's, on gathered
     inputs.
