@@ -261,13 +261,13 @@ class Terminator(nn.Module):
     Local feedback: training adds to the loss the mean squared difference between the global kernels of every two blocks, the shallow
     one repeated to the channels of the deep one, which trains the slow networks without the fast one.
 
-    As in the authors' published code, with these differences: kernels of local branches depend on each example alone, not on the
-    mean of its batch; the renormalisation's two scales are learned; sequences use a circular convolution as global product;
-    dropout and the concatenation of earlier blocks are left out; all slow networks have the same hidden features and products (theirs
-    16 to 64, and three in the first block); channel maps begin as torch's (theirs Kaiming, without biases). Their code standardises over the batch in evaluation too
-    (``running=False``); by default running statistics are used there, so that an example's output is its own. The
-    authors' frequency scale is not public: their code reads ``omega_0`` from a configuration that does not set it, and has since
-    been withdrawn.
+    As in the authors' published code, with these differences: kernels of local branches depend on each example alone, not on
+    the mean of its batch; the renormalisation's two scales are learned; sequences use a circular convolution as global product;
+    dropout and the concatenation of earlier blocks are left out; all slow networks have the same hidden features and products
+    (theirs 16 to 64, and three in the first block); channel maps begin as torch's (theirs as Kaiming's, with biases of zero).
+    Their code standardises over the batch in evaluation too (``running=False``); by default running statistics are used there,
+    so that an example's output is its own. The authors' frequency scale is not public: their code reads ``omega_0`` from a
+    configuration that does not set it, and has since been withdrawn.
 
     Cost for N positions: C N sqrt(N) multiply-adds for each global product of an image, C N log N of a sequence, and 14 C^2 N for
     maps of channels in each block.
