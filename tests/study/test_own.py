@@ -14,6 +14,7 @@ import interlayer
 from interlayer.core.data import DataShape
 from interlayer.core.task import Budget
 from interlayer.study import LoaderTask, StudyError, bases, compare, train
+from interlayer.study.arms import Arm
 from interlayer.study.objects import Objects
 from interlayer.study.subject import Learner
 from interlayer.study.train import Job
@@ -325,8 +326,6 @@ def test_evaluation_leaves_the_random_numbers_alone():
         def forward(self, x):
             return super().forward(x) + torch.randn(())
 
-    from interlayer.study.arms import Arm
-
     learner = Learner(Arm("plain", Sampling), Sampling(), LoaderTask("mine", [(X, Y)], [(X, Y)]), 16, lr=0.1)
     before = torch.get_rng_state()
     learner.judge()
@@ -334,7 +333,7 @@ def test_evaluation_leaves_the_random_numbers_alone():
 
 
 def test_weight_decay_acts_on_matrices_alone():
-    from interlayer.study.arms import Arm, Training
+    from interlayer.study.arms import Training
 
     class Unused(nn.Module):
         """Gradients of zero, so that only the decay moves a weight."""
@@ -411,3 +410,23 @@ def test_graphs_are_batches(tmp_path):
     result = study(tmp_path, model=Graphs, task=task, arms=["plain", "activation=gelu"], steps=20)
     plain = result.of("plain")[0]
     assert plain.state == "done" and plain.record.cost["flops"] > 0 and result.about["metric"] == "accuracy"
+
+
+class Turned(Net):
+    """A net with a complex parameter, for which AdamW has no fused kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = nn.Parameter(torch.ones(6, dtype=torch.complex64))
+
+    def forward(self, x):
+        return super().forward((x * self.turn).real)
+
+
+@pytest.mark.parametrize(("make", "fused"), [(Net, True), (Turned, False)])
+def test_adamw_is_one_kernel_unless_a_parameter_is_complex(make, fused):
+    task = LoaderTask("mine", [(X, Y)], [(X, Y)])
+    learner = Learner(Arm("plain", make), make(), task, 16, lr=0.1)
+    assert learner.optimizer.defaults["fused"] == fused
+    losses = [learner.step((X, Y), Budget(16, steps=20)) for _ in range(20)]
+    assert losses[-1] < losses[0]
