@@ -336,9 +336,6 @@ class Halve(Transform):
 
         return Plan(self.slug, {}, rows, build=build)
 
-    def restore(self, model, structure):
-        return model
-
 
 class InPlace(Halve):
     def plan(self, model, data=None, **options):

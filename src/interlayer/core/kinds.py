@@ -82,9 +82,10 @@ class Takes:
 class Transform(Takes, ABC):
     """Something done to a trained model: options in the constructor, ``plan(model, data)``, then ``apply()``.
 
-    A subclass names its catalogue ``slug``, takes its options as keywords that all have defaults, and gives two methods.
-    ``plan`` decides. ``restore`` puts the structure of a saved result (the JSON-able dict that ``plan(...).apply()``
-    recorded with ``recipe.record``) onto a fresh base model, in place and without data, so that the saved weights fit.
+    A subclass names its catalogue ``slug``, takes its options as keywords that all have defaults, and gives ``plan``,
+    which decides. One whose result has another structure also gives ``restore``. It puts the structure of a saved result (the
+    JSON-able dict that ``plan(...).apply()`` recorded with ``recipe.record``) onto a fresh base model, in place and without data, so
+    that the saved weights fit.
     """
 
     @abstractmethod
@@ -97,9 +98,12 @@ class Transform(Takes, ABC):
             others: Further trained models, where the method takes any (merging).
         """
 
-    @abstractmethod
     def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Rebuild on ``model`` (a base with fresh weights) the structure that ``apply`` recorded; return the model."""
+        """Rebuild on ``model`` (a base with fresh weights) the structure that ``apply`` recorded; return the model.
+
+        By default the result has the structure of the base.
+        """
+        return model
 
 
 class NotBegun(LookupError):

@@ -150,10 +150,6 @@ class OTFusion(Transform):
         plan = transport(distances, reg=self.reg)
         return plan / plan.sum(0)
 
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """The result has the structure of the base: nothing to do."""
-        return model
-
 
 def _squares(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Squared distances ``[units here, units there]``, summed over pairs of ``[units, values]``."""

@@ -127,10 +127,6 @@ class RethinkRebasin(Transform):
         ]
         return Plan(self.slug, options, touched, skipped, build)
 
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """The result has the structure of the base: nothing to do."""
-        return model
-
 
 def goal(ours: Mapping[str, Moments], theirs: Mapping[str, Moments], weight: float) -> dict[str, Moments]:
     """The statistics that a merged network should have: the weighted means of those of its ends, also of standard deviations."""

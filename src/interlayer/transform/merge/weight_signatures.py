@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -280,10 +280,6 @@ class WeightSignatures(Transform):
             return new
 
         return Plan(self.slug, options, touched, skipped, build)
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """The result has the structure of the base: nothing to do."""
-        return model
 
 
 def _twins(model: nn.Module) -> tuple[nn.Module, ...]:

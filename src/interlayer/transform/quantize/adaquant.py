@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interlayer.core import quantizer
 from interlayer.core.allocate import Curve, allocate
 from interlayer.core.blockwise import listed
 from interlayer.core.example import Example
@@ -237,10 +236,6 @@ class AdaQuant(Transform):
         curves = [Curve(cost=c, loss=e) for c, e in zip(costs, lost, strict=True)]
         choice = allocate(curves, budget, method="integer").choice
         return {n: self.widths[k] for n, k in zip(names, choice, strict=True)}
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Put packed layers where the saved ones belong."""
-        return quantizer.restore(model, structure)
 
 
 def _plain() -> tuple[nn.Module, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from interlayer.core import quantizer, taps
+from interlayer.core import taps
 from interlayer.core.blockwise import Part, listed
 from interlayer.core.example import Example
 from interlayer.core.extras import need
@@ -181,10 +181,6 @@ class Aespa(Transform):
                 optimizer.step()
         with torch.no_grad():
             return made.found(start)
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Put packed layers where the saved ones belong."""
-        return quantizer.restore(model, structure)
 
 
 def damped(form: Form) -> Form:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.core import quantizer
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
@@ -155,10 +154,6 @@ class BCT(Transform):
     def grid(self, wide: bool, across: int) -> Grid:
         """The grid of a weight with this many values in a row."""
         return Grid(EIGHT if wide else self.bits, 0, group=self.block, powers=True).divided(across)
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Put packed layers where the saved ones belong."""
-        return quantizer.restore(model, structure)
 
 
 def _matching(results: Grid, weights: Grid) -> Grid:

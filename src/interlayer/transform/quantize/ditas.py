@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from interlayer.core import quantizer, taps
+from interlayer.core import taps
 from interlayer.core.blockwise import listed
 from interlayer.core.example import Example
 from interlayer.core.kinds import Plan, Row, Transform
@@ -206,10 +206,6 @@ class DiTAS(Transform):
             return Corrected(layer, self.grid.fit(weight), inputs=INPUTS, divisor=divisor)
         held, codes, factors = alternate(weight, self.grid, rank)
         return Corrected(layer, held.to(weight), codes=codes, inputs=INPUTS, factors=factors, divisor=divisor)
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Put packed layers where the saved ones belong."""
-        return quantizer.restore(model, structure)
 
 
 def _grouped(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interlayer.core import quantizer
 from interlayer.core.blockwise import Prefix
 from interlayer.core.example import Example
 from interlayer.core.extras import need
@@ -156,10 +155,6 @@ class FlexRound(Transform):
             model, data, self.grid, solve, blocks=self.blocks, at=self.at, by=self.by, packed=self.packed,
             prefix=self.prefix, folder=self.folder, name=self.slug, options=self.options,
         )  # fmt: skip
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Put packed layers where the saved ones belong."""
-        return quantizer.restore(model, structure)
 
 
 def _plain() -> tuple[nn.Module, Tensor]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interlayer.core import quantizer
 from interlayer.core.blockwise import listed
 from interlayer.core.example import Example
 from interlayer.core.extras import need
@@ -140,10 +139,6 @@ class FPTQ(Transform):
     def grid(self, layer: nn.Module) -> Grid:
         """The grid of a layer's weight."""
         return Grid(self.bits, 0, group=self.group).divided(weight_of(layer)[0].numel())
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Put packed layers where the saved ones belong."""
-        return quantizer.restore(model, structure)
 
 
 def _plain() -> tuple[nn.Module, Tensor]:

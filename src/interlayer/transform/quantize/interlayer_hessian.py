@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interlayer.core import quantizer, taps
+from interlayer.core import taps
 from interlayer.core.blockwise import listed
 from interlayer.core.curvature import Curvature, Loss, curvature, outputs
 from interlayer.core.example import Example
@@ -224,10 +224,6 @@ class InterlayerHessian(Transform):
                 "Raise tolerance, or pass more bits."
             )
         return models[found - 1]
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Put packed layers where the saved ones belong."""
-        return quantizer.restore(model, structure)
 
 
 def works(model: nn.Module, batch: Any, there: Mapping[str, nn.Module]) -> dict[str, Work]:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from interlayer.core import quantizer
 from interlayer.core.blockwise import Part, fed, listed, sequence
 from interlayer.core.example import Example
 from interlayer.core.extras import need
@@ -206,10 +205,6 @@ class Mrecg(Transform):
             model, batches, Grid(self.bits, 0, "asymmetric"), solve, inputs=entering, blocks=self.blocks, joined=joined,
             at=self.at, by=self.by, packed=self.packed, folder=self.folder, name=self.slug, options=given,
         )  # fmt: skip
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Put packed layers where the saved ones belong."""
-        return quantizer.restore(model, structure)
 
 
 def _plain() -> tuple[nn.Module, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from interlayer.core import quantizer, taps
+from interlayer.core import taps
 from interlayer.core.blockwise import Part, fit, listed
 from interlayer.core.example import Example
 from interlayer.core.kinds import Plan, Row, Transform
@@ -285,10 +285,6 @@ class QuEST(Transform):
         """What the student should give for each call."""
         with taps.at_rest(teacher), torch.no_grad():
             return [_run(teacher, call, local) for call in calls]
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Put packed layers where the saved ones belong."""
-        return quantizer.restore(model, structure)
 
 
 @dataclass

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from interlayer.core import quantizer
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Transform
@@ -72,10 +71,6 @@ class RepQViT(Transform):
         self.take(others)
         options = {"bits": self.bits, "by": self.by}
         return _repq.plan(self.slug, model, data, bits=self.bits, by=self.by, at=self.at, options=options)
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Put packed layers and rounded attention where the saved ones belong."""
-        return quantizer.restore(model, structure)
 
 
 def checked(slug: str, bits: int, by: By) -> None:

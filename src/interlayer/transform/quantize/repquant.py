@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interlayer.core import quantizer, taps
+from interlayer.core import taps
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Transform
@@ -175,10 +175,6 @@ class RepQuant(Transform):
         if new.bias is not None:
             new.bias.add_((weight @ (off + near) - new.weight.to(weight) @ near).to(new.bias))
         return new
-
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """Put packed layers and rounded attention where the saved ones belong."""
-        return quantizer.restore(model, structure)
 
 
 def _plain() -> tuple[nn.Module, Tensor]:

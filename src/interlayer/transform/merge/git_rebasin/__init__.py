@@ -147,10 +147,6 @@ class GitRebasin(Transform):
         skipped += [Row(name, f"axis {dim} stays", why) for (name, dim), why in wiring.fixed.items()]
         return Plan(self.slug, options, touched, skipped, build)
 
-    def restore(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        """The result has the structure of the base: nothing to do."""
-        return model
-
 
 def _plain() -> tuple[Any, ...]:
     return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), torch.randn(5, 6)
