@@ -98,7 +98,18 @@ def interpolate(model: nn.Module, other: nn.Module, weight: float, data: Any = N
 
 
 def estimate_statistics(model: nn.Module, data: Any) -> None:
-    """Set the running statistics of batch norms, in place, to their plain average over the batches of ``data``."""
+    """Estimate the statistics of all batch norms again, in place: the mean over the batches. All else is in eval mode meanwhile.
+
+    Args:
+        model: Any module.
+        data: As ``taps.feed`` takes it, each batch of more than one value for a channel.
+
+    Examples:
+        >>> norm = nn.BatchNorm1d(1)
+        >>> estimate_statistics(norm, torch.tensor([[1.0], [3.0]]))
+        >>> norm.running_mean, norm.running_var
+        (tensor([2.]), tensor([2.]))
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from interlayer import load
 from interlayer.cli import app
+from interlayer.core.paths import estimate_statistics
 from interlayer.core.quantizer import Grid, Packed, nearest, straight, through
-from interlayer.core.quantizer.after import divergence, estimate, logits, tune
+from interlayer.core.quantizer.after import divergence, logits, tune
 from interlayer.transform.quantize.adaquant import AdaQuant, Calibrated
 from tests.families import batch, model, output, transformed
 
@@ -164,7 +165,7 @@ def test_norms_have_the_statistics_of_the_quantised_model(small):
     torch.testing.assert_close(new[1].running_var, seen.transpose(0, 1).flatten(1).var(1), atol=1e-5, rtol=1e-4)
     assert torch.equal(kept[1].running_mean, net[1].running_mean) and new[1].momentum == 0.1
     with pytest.raises(ValueError, match="Expected more than 1 value"):
-        estimate(nn.BatchNorm1d(2), torch.ones(1, 2))
+        estimate_statistics(nn.BatchNorm1d(2), torch.ones(1, 2))
 
 
 def test_biases_are_tuned_together_and_nothing_else(small):

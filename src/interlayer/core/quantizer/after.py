@@ -1,4 +1,4 @@
-"""What is measured and set right in a whole model once its layers are quantised: errors by module, statistics of batch norms, biases."""
+"""What is measured and set right in a whole model once its layers are quantised: errors by module, and biases."""
 
 from __future__ import annotations
 
@@ -9,45 +9,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from interlayer.core import taps
 from interlayer.core.blockwise import Part, fit, listed
-
-
-def counts(module: nn.Module) -> bool:
-    """Whether this is a batch norm with statistics of its own."""
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
-
-
-def estimate(model: nn.Module, batches: Any) -> None:
-    """Estimate the statistics of all batch norms again, in place: the mean over the batches. All else is in eval mode meanwhile.
-
-    Args:
-        model: Any module.
-        batches: As ``taps.feed`` takes them, each of more than one value for a channel.
-
-    Examples:
-        >>> norm = nn.BatchNorm1d(1)
-        >>> estimate(norm, torch.tensor([[1.0], [3.0]]))
-        >>> norm.running_mean, norm.running_var
-        (tensor([2.]), tensor([2.]))
-    """
-    modes = [(m, m.training) for m in model.modules()]
-    norms: list[Any] = [m for m in model.modules() if counts(m)]
-    held = [m.momentum for m in norms]
-    model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # the mean of all batches
-        m.train()
-    with torch.no_grad():
-        for _ in taps.feed(model, batches):
-            pass
-    for m, momentum in zip(norms, held, strict=True):
-        m.momentum = momentum
-    for each, mode in modes:
-        each.training = mode
 
 
 def tune(new: nn.Module, model: nn.Module, batches: list[Any], *, steps: int, lr: float, seed: int = 0) -> None:

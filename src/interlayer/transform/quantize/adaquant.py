@@ -9,14 +9,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from interlayer.core.allocate import Curve, allocate
 from interlayer.core.blockwise import listed
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
+from interlayer.core.paths import estimate_statistics
 from interlayer.core.quantizer import Grid, Learned, Rounder, Scaled, layers, learned, reconstruct, through, weight_of
-from interlayer.core.quantizer.after import counts, divergence, estimate, logits, tune
+from interlayer.core.quantizer.after import divergence, logits, tune
 from interlayer.core.quantizer.grid import By
 from interlayer.core.select import At, put
 
@@ -165,7 +167,9 @@ class AdaQuant(Transform):
         names = list(layers(model, self.at)[0])
         largest = self._layerwise(model, batches, names, self.widths[-1], parallel=self.mode == "parallel")
         rounded = [row.name for row in largest.touched]
-        norms = [n for n, m in model.named_modules() if self.norms and counts(m)]
+        norms = [
+            n for n, m in model.named_modules() if self.norms and isinstance(m, _BatchNorm) and m.track_running_stats
+        ]
         several = " or ".join(f"{b} bits" for b in self.widths) if len(self.widths) > 1 else ""
         given = f"{self.widths[-1]} bits"
         touched = [Row(r.name, r.what, r.why.replace(given, several or given)) for r in largest.touched]
@@ -179,7 +183,7 @@ class AdaQuant(Transform):
                 chosen = self._layerwise(model, batches, rounded, bits, parallel=self.mode == "parallel")
             new = chosen.apply()
             if norms:
-                estimate(new, batches)
+                estimate_statistics(new, batches)
             if self.tuned:
                 tune(new, model, batches, steps=self.tuned, lr=self.rate, seed=self.options["seed"])
             return new

@@ -15,8 +15,9 @@ from interlayer.claims.training import batches, built, judge, task, train
 from interlayer.claims.transform.quantize import flexround
 from interlayer.core import taps
 from interlayer.core.blockwise import Part
+from interlayer.core.paths import estimate_statistics
 from interlayer.core.quantizer import AdaRound, Grid, Scaled, layers, learned, nearest, reconstruct
-from interlayer.core.quantizer.after import divergence, estimate, logits, tune
+from interlayer.core.quantizer.after import divergence, logits, tune
 from interlayer.core.quantizer.grid import By, Kind
 from interlayer.core.quantizer.reconstruct import Found, Rounder, Solve, wide
 from interlayer.transform.quantize.adaquant import AdaQuant, Calibrated
@@ -154,10 +155,10 @@ def centred(arm: str, seed: int, scale: Scale) -> float:
     model = base("vision", seed, scale)
     new = nearest(model, Grid(3, 0, A), inputs=Grid(3, None, A), data=x).apply()
     if arm == "estimated":
-        estimate(new, x)
+        estimate_statistics(new, x)
     if arm == "statistics of the float model":
         whole = copy.deepcopy(model)
-        estimate(whole, x)
+        estimate_statistics(whole, x)
         new.load_state_dict({k: v for k, v in whole.state_dict().items() if "running" in k}, strict=False)
     norms = [n for n, m in new.named_modules() if isinstance(m, nn.BatchNorm2d)]
     with taps.at_rest(new), torch.no_grad(), taps.read(new, norms) as seen:
