@@ -144,9 +144,13 @@ class Rule(ABC):
         """
 
     def predict(self, inputs: Tensor) -> Tensor:
-        """The model's output as this rule wants it read (some rules do not read the last layer)."""
+        """The model's output in evaluation mode, as this rule wants it read (some rules do not read the last layer)."""
+        modes = [(m, m.training) for m in self.model.modules()]
         with torch.no_grad():
-            return self.model(inputs)
+            found = self.model.eval()(inputs)
+        for module, mode in modes:
+            module.training = mode
+        return found
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

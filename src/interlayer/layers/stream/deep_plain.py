@@ -212,14 +212,6 @@ class DeepPlain(Rule):
             F.cross_entropy(model(batch[0]), batch[1]).backward()
         return {name: float(norms[name]) for name in self.convolutions if name in norms}
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        """Logits in evaluation mode; the mode is restored."""
-        training = self.model.training
-        self.model.eval()
-        out = super().predict(inputs)
-        self.model.train(training)
-        return out
-
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
         """The optimiser."""
         return (self.optimiser,)

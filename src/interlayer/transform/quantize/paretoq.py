@@ -199,14 +199,6 @@ class ParetoQ(Rule):
         own = layer.parametrizations.weight
         return (own.original.T if own[0].transposed else own.original).detach().float()
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        """Scores in evaluation mode; the mode is restored."""
-        training = self.model.training
-        self.model.eval()
-        found = super().predict(inputs)
-        self.model.train(training)
-        return found
-
     def result(self, *, packed: bool = True) -> nn.Module:
         """The model for use: ``interlayer.save`` and ``load`` keep it. Its linear maps multiply few rows without unpacking.
 

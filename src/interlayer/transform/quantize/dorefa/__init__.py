@@ -126,14 +126,6 @@ class DoReFa(Rule):
         right = (scores.argmax(-1) == labels).float().mean()
         return {"loss": float(loss.detach()), "accuracy": float(right)}
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        """Scores in evaluation mode; the mode is restored."""
-        training = self.model.training
-        self.model.eval()
-        found = super().predict(inputs)
-        self.model.train(training)
-        return found
-
     def result(self) -> nn.Module:
         """The net for use, without float weights in its quantised layers: ``interlayer.save`` and ``load`` keep it.
 

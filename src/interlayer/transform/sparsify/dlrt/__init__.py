@@ -260,14 +260,6 @@ class DLRT(Rule):
         """The optimizer of K and L, and that of S and all other parameters."""
         return self.bases, self.rest
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        """Outputs in evaluation mode; the mode is restored."""
-        training = self.model.training
-        self.model.eval()
-        found = super().predict(inputs)
-        self.model.train(training)
-        return found
-
     def result(self, *, merged: bool = False) -> nn.Module:
         """A plain copy in which each layer of low rank is a pair of smaller ones; ``interlayer.save`` and ``load`` keep it.
 
