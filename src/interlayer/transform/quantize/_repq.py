@@ -16,7 +16,7 @@ from interlayer.core.quantizer.grid import By, LogScaled
 from interlayer.core.quantizer.layers import biased, weight_of
 from interlayer.core.quantizer.nearest import attended
 from interlayer.core.quantizer.smooth import Fold, apply, foldable
-from interlayer.core.select import At
+from interlayer.core.select import At, put
 
 LEAST = 1e-5  # of the largest scale: a feature that does not move gets no finer one, and keeps a zero point that floats hold
 Ranges: TypeAlias = dict[str, Scaled | LogScaled]
@@ -119,13 +119,8 @@ def plan(
         if choose:
             scratch = copy.deepcopy(work)
             for n, m in (folded | norms).items():
-                _put(scratch, n, m)
+                put(scratch, n, m)
             packed = dict(choose(work, scratch, batches, packed))
         return packs(model, new | packed, {"method": slug, **options}, opens=opens, norms=norms)
 
     return Plan(slug, dict(options), touched, skipped + idle, build)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
