@@ -114,7 +114,7 @@ def blockwise(
     """
     if prefix not in ("changed", "original"):
         raise ValueError(f"blockwise: prefix {prefix!r}; expected 'changed' or 'original'.")
-    data = listed(batches)
+    data = taps.batches(batches, "blockwise")
     with _resting(model), _resting(into):
         names = sequence(model, data, at)[0]
         together = runs(model, data, names, joined)
@@ -206,7 +206,7 @@ def fed(model: nn.Module, batches: Any, names: Sequence[str]) -> list[bool]:
             block = model.get_submodule(name)
             hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(block.register_forward_hook(leave, with_kwargs=True).remove)
-        call(model, listed(batches)[0])
+        call(model, taps.batches(batches, "blockwise")[0])
     return found
 
 
@@ -258,7 +258,7 @@ def sequence(model: nn.Module, batches: Any, at: At | None = None) -> tuple[list
         >>> sequence(net, torch.zeros(1, 3))[0]
         ['0', '1.0', '1.1', '2']
     """
-    data = listed(batches)
+    data = taps.batches(batches, "blockwise")
     order, calls = list[str](), Counter[str]()
 
     def count(name: str) -> Callable[..., None]:
@@ -353,20 +353,6 @@ def error(found: Float[Tensor, "B ..."], wanted: Float[Tensor, "B ..."]) -> Floa
     """
     square = (found.float() - wanted.float()).square()
     return square.sum(1).mean() if square.ndim > 1 else square.mean()
-
-
-def listed(batches: Any) -> list[Any]:
-    """Batches as a list.
-
-    Raises:
-        ValueError: There are none.
-    """
-    found = [batches] if isinstance(batches, Tensor | Mapping | tuple) else list(batches if batches is not None else ())
-    if not found:
-        raise ValueError(
-            "blockwise: no calibration data; expected a tensor, a mapping, a tuple, or an iterable of these."
-        )
-    return found
 
 
 class _Reached(Exception):

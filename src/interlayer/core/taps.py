@@ -240,6 +240,29 @@ def feed(model: nn.Module, data: Any) -> Iterator[Any]:
         yield model(*args, **kwargs)
 
 
+def batches(
+    data: Any, who: str = "", why: str = "no calibration data; expected batches that the model takes, without targets."
+) -> list[Any]:
+    """Data as a list of batches; one batch is a list of one.
+
+    Args:
+        data: As ``feed`` takes it, or None.
+        who: Raise in this name if there are none.
+        why: What the error says.
+
+    Raises:
+        ValueError: There are none, and ``who`` is given.
+
+    Examples:
+        >>> len(batches({"input_ids": torch.zeros(2, 3)})), len(batches(torch.zeros(2) for _ in range(4))), batches(None)
+        (1, 4, [])
+    """
+    found = [data] if isinstance(data, Tensor | Mapping | tuple) else list(() if data is None else data)
+    if who and not found:
+        raise ValueError(f"{who}: {why}")
+    return found
+
+
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """How a model is called on a batch: its positional and its keyword arguments; targets are left out.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -126,13 +126,3 @@ def tune(
         for p, asks in asked:
             p.requires_grad_(asks)
     return losses
-
-
-def listed(data: Any) -> list[Any]:
-    """Data as a list of batches; one batch is a list of one.
-
-    Examples:
-        >>> len(listed({"input_ids": torch.zeros(2, 3)})), len(listed(torch.zeros(2) for _ in range(4))), listed(None)
-        (1, 4, [])
-    """
-    return [data] if isinstance(data, Tensor | Mapping | tuple) else list(data or ())

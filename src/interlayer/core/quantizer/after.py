@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import taps
-from interlayer.core.blockwise import Part, fit, listed
+from interlayer.core.blockwise import Part, fit
 
 
 def tune(new: nn.Module, model: nn.Module, batches: list[Any], *, steps: int, lr: float, seed: int = 0) -> None:
@@ -62,7 +62,7 @@ def lost(model: nn.Module, new: nn.Module, batches: Any, names: Sequence[str]) -
     """
     off, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     with taps.at_rest(model), taps.at_rest(new), torch.no_grad():
-        for batch in listed(batches):
+        for batch in taps.batches(batches, "lost"):
             with taps.read(model, list(names)) as wanted, taps.read(new, list(names)) as found:
                 for each in (model, new):
                     for _ in taps.feed(each, [batch]):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from interlayer.core import taps
-from interlayer.core.blockwise import Part, Prefix, blockwise, fit, listed, runs, sequence
+from interlayer.core.blockwise import Part, Prefix, blockwise, fit, runs, sequence
 from interlayer.core.kinds import Plan, Row
 from interlayer.core.quantizer.grid import By, Grid, Scaled, straight, through
 from interlayer.core.quantizer.layers import Packed, is_conv1d, weight_of
@@ -285,7 +285,7 @@ def reconstruct(
     """
     if inputs is not None and not packed:
         raise ValueError(f"{name}: rounded inputs cannot become plain floats; expected packed=True, or no inputs.")
-    batches = listed(data)
+    batches = taps.batches(data, name)
     there, skipped = layers(model, at, grid if isinstance(grid, Grid) else None)
     names, out = sequence(model, batches, blocks)
     owner = {n: b for n in there for b in names if n == b or n.startswith(f"{b}.") or not b}

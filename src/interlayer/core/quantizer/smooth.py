@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from interlayer.core import taps
-from interlayer.core.blockwise import listed
 from interlayer.core.kinds import Plan, Row
 from interlayer.core.quantizer.layers import weight_of
 from interlayer.core.quantizer.nearest import layers, rounds
@@ -56,7 +55,7 @@ def smooth(model: nn.Module, data: Any, *, alpha: float = 0.5, at: At | None = N
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"smooth: alpha={alpha}; expected 0 to 1.")
-    batches = listed(data)
+    batches = taps.batches(data, "smooth")
     there, _ = layers(model, at)
     found, largest = readers(model, batches, there)
     tried: dict[str, Fold] = {}
@@ -95,7 +94,7 @@ def fold(model: nn.Module, data: Any, folds: Mapping[str, Fold]) -> dict[str, st
     with taps.at_rest(model), torch.no_grad():
 
         def run() -> Tensor:
-            return taps.first(next(taps.feed(model, listed(data)[:1])))
+            return taps.first(next(taps.feed(model, taps.batches(data, "smooth")[:1])))
 
         def moved() -> bool:
             return float((run() - before).abs().max()) > CLOSE * float(before.abs().max())

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from interlayer.core import delivery, recipe
+from interlayer.core import delivery, recipe, taps
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
@@ -18,7 +18,7 @@ from interlayer.core.select import blocks, put
 from interlayer.core.skipping import Per, Skip, SkipDecoder, SkipMixer, attention_of
 from interlayer.core.stream import Stream
 from interlayer.core.trunk import Trunk, build_trunk
-from interlayer.core.tune import listed, tune
+from interlayer.core.tune import tune
 
 Of = Literal["attention", "block"]
 Learn = Literal["routers", "all"]
@@ -113,9 +113,9 @@ class MindSkip(Transform):
             )
         chosen = range(len(found) - 1 - many, len(found) - 1)
         places = [self._place(model, at, i) for i in chosen]
-        batches = listed(data)
-        if not batches:
-            raise ValueError("mindskip: no data; expected batches that the routers learn from. Pass plan(model, data).")
+        batches = taps.batches(
+            data, self.slug, "no data; expected batches that the routers learn from. Pass plan(model, data)."
+        )
         names = [name for name, _ in places]
         options = {
             "capacity": self.settings["capacity"], "weight": self.settings["weight"], "threshold": self.settings["threshold"],

@@ -16,7 +16,7 @@ from interlayer.probe.transcoders.circuit import Circuit
 from interlayer.probe.transcoders.coder import Coder, Trainer, fit
 from interlayer.probe.transcoders.picture import draw
 from interlayer.probe.transcoders.planted import greater_than, years
-from interlayer.probe.transcoders.reading import Decoder, activations, batched, mlps
+from interlayer.probe.transcoders.reading import Decoder, activations, mlps
 from interlayer.probe.transcoders.splice import prompt, spliced_loss
 
 __all__ = [
@@ -104,7 +104,7 @@ class Transcoders(Probe):
     @torch.no_grad()
     def __call__(self, model: nn.Module, data: Any) -> Finding:
         """Train the transcoders and look for the circuit; the model is afterwards as it was before."""
-        batches = batched(data)
+        batches = taps.batches(data)
         with taps.at_rest(model):
             names = mlps(model, self.at)
             layer = self._index("layer", self.layer, len(names))

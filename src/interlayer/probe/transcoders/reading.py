@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -82,7 +81,7 @@ def mlps(model: nn.Module, at: At | None) -> list[str]:
 def activations(model: nn.Module, names: list[str], data: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs and outputs of the modules over all batches, a row for each position that is not padding."""
     kept: dict[str, tuple[list[Tensor], list[Tensor]]] = {n: ([], []) for n in names}
-    for batch in batched(data):
+    for batch in taps.batches(data):
         _, keywords = taps.arguments(batch)
         mask = keywords.get("attention_mask")
         with taps.read(model, names, side="input") as inputs, taps.read(model, names) as outputs:
@@ -100,11 +99,6 @@ def activations(model: nn.Module, names: list[str], data: Any) -> dict[str, tupl
         if not all(bool(t.isfinite().all()) for t in pair):
             raise ValueError(f"transcoders: activations of {name} hold NaN or infinity. Check the model and the data.")
     return found
-
-
-def batched(data: Any) -> list[Any]:
-    """A list of batches, as ``taps.feed`` takes them."""
-    return [data] if isinstance(data, Tensor | Mapping | tuple) else list(data)
 
 
 def linear(module: nn.Module, width: int, like: Tensor) -> Float[Tensor, "D O"]:

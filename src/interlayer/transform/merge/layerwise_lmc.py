@@ -71,7 +71,7 @@ class LayerwiseLMC(Comparison):
         """Average, measure and compare; all models are afterwards as they were before."""
         (other,) = self.take(others)
         expect_alike(self.slug, model, other)
-        batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data)
+        batches = taps.batches(data)
         with taps.at_rest(model), taps.at_rest(other), torch.no_grad():
             states = model.state_dict(), other.state_dict()
             single = layers(model)

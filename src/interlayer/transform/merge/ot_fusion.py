@@ -81,9 +81,7 @@ class OTFusion(Transform):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Find which units correspond."""
         others = tuple(self.take(others))
-        batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data or ())
-        if not batches:
-            raise ValueError("ot-fusion: no data; expected at least one batch, to trace the models with.")
+        batches = taps.batches(data, self.slug, "no data; expected at least one batch, to trace the models with.")
         need("ot", "merge", "ot-fusion")
         args, kwargs = taps.arguments(batches[0])
         wiring = trace(model, *args, output=self.output, **kwargs)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from interlayer.core import recipe
+from interlayer.core import recipe, taps
 from interlayer.core.chart import curves
 from interlayer.core.example import Example, perturbed
 from interlayer.core.extras import need
@@ -91,9 +91,7 @@ class RethinkRebasin(Transform):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Find the layers that can absorb the change, and plan the alignment."""
         (other,) = self.take(others)
-        batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data or ())
-        if not batches:
-            raise ValueError(f"{self.slug}: no data; expected batches, of which statistics are taken.")
+        batches = taps.batches(data, self.slug, "no data; expected batches, of which statistics are taken.")
         expect_alike(self.slug, model, other)
         names, skipped = places(model, batches[0])
         biased = {n: getattr(model.get_submodule(n), "bias", None) is not None for n in names}
@@ -157,7 +155,7 @@ def collapse(model: nn.Module, ends: Sequence[nn.Module], data: Any) -> Finding:
         >>> found.tables["layers"]["layer"], found.tables["layers"]["weights"][0] < 0.9
         (['0'], True)
     """
-    batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data or ())
+    batches = taps.batches(data)
     if not batches or not ends:
         raise ValueError(f"collapse: {len(ends)} ends and {len(batches)} batches; expected at least one of each.")
     for end in ends:

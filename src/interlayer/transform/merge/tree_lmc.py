@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -208,7 +208,7 @@ class TreeLMC(Transform):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """List the ensembles and what may change in them."""
         (other,) = self.take(others)
-        batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data or ())
+        batches = taps.batches(data)
         found = {n: m for n, m in model.named_modules() if isinstance(m, SoftTrees)}
         if not found:
             raise ValueError(

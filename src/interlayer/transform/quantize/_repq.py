@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from interlayer.core.blockwise import listed
+from interlayer.core import taps
 from interlayer.core.kinds import Plan, Row
 from interlayer.core.quantizer import Grid, LogGrid, Packed, Round, Scaled, layers, observe, opening, packs
 from interlayer.core.quantizer.attention import operands
@@ -67,8 +67,7 @@ def plan(
         refine: What makes the ranges better.
         choose: What chooses better codes of the weights.
     """
-    if data is None or not (batches := listed(data)):
-        raise ValueError(f"{slug}: no calibration data; expected batches that the model takes, without targets.")
+    batches = taps.batches(data, slug)
     work, opens, rows = opening(model, at)
     there, skipped = layers(work, at)
     found, refused = foldable(work, batches, there)

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from interlayer.core import taps
 from interlayer.core.allocate import Curve, allocate
-from interlayer.core.blockwise import listed
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
@@ -163,7 +163,7 @@ class AdaQuant(Transform):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """List the layers; ``apply`` calibrates them."""
         self.take(others)
-        batches = listed(data)
+        batches = taps.batches(data, self.slug)
         names = list(layers(model, self.at)[0])
         largest = self._layerwise(model, batches, names, self.widths[-1], parallel=self.mode == "parallel")
         rounded = [row.name for row in largest.touched]

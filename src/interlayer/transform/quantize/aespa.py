@@ -12,7 +12,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from interlayer.core import taps
-from interlayer.core.blockwise import Part, listed
+from interlayer.core.blockwise import Part
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Transform
@@ -110,7 +110,7 @@ class Aespa(Transform):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """List the layers, each with its block and objective; ``apply`` rounds them."""
         self.take(others)
-        batches = listed(data)
+        batches = taps.batches(data, self.slug)
         plan = reconstruct(
             model, batches, self.grid, self.solve, at=self.at, by="minmax", packed=self.packed, folder=self.folder,
             name=self.slug, options=self.options,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from interlayer.core import taps
-from interlayer.core.blockwise import listed
 from interlayer.core.example import Example
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.process import drawn
@@ -104,7 +103,7 @@ class DiTAS(Transform):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Sample, or take the calls in ``data``, find the ranges over all steps and search for each layer's alpha."""
         self.take(others)
-        batches = self.drawn(model) if data is None else listed(data)
+        batches = self.drawn(model) if data is None else taps.batches(data, self.slug)
         there, skipped = layers(model, self.at)
         there, groups, why = _grouped(model, batches, there)
         skipped += [Row(n, type(model.get_submodule(n)).__name__, f"{w}, stays in float") for n, w in why.items()]

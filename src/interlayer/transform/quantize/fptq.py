@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interlayer.core.blockwise import listed
+from interlayer.core import taps
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
@@ -86,8 +86,7 @@ class FPTQ(Transform):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Find the ranges in one pass, and list for each layer how its inputs are rounded."""
         self.take(others)
-        if data is None or not (batches := listed(data)):
-            raise ValueError("fptq: no calibration data; expected batches that the model takes, without targets.")
+        batches = taps.batches(data, self.slug)
         there, skipped = layers(model, self.at)
         ends = extremes(model, batches, {n: axis_of(tuple(weight_of(m).shape)) for n, m in there.items()})
         skipped += [Row(n, type(m).__name__, "never ran on the data") for n, m in there.items() if n not in ends]

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import taps
-from interlayer.core.blockwise import listed
 from interlayer.core.curvature import Curvature, Loss, curvature, outputs
 from interlayer.core.example import Example
 from interlayer.core.extras import need
@@ -170,7 +169,7 @@ class InterlayerHessian(Transform):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """List the layers; ``apply`` measures and chooses their bits."""
         self.take(others)
-        batches = listed(data)
+        batches = taps.batches(data, self.slug)
         there, skipped = layers(model, self.at)
         work = works(model, batches[0], there)
         skipped += [Row(n, type(m).__name__, "never ran on the data") for n, m in there.items() if n not in work]

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from interlayer.core.blockwise import Part, fed, listed, sequence
+from interlayer.core import taps
+from interlayer.core.blockwise import Part, fed, sequence
 from interlayer.core.example import Example
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
@@ -153,7 +154,7 @@ class Mrecg(Transform):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Choose what is joined, without data or in a first round when the plan is carried out; ``apply`` rounds."""
         self.take(others)
-        batches = listed(data)
+        batches = taps.batches(data, self.slug)
         there, _ = layers(model, self.at)
         every = sequence(model, batches, self.blocks)[0]
         inside = {b: [m for n, m in there.items() if n == b or n.startswith(f"{b}.") or not b] for b in every}

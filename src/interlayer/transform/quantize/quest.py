@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from interlayer.core import taps
-from interlayer.core.blockwise import Part, fit, listed
+from interlayer.core.blockwise import Part, fit
 from interlayer.core.example import Example
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.process import drawn, times_of
@@ -135,7 +135,7 @@ class QuEST(Transform):
         if data is None:
             given = {"steps": self.steps, "examples": self.examples, "scheduler": self.scheduler, "seed": self.seed}
             data = drawn(self.slug, model, **given, every=True)
-        calls, clock = split(self.slug, listed(data), *times_of(self.slug, model), self.groups)
+        calls, clock = split(self.slug, taps.batches(data, self.slug), *times_of(self.slug, model), self.groups)
         work, opens, rows = opening(model, self.at)
         there, skipped = layers(work, self.at)
         by_time, by_item = moved(work, calls, clock, there)

@@ -94,11 +94,9 @@ class RdPrune(Pruning):
 
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Measure the curves on ``data`` and choose what to prune."""
-        batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data if data is not None else ())
-        if not batches:
-            raise ValueError(
-                "rd-prune: no data; wanted at least one batch, to measure with. Noise of its shape does too."
-            )
+        batches = taps.batches(
+            data, self.slug, "no data; wanted at least one batch, to measure with. Noise of its shape does too."
+        )
         return super().plan(model, batches, others=others)
 
     def choose(self, model: nn.Module, names: Sequence[str], keep: int, data: Any) -> list[Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from interlayer.core import taps
@@ -72,9 +72,7 @@ class DropoutPath(Comparison):
         """Build the path and measure the loss on it; both networks are afterwards as they were before."""
         (other,) = self.take(others)
         expect_alike(self.slug, model, other)
-        batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data)
-        if not batches:
-            raise ValueError(f"{self.slug}: no data; expected batches of inputs and targets.")
+        batches = taps.batches(data, self.slug, "no data; expected batches of inputs and targets.")
         with taps.at_rest(model), taps.at_rest(other), torch.no_grad():
             chain = Chain(model, batches[0])
             mine = Halves(chain, chain.split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -101,9 +101,7 @@ class GitRebasin(Transform):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Find which units can be permuted."""
         (other,) = self.take(others)
-        batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data or ())
-        if not batches:
-            raise ValueError("git-rebasin: no data; wanted at least one batch, to trace the model with.")
+        batches = taps.batches(data, self.slug, "no data; wanted at least one batch, to trace the model with.")
         if self.method == "straight-through" and not all(isinstance(b, tuple | list) and len(b) > 1 for b in batches):
             raise ValueError("git-rebasin: straight-through matching needs (inputs, targets) batches.")
         expect_alike(self.slug, model, other)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from interlayer.core import taps
 from interlayer.core.chart import curves
 from interlayer.core.example import Example
 from interlayer.core.kinds import Comparison, Finding
@@ -111,7 +112,7 @@ class LMCLandscape(Comparison):
             )
         for each in others:
             expect_alike(self.slug, model, each)
-        batches = [data] if isinstance(data, Tensor | Mapping | tuple) else list(data)
+        batches = taps.batches(data)
         runs = [[*earlier[::2], model], [*earlier[1::2], other]]
         steps = [[_vector(m, ancestor) for m in run] for run in runs]
         if not all(bool(step.any()) for run in steps for step in run):

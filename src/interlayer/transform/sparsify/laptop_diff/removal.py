@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from interlayer.core import taps
-from interlayer.core.blockwise import CONTAINERS, call, listed
+from interlayer.core.blockwise import CONTAINERS, call
 from interlayer.core.kinds import Row
 from interlayer.core.select import At, put, select
 from interlayer.transform.sparsify._pruning import distortion, outputs
@@ -85,7 +85,7 @@ def removable(model: nn.Module, data: Any, at: At | None = None) -> tuple[Struct
     ]
     try:
         with taps.at_rest(model), torch.no_grad():
-            call(model, listed(data)[0])
+            call(model, taps.batches(data, "laptop-diff")[0])
     finally:
         for handle in handles:
             handle.remove()
@@ -160,7 +160,7 @@ def losses(model: nn.Module, structure: Mapping[str, Mapping[str, Any]], data: A
     Raises:
         ValueError: No data, or an output that is a loss or not finite.
     """
-    batches, found = listed(data), dict[str, float]()
+    batches, found = taps.batches(data, "laptop-diff"), dict[str, float]()
     with taps.at_rest(copy.deepcopy(model)) as work, torch.no_grad():
         whole = outputs(work, batches, "laptop-diff")
         for name, how in tqdm(structure.items(), "layers", disable=None, leave=False):
