@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core.data import Experience
+from interlayer.core.extras import need
 from interlayer.core.mixer import Attention, Context
 from interlayer.core.order import Sequential
 from interlayer.core.parts import FeedForward
@@ -96,6 +97,25 @@ class Example:
     outputs: Callable[..., Any] | None = None
     precision: float = 0.0
     exceptions: Mapping[str, str] = field(default_factory=dict)
+
+
+def tiny_gpt2(depth: int = 2, *, length: int = 5, named: bool = False, **config: Any) -> tuple[nn.Module, Any]:
+    """A GPT-2 of Hugging Face and two rows of tokens for it; with ``named`` they are a mapping of keyword arguments."""
+    hf: Any = need("transformers", "hf", "tiny_gpt2")
+    config = {"n_embd": 16, "n_layer": depth, "n_head": 2, "vocab_size": 32, **config}
+    model, x = hf.GPT2LMHeadModel(hf.GPT2Config(**config)), torch.randint(config["vocab_size"], (2, length))
+    return model, {"input_ids": x} if named else x
+
+
+def tiny_convnet(examples: int = 2) -> tuple[nn.Module, Tensor]:
+    """A convolution and a linear map, and images of 8 x 8 pixels."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    return net, torch.randn(examples, 1, 8, 8)
+
+
+def tiny_mlp(examples: int = 5) -> tuple[nn.Module, Tensor]:
+    """Two linear maps, and rows of 6 features."""
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), torch.randn(examples, 6)
 
 
 def perturbed(model: nn.Module) -> tuple[nn.Module]:

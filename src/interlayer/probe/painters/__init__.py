@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.core import delivery, recipe
-from interlayer.core.example import Example
-from interlayer.core.extras import need
+from interlayer.core.example import Example, tiny_gpt2
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.select import put
 from interlayer.probe.painters.orders import VARIANTS, Parallel, Route, Variant, cost, execution, flat
@@ -149,10 +148,6 @@ def _own() -> tuple[nn.Module, Tensor]:
     return Transformer(vocab=32, length=16, depth=6, width=16, heads=2), torch.randint(32, (2, 5))
 
 
-def _gpt2() -> tuple[nn.Module, Tensor]:
-    hf: Any = need("transformers", "hf", "painters.EXAMPLE")
-    config = hf.GPT2Config(n_embd=16, n_layer=6, n_head=2, vocab_size=32, use_cache=False)
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=lambda: Painters(variant="looped-parallel", loops=2), inputs=_own, hf=_gpt2)
+EXAMPLE = Example(
+    make=lambda: Painters(variant="looped-parallel", loops=2), inputs=_own, hf=lambda: tiny_gpt2(6, use_cache=False)
+)

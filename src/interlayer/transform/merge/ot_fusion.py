@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import recipe, taps
-from interlayer.core.example import Example, perturbed
+from interlayer.core.example import Example, perturbed, tiny_gpt2, tiny_mlp
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.paths import blend
@@ -198,16 +198,9 @@ def _activations(
     return sums
 
 
-def _plain() -> tuple[Any, ...]:
-    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), torch.randn(5, 6)
-
-
-def _gpt2() -> tuple[Any, ...]:
-    hf: Any = need("transformers", "hf", "ot_fusion.EXAMPLE")
-    config = hf.GPT2Config(
-        n_embd=16, n_layer=2, n_head=2, vocab_size=32, use_cache=False, bos_token_id=0, eos_token_id=0
-    )
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=OTFusion, inputs=_plain, hf=_gpt2, others=perturbed)
+EXAMPLE = Example(
+    make=OTFusion,
+    inputs=tiny_mlp,
+    hf=lambda: tiny_gpt2(use_cache=False, bos_token_id=0, eos_token_id=0),
+    others=perturbed,
+)

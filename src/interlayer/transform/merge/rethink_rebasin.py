@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from interlayer.core import recipe, taps
 from interlayer.core.chart import curves
-from interlayer.core.example import Example, perturbed
-from interlayer.core.extras import need
+from interlayer.core.example import Example, perturbed, tiny_gpt2, tiny_mlp
 from interlayer.core.kinds import Finding, Plan, Row, Transform
 from interlayer.core.paths import expect_alike, interpolate
 from interlayer.core.renormalise import Moments, Parts, moments, places, renormalise
@@ -186,15 +185,9 @@ def _shares(rows: Sequence[Sequence[float]]) -> list[float]:
     return [m * len(theirs) / max(sum(t), 1e-30) for m, t in zip(mine, zip(*theirs, strict=True), strict=True)]
 
 
-def _plain() -> tuple[Any, ...]:
-    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), torch.randn(20, 6)
-
-
-def _gpt2() -> tuple[Any, ...]:
-    hf: Any = need("transformers", "hf", "rethink_rebasin.EXAMPLE")
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32}
-    config = hf.GPT2Config(**sizes, use_cache=False, bos_token_id=0, eos_token_id=0)
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=RethinkRebasin, inputs=_plain, hf=_gpt2, others=perturbed)
+EXAMPLE = Example(
+    make=RethinkRebasin,
+    inputs=lambda: tiny_mlp(20),
+    hf=lambda: tiny_gpt2(use_cache=False, bos_token_id=0, eos_token_id=0),
+    others=perturbed,
+)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from interlayer.core import recipe
-from interlayer.core.example import Example, perturbed
-from interlayer.core.extras import need
+from interlayer.core.example import Example, perturbed, tiny_gpt2
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.paths import expect_alike, layers
 from interlayer.core.quantizer import Grid, Scaled, pack, unpack
@@ -290,10 +289,6 @@ def _plain() -> tuple[Any, ...]:
     return (nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)),)
 
 
-def _gpt2() -> tuple[Any, ...]:
-    hf: Any = need("transformers", "hf", "weight_signatures.EXAMPLE")
-    config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, bos_token_id=0, eos_token_id=0)
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=WeightSignatures, inputs=_plain, hf=_gpt2, others=_twins)
+EXAMPLE = Example(
+    make=WeightSignatures, inputs=_plain, hf=lambda: tiny_gpt2(bos_token_id=0, eos_token_id=0), others=_twins
+)

@@ -13,8 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from interlayer.core import taps
 from interlayer.core.allocate import Curve, allocate
-from interlayer.core.example import Example
-from interlayer.core.extras import need
+from interlayer.core.example import Example, tiny_gpt2
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.paths import estimate_statistics
 from interlayer.core.quantizer import Grid, Learned, Rounder, Scaled, layers, learned, reconstruct, through, weight_of
@@ -247,10 +246,4 @@ def _plain() -> tuple[nn.Module, Tensor]:
     return net, torch.randn(4, 1, 8, 8)
 
 
-def _gpt2() -> tuple[nn.Module, Tensor]:
-    hf: Any = need("transformers", "hf", "adaquant.EXAMPLE")
-    config = hf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=lambda: AdaQuant(steps=3, norms=True), inputs=_plain, hf=_gpt2)
+EXAMPLE = Example(make=lambda: AdaQuant(steps=3, norms=True), inputs=_plain, hf=lambda: tiny_gpt2(1))

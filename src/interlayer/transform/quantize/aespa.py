@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from interlayer.core import taps
 from interlayer.core.blockwise import Part
-from interlayer.core.example import Example
-from interlayer.core.extras import need
+from interlayer.core.example import Example, tiny_gpt2
 from interlayer.core.kinds import Plan, Transform
 from interlayer.core.quantizer import AdaRound, Form, Grid, Scaled, attended, columns, forms, reconstruct
 from interlayer.core.quantizer.reconstruct import Found, wide
@@ -196,10 +195,4 @@ def _transformer() -> tuple[nn.Module, Tensor]:
     return Transformer(16, 8, 1, 8, 2), torch.randint(16, (2, 6))
 
 
-def _gpt2() -> tuple[nn.Module, Tensor]:
-    hf: Any = need("transformers", "hf", "aespa.EXAMPLE")
-    config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=lambda: Aespa(steps=3), inputs=_transformer, hf=_gpt2)
+EXAMPLE = Example(make=lambda: Aespa(steps=3), inputs=_transformer, hf=tiny_gpt2)

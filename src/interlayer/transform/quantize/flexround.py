@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core.blockwise import Prefix
-from interlayer.core.example import Example
-from interlayer.core.extras import need
+from interlayer.core.example import Example, tiny_convnet, tiny_gpt2
 from interlayer.core.kinds import Plan, Transform
 from interlayer.core.quantizer import Grid, Rounder, Scaled, learned, reconstruct, straight
 from interlayer.core.quantizer.grid import By
@@ -157,14 +156,4 @@ class FlexRound(Transform):
         )  # fmt: skip
 
 
-def _plain() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)), torch.randn(2, 1, 8, 8)
-
-
-def _gpt2() -> tuple[nn.Module, Tensor]:
-    hf: Any = need("transformers", "hf", "flexround.EXAMPLE")
-    config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=lambda: FlexRound(steps=3), inputs=_plain, hf=_gpt2)
+EXAMPLE = Example(make=lambda: FlexRound(steps=3), inputs=tiny_convnet, hf=tiny_gpt2)

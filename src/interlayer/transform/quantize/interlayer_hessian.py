@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from interlayer.core import taps
 from interlayer.core.curvature import Curvature, Loss, curvature, outputs
-from interlayer.core.example import Example
-from interlayer.core.extras import need
+from interlayer.core.example import Example, tiny_convnet, tiny_gpt2
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.quantizer import Grid, Packed, Scaled, layers, packs, rounds, stored, weight_of
 from interlayer.core.quantizer.grid import By
@@ -258,14 +257,6 @@ def agreement(model: nn.Module, batches: Sequence[Any], loss: Loss) -> Callable[
     return score
 
 
-def _plain() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)), torch.randn(16, 1, 8, 8)
-
-
-def _gpt2() -> tuple[nn.Module, Tensor]:
-    hf: Any = need("transformers", "hf", "interlayer_hessian.EXAMPLE")
-    config = hf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=lambda: InterlayerHessian(tolerance=0.5), inputs=_plain, hf=_gpt2)
+EXAMPLE = Example(
+    make=lambda: InterlayerHessian(tolerance=0.5), inputs=lambda: tiny_convnet(16), hf=lambda: tiny_gpt2(1)
+)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from interlayer.core import taps
 from interlayer.core.blockwise import Part, fed, sequence
-from interlayer.core.example import Example
-from interlayer.core.extras import need
+from interlayer.core.example import Example, tiny_gpt2
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.quantizer import AdaRound, Grid, Scaled, layers, learned, reconstruct, weight_of
 from interlayer.core.quantizer.after import lost
@@ -213,10 +212,4 @@ def _plain() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(first, nn.Sequential(nn.Flatten(), nn.Linear(144, 10))), torch.randn(4, 1, 8, 8)
 
 
-def _gpt2() -> tuple[nn.Module, Tensor]:
-    hf: Any = need("transformers", "hf", "mrecg.EXAMPLE")
-    config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=lambda: Mrecg(steps=3, inputs=4), inputs=_plain, hf=_gpt2)
+EXAMPLE = Example(make=lambda: Mrecg(steps=3, inputs=4), inputs=_plain, hf=tiny_gpt2)

@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import taps
-from interlayer.core.example import Example
-from interlayer.core.extras import need
+from interlayer.core.example import Example, tiny_gpt2
 from interlayer.core.kinds import Plan, Transform
 from interlayer.core.quantizer import Grid, Packed, Scaled, columns, through, weight_of
 from interlayer.core.quantizer.grid import By
@@ -181,12 +180,10 @@ def _plain() -> tuple[nn.Module, Tensor]:
     return VisionTransformer(1, 8, patch=4, classes=3, depth=1, width=8, heads=2), torch.rand(2, 1, 8, 8)
 
 
-def _gpt2() -> tuple[nn.Module, Any]:
-    hf: Any = need("transformers", "hf", "repquant.EXAMPLE")
-    config = hf.GPT2Config(
-        n_embd=8, n_layer=1, n_head=2, vocab_size=8, n_positions=8, bos_token_id=0, eos_token_id=0, pad_token_id=0
-    )
-    return hf.GPT2LMHeadModel(config), {"input_ids": torch.randint(8, (2, 4))}
-
-
-EXAMPLE = Example(make=lambda: RepQuant(steps=2), inputs=_plain, hf=_gpt2)
+EXAMPLE = Example(
+    make=lambda: RepQuant(steps=2),
+    inputs=_plain,
+    hf=lambda: tiny_gpt2(
+        1, length=4, named=True, n_embd=8, vocab_size=8, n_positions=8, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    ),
+)

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from interlayer.core.example import Example
-from interlayer.core.extras import need
+from interlayer.core.example import Example, tiny_convnet, tiny_gpt2
 from interlayer.core.select import At
 from interlayer.transform.sparsify._pruning import Pruning, alive, largest, layers
 
@@ -164,14 +163,4 @@ class Lamp(Pruning):
         return allocate(layers(model, names), keep, self.scope, alive(model, names))
 
 
-def _plain() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)), torch.randn(2, 1, 8, 8)
-
-
-def _gpt2() -> tuple[nn.Module, Tensor]:
-    hf: Any = need("transformers", "hf", "lamp.EXAMPLE")
-    config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, use_cache=False)
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=lambda: Lamp(sparsity=0.8), inputs=_plain, hf=_gpt2)
+EXAMPLE = Example(make=lambda: Lamp(sparsity=0.8), inputs=tiny_convnet, hf=lambda: tiny_gpt2(use_cache=False))

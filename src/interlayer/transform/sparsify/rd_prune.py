@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from interlayer.core import taps
 from interlayer.core.allocate import Curve, allocate
-from interlayer.core.example import Example
-from interlayer.core.extras import need
+from interlayer.core.example import Example, tiny_convnet, tiny_gpt2
 from interlayer.core.kinds import Plan
 from interlayer.core.select import At
 from interlayer.transform.sparsify._pruning import (
@@ -151,14 +150,6 @@ def measured(model: nn.Module, names: Sequence[str], data: Any, *, levels: int, 
     return curves
 
 
-def _plain() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)), torch.randn(2, 1, 8, 8)
-
-
-def _gpt2() -> tuple[nn.Module, Tensor]:
-    hf: Any = need("transformers", "hf", "rd_prune.EXAMPLE")
-    config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, use_cache=False)
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=lambda: RdPrune(sparsity=0.8, levels=4), inputs=_plain, hf=_gpt2)
+EXAMPLE = Example(
+    make=lambda: RdPrune(sparsity=0.8, levels=4), inputs=tiny_convnet, hf=lambda: tiny_gpt2(use_cache=False)
+)

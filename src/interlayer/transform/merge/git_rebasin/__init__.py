@@ -6,13 +6,11 @@ import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.core import recipe, taps
-from interlayer.core.example import Example, perturbed
-from interlayer.core.extras import need
+from interlayer.core.example import Example, perturbed, tiny_gpt2, tiny_mlp
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.paths import expect_alike, interpolate
 from interlayer.core.wiring import trace
@@ -146,16 +144,9 @@ class GitRebasin(Transform):
         return Plan(self.slug, options, touched, skipped, build)
 
 
-def _plain() -> tuple[Any, ...]:
-    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), torch.randn(5, 6)
-
-
-def _gpt2() -> tuple[Any, ...]:
-    hf: Any = need("transformers", "hf", "git_rebasin.EXAMPLE")
-    config = hf.GPT2Config(
-        n_embd=16, n_layer=2, n_head=2, vocab_size=32, use_cache=False, bos_token_id=0, eos_token_id=0
-    )
-    return hf.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
-
-
-EXAMPLE = Example(make=GitRebasin, inputs=_plain, hf=_gpt2, others=perturbed)
+EXAMPLE = Example(
+    make=GitRebasin,
+    inputs=tiny_mlp,
+    hf=lambda: tiny_gpt2(use_cache=False, bos_token_id=0, eos_token_id=0),
+    others=perturbed,
+)
