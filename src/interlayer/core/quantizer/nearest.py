@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -133,10 +133,8 @@ def nearest(
     if inputs is not None and not dynamic:
         wanted = {n: _features(inputs, m) for n, m in chosen.items()} | points
         ranges = observe(work, data, wanted, by=by)
-        skipped += [Row(n, type(m).__name__, "never ran on the data") for n, m in chosen.items() if n not in ranges]
-        chosen = {n: m for n, m in chosen.items() if n in ranges}
-        if not chosen:
-            raise ValueError("nearest: no layer that can be quantised ran on the data.")
+        chosen, never = ran(chosen, ranges, "nearest")
+        skipped += never
     touched, idle = attended(opens, points if dynamic else ranges, inputs)
     also = f", inputs {inputs.bits} bits {inputs.kind}" if inputs else ""
     what = f"{grid.bits} bits {grid.kind}{also}{' by token' if dynamic else ''}"
@@ -157,6 +155,16 @@ def nearest(
     return Plan(QUANTIZE, {"bits": grid.bits}, touched, skipped + idle, build)
 
 
+def ran(
+    there: Mapping[str, nn.Module], seen: Collection[str], who: str, why: str = "never ran on the data"
+) -> tuple[dict[str, nn.Module], list[Row]]:
+    """The layers that ran, and rows of a plan for the others. Raises ValueError if none ran."""
+    if not any(n in seen for n in there):
+        raise ValueError(f"{who}: no layer that can be quantised ran on the data.")
+    never = [Row(n, type(m).__name__, why) for n, m in there.items() if n not in seen]
+    return {n: m for n, m in there.items() if n in seen}, never
+
+
 def inner(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The names that lie inside lists of modules, such as the blocks of a Transformer; all where none does.
 
@@ -173,11 +181,11 @@ def _features(grid: Grid, layer: nn.Module) -> Grid:
     return grid if grid.axis is None else replace(grid, axis=axis_of(tuple(weight_of(layer).shape)))
 
 
-def attended(opens: Iterable[str], ran: Iterable[str], grid: Grid | None) -> tuple[list[Row], list[Row]]:
+def attended(opens: Iterable[str], seen: Iterable[str], grid: Grid | None) -> tuple[list[Row], list[Row]]:
     """Rows of a plan: attentions whose operands are rounded, and those that never ran."""
-    ran, touched, idle = set(ran), list[Row](), list[Row]()
+    seen, touched, idle = set(seen), list[Row](), list[Row]()
     for name in opens:
-        if f"{name}.attend.{OPERANDS[0]}" in ran and grid is not None:
+        if f"{name}.attend.{OPERANDS[0]}" in seen and grid is not None:
             touched.append(Row(name, "attention", f"{', '.join(OPERANDS)}, {grid.bits} bits"))
         else:
             idle.append(Row(name, "attention", "its products never ran on the data, stay in float"))

@@ -50,7 +50,8 @@ def observe(
         The scaled grid by the name of the module; modules that did not run are missing.
 
     Raises:
-        ValueError: A grid with an axis counted from the first (examples are its first), no data, or a module that got no numbers.
+        ValueError: A grid with an axis counted from the first (examples are its first), no data, or a module that got no numbers or
+            ones that are not finite.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -102,7 +103,7 @@ def extremes(
         [entries, 2], or [2] for a whole tensor, by name; modules that did not run are missing.
 
     Raises:
-        ValueError: No data, or a module that got no numbers.
+        ValueError: No data, or a module that got no numbers or ones that are not finite.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3))
@@ -127,6 +128,8 @@ def extremes(
         )
 
     _run(model, data, list(axes), see, side)
+    if bad := [n for n, ends in found.items() if not bool(ends.isfinite().all())]:
+        raise ValueError(f"observe: {side}s of {bad[0]} are not finite; expected finite activations. Check the data.")
     return found
 
 

@@ -14,7 +14,7 @@ from interlayer.core.quantizer import Grid, LogGrid, Packed, Round, Scaled, laye
 from interlayer.core.quantizer.attention import operands
 from interlayer.core.quantizer.grid import By, LogScaled
 from interlayer.core.quantizer.layers import biased, weight_of
-from interlayer.core.quantizer.nearest import attended
+from interlayer.core.quantizer.nearest import attended, ran
 from interlayer.core.quantizer.smooth import Fold, apply, foldable
 from interlayer.core.select import At, put
 
@@ -82,10 +82,8 @@ def plan(
             grids[name] = Grid(8 if weight_of(layer).ndim > 2 else bits, kind="asymmetric")
     grids |= operands(opens, Grid(bits, kind="asymmetric"), LogGrid(bits, "sqrt2"))
     ranges: Ranges = observe(work, batches, grids, by=by)
-    skipped += [Row(n, type(m).__name__, "never ran on the data") for n, m in there.items() if n not in ranges]
-    there = {n: m for n, m in there.items() if n in ranges}
-    if not there:
-        raise ValueError(f"{slug}: no layer that can be quantised ran on the data.")
+    there, never = ran(there, ranges, slug)
+    skipped += never
     touched, idle = attended(opens, ranges, Grid(bits))
     for name, layer in there.items():
         how = f"{bits} bits, inputs {grids[name].bits} bits"

@@ -16,6 +16,7 @@ from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.quantizer import Grid, Packed, Scaled, extremes, layers, packs, weight_of
 from interlayer.core.quantizer.attention import attentions
 from interlayer.core.quantizer.layers import axis_of
+from interlayer.core.quantizer.nearest import ran
 from interlayer.core.quantizer.smooth import Fold, apply, foldable
 from interlayer.core.select import At
 from interlayer.models import Transformer
@@ -88,12 +89,8 @@ class FPTQ(Transform):
         batches = taps.batches(data, self.slug)
         there, skipped = layers(model, self.at)
         ends = extremes(model, batches, {n: axis_of(tuple(weight_of(m).shape)) for n, m in there.items()})
-        skipped += [Row(n, type(m).__name__, "never ran on the data") for n, m in there.items() if n not in ends]
-        there = {n: m for n, m in there.items() if n in ends}
-        if not there:
-            raise ValueError("fptq: no layer that can be quantised ran on the data.")
-        if bad := [n for n, e in ends.items() if not bool(e.isfinite().all())]:
-            raise ValueError(f"fptq: inputs of {bad[0]} are not finite; expected finite activations. Check the data.")
+        there, never = ran(there, ends, self.slug)
+        skipped += never
         tops = {n: e.abs().amax(-1) for n, e in ends.items()}
         middle = {n for n, t in tops.items() if self.low < float(t.max()) < self.high}
         found, refused = foldable(model, batches, {n: there[n] for n in middle}) if middle else ({}, {})

@@ -18,6 +18,7 @@ from interlayer.core.example import Example, tiny_convnet, tiny_gpt2
 from interlayer.core.kinds import Plan, Row, Transform
 from interlayer.core.quantizer import Grid, Packed, Scaled, layers, packs, rounds, stored, weight_of
 from interlayer.core.quantizer.grid import By
+from interlayer.core.quantizer.nearest import ran
 from interlayer.core.quantizer.reconstruct import wide
 from interlayer.core.select import At
 
@@ -171,9 +172,8 @@ class InterlayerHessian(Transform):
         batches = taps.batches(data, self.slug)
         there, skipped = layers(model, self.at)
         work = works(model, batches[0], there)
-        skipped += [Row(n, type(m).__name__, "never ran on the data") for n, m in there.items() if n not in work]
-        if not work:
-            raise ValueError("interlayer-hessian: no layer that can be quantised ran on the data.")
+        there, never = ran(there, work, self.slug)
+        skipped += never
         several = " or ".join(str(b) for b in self.widths)
         touched = [Row(n, type(there[n]).__name__, f"{w.weights} weights, {several} bits") for n, w in work.items()]
 

@@ -33,6 +33,7 @@ from interlayer.core.quantizer import (
 )
 from interlayer.core.quantizer.attention import OPERANDS
 from interlayer.core.quantizer.layers import axis_of
+from interlayer.core.quantizer.nearest import attended, ran
 from interlayer.core.quantizer.reconstruct import wide
 from interlayer.core.quantizer.smooth import one
 from interlayer.core.select import At
@@ -140,13 +141,8 @@ class QuEST(Transform):
         there, skipped = layers(work, self.at)
         by_time, by_item = moved(work, calls, clock, there)
         ranges = self.ranges(work, calls, there, by_item, opens)
-        never = [n for n in there if n not in ranges]
-        skipped += rows + [
-            Row(n, type(there[n]).__name__, "never ran, or not at all times, on the data") for n in never
-        ]
-        there = {n: m for n, m in there.items() if n in ranges}
-        if not there:
-            raise ValueError(f"quest: no layer of {type(model).__name__} that can be rounded ran on the data.")
+        there, never = ran(there, ranges, self.slug, "never ran, or not at all times, on the data")
+        skipped += rows + never
         weights = {n: self.grid.fit(wide(m), "mse", 2.4) for n, m in there.items()}
         temporal = [n for n in by_time if n in there and n not in by_item]
         harm = self.harm(work, calls, clock, weights, ranges)
@@ -167,9 +163,7 @@ class QuEST(Transform):
         touched += [
             Row(n, "attention", f"queries, keys and values {self.inputs} bits, probabilities {kept}") for n in reached
         ]
-        skipped += [
-            Row(n, "attention", "its products never ran on the data, stay in float") for n in opens if n not in reached
-        ]
+        skipped += attended(opens, ranges, self.grid)[1]
         trained = sum(p.numel() for n in (*temporal, *sensitive) for p in there[n].parameters())
         share = trained / sum(p.numel() for p in model.parameters())
         options = {"bits": self.bits, "inputs": self.inputs, "softmax": self.softmax, "groups": clock.groups}
