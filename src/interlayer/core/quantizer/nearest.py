@@ -135,7 +135,7 @@ def nearest(
         ranges = observe(work, data, wanted, by=by)
         chosen, never = ran(chosen, ranges, "nearest")
         skipped += never
-    touched, idle = attended(opens, points if dynamic else ranges, inputs)
+    touched, idle = operand_rows(opens, points if dynamic else ranges, inputs)
     also = f", inputs {inputs.bits} bits {inputs.kind}" if inputs else ""
     what = f"{grid.bits} bits {grid.kind}{also}{' by token' if dynamic else ''}"
     touched = [Row(n, type(m).__name__, f"{weight_of(m).numel()} weights, {what}") for n, m in chosen.items()] + touched
@@ -181,7 +181,7 @@ def _features(grid: Grid, layer: nn.Module) -> Grid:
     return grid if grid.axis is None else replace(grid, axis=axis_of(tuple(weight_of(layer).shape)))
 
 
-def attended(opens: Iterable[str], seen: Iterable[str], grid: Grid | None) -> tuple[list[Row], list[Row]]:
+def operand_rows(opens: Iterable[str], seen: Iterable[str], grid: Grid | None) -> tuple[list[Row], list[Row]]:
     """Rows of a plan: attentions whose operands are rounded, and those that never ran."""
     seen, touched, idle = set(seen), list[Row](), list[Row]()
     for name in opens:

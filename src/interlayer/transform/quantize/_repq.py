@@ -14,7 +14,7 @@ from interlayer.core.quantizer import Grid, LogGrid, Packed, Round, Scaled, laye
 from interlayer.core.quantizer.attention import operands
 from interlayer.core.quantizer.grid import By, LogScaled
 from interlayer.core.quantizer.layers import biased, weight_of
-from interlayer.core.quantizer.nearest import attended, ran
+from interlayer.core.quantizer.nearest import operand_rows, ran
 from interlayer.core.quantizer.smooth import Fold, apply, foldable
 from interlayer.core.select import At, put
 
@@ -84,7 +84,7 @@ def plan(
     ranges: Ranges = observe(work, batches, grids, by=by)
     there, never = ran(there, ranges, slug)
     skipped += never
-    touched, idle = attended(opens, ranges, Grid(bits))
+    touched, idle = operand_rows(opens, ranges, Grid(bits))
     for name, layer in there.items():
         how = f"{bits} bits, inputs {grids[name].bits} bits"
         if name in norm_of:

@@ -33,7 +33,7 @@ from interlayer.core.quantizer import (
 )
 from interlayer.core.quantizer.attention import OPERANDS
 from interlayer.core.quantizer.layers import axis_of
-from interlayer.core.quantizer.nearest import attended, ran
+from interlayer.core.quantizer.nearest import operand_rows, ran
 from interlayer.core.quantizer.reconstruct import wide
 from interlayer.core.quantizer.smooth import one
 from interlayer.core.select import At
@@ -163,7 +163,7 @@ class QuEST(Transform):
         touched += [
             Row(n, "attention", f"queries, keys and values {self.inputs} bits, probabilities {kept}") for n in reached
         ]
-        skipped += attended(opens, ranges, self.grid)[1]
+        skipped += operand_rows(opens, ranges, self.grid)[1]
         trained = sum(p.numel() for n in (*temporal, *sensitive) for p in there[n].parameters())
         share = trained / sum(p.numel() for p in model.parameters())
         options = {"bits": self.bits, "inputs": self.inputs, "softmax": self.softmax, "groups": clock.groups}
