@@ -53,7 +53,7 @@ class Plan:
 
 
 class Takes:
-    """What takes further models beside the first says how many."""
+    """Base of what takes other models beside the first; it says how many."""
 
     slug: ClassVar[str]
     merges: ClassVar[int] = 0

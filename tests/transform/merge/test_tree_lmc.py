@@ -209,7 +209,7 @@ def test_clear_errors():
     with pytest.raises(ValueError, match=r"differ at 'weight': \(6, 2, 5\) here, \(7, 2, 5\) in the other"):
         TreeLMC().plan(model, others=(trees(count=7),))
     with pytest.raises(
-        ValueError, match=r"the model is an ensemble of list trees of 1 levels, but not so in the other"
+        ValueError, match=r"the model is an ensemble of list trees of 1 levels here and something else in the other"
     ):
         TreeLMC().plan(trees("list", 1), others=(trees("full", 1),))
     with pytest.raises(

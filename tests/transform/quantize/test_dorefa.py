@@ -207,7 +207,7 @@ def test_a_layer_keeps_the_contracts_of_layers(contract):
     [
         (lambda: DoReFa(net(4), weights=9), r"bits \(9, 2, 6\).*expected 1 to 8 each, or 32"),
         (lambda: DoReFa(net(4), gradients=0), r"bits \(1, 2, 0\)"),
-        (lambda: DoReFa(net(4), weights=32, activations=32, gradients=32), "not 32 thrice"),
+        (lambda: DoReFa(net(4), weights=32, activations=32, gradients=32), "not 32 for all three"),
         (lambda: LowLinear(2, 2, bits=(1, 2, 16)), r"bits \(1, 2, 16\)"),
         (lambda: DoReFa(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), "2 linear maps and 2-d convolutions"),
         (lambda: DoReFa(nn.Sequential(nn.LayerNorm(2))), "no layer of Sequential can be quantised"),

@@ -15,7 +15,7 @@ from interlayer.core.blockwise import Part, fit
 
 
 def tune(new: nn.Module, model: nn.Module, batches: list[Any], *, steps: int, lr: float, seed: int = 0) -> None:
-    """Train every bias of a model, in place, until its softmax is that of another; nothing else moves.
+    """Train all biases of a model, in place, towards the softmax of another model; nothing else changes.
 
     Args:
         new: The model.

@@ -265,7 +265,7 @@ def forms(part: Part, there: Mapping[str, nn.Module]) -> dict[str, list[Form]]:
 
 
 def _single(part: Part) -> Tensor:
-    """The block on the first example of its first batch, from which all of a batch are alike in what is looked for."""
+    """Run the block on the first example of its first batch; for what is sought here all examples are alike."""
     args, kwargs = part.inputs[0]
     size = next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 1), 0)
 

@@ -153,7 +153,7 @@ def as_lora(model: M, *, task: str = "default", new: str = "lora") -> M:
     Args:
         model: A model with AdapterBias.
         task: Its task.
-        new: The task of the LoRA parts, which alone acts afterwards.
+        new: The task of the LoRA parts, the only active task afterwards.
 
     Returns:
         The model.

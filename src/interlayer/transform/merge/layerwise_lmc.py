@@ -157,7 +157,7 @@ def federated(
     """Federated learning in which only some layers are averaged: each round all clients train, then these layers become their mean.
 
     Args:
-        clients: A network for each, of one structure; they are copied.
+        clients: One network for each client, all of the same structure; they are copied.
         train: ``train(client, number, round)`` trains one in place on its own data.
         rounds: How many.
         average: Names of layers (as ``paths.layers`` gives them) that are averaged; the others stay each client's own. Defaults to all,

@@ -39,7 +39,7 @@ class RethinkRebasin(Transform):
     ``plan(model, data, others=(other,))``. Merging: the second network is aligned to the first by ``GitRebasin`` and the two
     are interpolated. Repairing, with ``merge=None``: ``model`` is the pruned network and ``other`` the dense one.
 
-    A layer without a bias can be rescaled only. A batch norm stands for the layer before it. Statistics are taken from batches,
+    A layer without a bias can only be rescaled. A batch norm stands for the layer before it. Statistics are taken from batches,
     in three passes over the data; take batches of some hundred positions.
 
     Args:

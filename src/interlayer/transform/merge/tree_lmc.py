@@ -220,8 +220,8 @@ class TreeLMC(Transform):
             there = other.get_submodule(name)
             if not isinstance(there, SoftTrees) or (there.shape, there.depth) != (trees.shape, trees.depth):
                 raise ValueError(
-                    f"{self.slug}: {name or 'the model'} is an ensemble of {trees.shape} trees of {trees.depth} levels, but not so in "
-                    "the other model. Both need the same structure."
+                    f"{self.slug}: {name or 'the model'} is an ensemble of {trees.shape} trees of {trees.depth} levels here "
+                    "and something else in the other model. Both need the same structure."
                 )
             ways(trees.shape, trees.depth, flip=self.flip, order=self.order)  # refuses too many
         if self.method == "activations" and not batches:

@@ -54,7 +54,7 @@ class BCT(Transform):
     (its accumulators), outputs of convolutions, and the outputs of the head; ``plan`` lists every module that does. Where gradients
     are asked for, linear maps multiply the rounded floats instead of the integers.
 
-    The abstract of the paper alone could be read, and the authors published no code: the power of 2, the size of blocks and which widths
+    Only the abstract of the paper could be read, and the authors published no code: the power of 2, the size of blocks and which widths
     they mix are chosen here.
 
     Cost: rounding of every activation; a linear map takes one integer product for each block of a row.

@@ -78,7 +78,7 @@ class Mrecg(Transform):
     larger for layers with a stride (``capacity``); or it is read from data: the smaller the error of a block after it was rounded
     by itself, the larger it is. The published code computes neither; its joined blocks are written by hand into its configurations.
     The value of :math:`\alpha` (1.6), and that errors are relative to the size of outputs (``core.quantizer.after.lost``), are choices
-    made here and not checked against the paper, whose text was not to be had.
+    made here and not checked against the paper, whose text could not be obtained.
 
     Cost: ``steps`` passes over one batch, forward and backward, for each block or joined run; with ``capacity="loss"`` twice that, and
     a pass over the data.
@@ -161,8 +161,8 @@ class Mrecg(Transform):
         chained = fed(model, batches, names)
         if not any(chained):
             raise ValueError(
-                f"mrecg: no two of the blocks ({', '.join(names[:3])}) can be joined; expected some of which one gets what the one "
-                "before gives, and nothing else. Pass other blocks."
+                f"mrecg: no two of the blocks ({', '.join(names[:3])}) can be joined; expected two neighbours where the "
+                "second gets the output of the first and nothing else. Pass other blocks."
             )
         if self.capacity == "loss":
             return self._measured(model, batches, names, chained)

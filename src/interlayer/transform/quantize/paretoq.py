@@ -111,9 +111,9 @@ class ParetoQ(Rule):
     facebookresearch/ParetoQ. See ``Elastic`` for the grids, their first sizes and all gradients. Adam without weight decay trains
     weights and sizes together. Weights alone are rounded; embeddings, norms and the head stay in float.
 
-    All is as in the authors' code, but for two things. A weight of exactly zero counts as negative at 1 bit; there it stays zero, which is
-    no bit. And at 1.58 bits, a weight outside the range adds its level, 2/3, to the gradient of the size; there it adds 1, which is the
-    derivative of another function.
+    All is as in the authors' code, but for two things. A weight of exactly zero counts as negative at 1 bit; in their code it stays zero,
+    which one bit cannot hold. And at 1.58 bits, a weight outside the range adds its level, 2/3, to the gradient of the size; there it
+    adds 1, which is the derivative of another function.
 
     Cost of training: rounding of every weight in each pass. ``result()`` keeps 1, 1.6 (five of three levels in a byte), 2, 4 (also with 3
     bits) or 4 bits a weight, and one scale for each output.

@@ -54,8 +54,8 @@ class QuEST(Transform):
     2. Layers with temporal information, whose inputs depend on the time and not on the noised item, are fine-tuned together with
        their inputs' scales: :math:`\|\hat\epsilon - \epsilon\|^2 + \frac1{|T|} \sum_{l \in T} \|\hat y_l - y_l\|^2` (means over entries),
        with the outputs :math:`\epsilon` of the model and :math:`y_l` of these layers in floats.
-    3. The layers that harm the output most where they alone are rounded are fine-tuned then, together with the scales of all
-       other inputs: :math:`\|\hat\epsilon - \epsilon\|^2`. All other weights are only rounded.
+    3. Then the layers that harm the output most when rounded alone are fine-tuned, together with the scales of all other
+       inputs: :math:`\|\hat\epsilon - \epsilon\|^2`. All other weights are only rounded.
 
     No data is needed: calls are those of the model's own sampling runs. Gradients pass the rounding.
 

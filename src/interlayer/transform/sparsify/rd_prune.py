@@ -40,8 +40,8 @@ class RdPrune(Pruning):
     whose curves fall most for each of them, so the sparsity is exact, and each layer keeps at least one weight. Which
     weights and parameters count is as in ``Lamp``.
 
-    ``plan`` takes calibration data as ``taps.feed`` takes them, without targets: a few hundred examples do. Noise of their
-    shape serves where there are none. It costs a pass over the data for each layer and level, and keeps one output of each
+    ``plan`` takes calibration data as ``taps.feed`` takes them, without targets: a few hundred examples do. Without
+    any, noise of the same shape will do. It costs a pass over the data for each layer and level, and keeps one output of each
     example. The first tensor of the model's output counts.
 
     Args:
@@ -94,7 +94,7 @@ class RdPrune(Pruning):
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Measure the curves on ``data`` and choose what to prune."""
         batches = taps.batches(
-            data, self.slug, "no data; wanted at least one batch, to measure with. Noise of its shape does too."
+            data, self.slug, "no data; wanted at least one batch, to measure with. Noise of the same shape will do too."
         )
         return super().plan(model, batches, others=others)
 

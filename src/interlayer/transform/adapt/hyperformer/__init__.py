@@ -187,7 +187,7 @@ def adapt(
 
 
 def extend(model: M, task: str, *, like: str | None = None) -> M:
-    """Add a task to a model that ``adapt`` changed, in place, and let it alone act: the hypernetwork knows how to make its adapters.
+    """Add a task to a model that ``adapt`` changed, in place, and make it the only active one: the hypernetwork makes its adapters.
 
     Args:
         model: The model.

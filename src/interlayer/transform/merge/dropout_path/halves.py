@@ -144,7 +144,7 @@ class Halves:
         """From a network to its half in straight segments, and where the kept units are in the end.
 
         First the last hidden layer is halved. Then, for each layer before it, what lies behind is copied into the free units, with
-        that layer halved; the last layer goes over to the copy; and the parts behind change places.
+        that layer halved; the last layer switches to the copy; and the parts behind change places.
         """
         half, states = self, [state, self.dropped(state, [self.depth - 1])]
         for layer in reversed(range(self.depth - 1)):

@@ -34,7 +34,7 @@ def low_weight(weight: Float[Tensor, "*shape"], bits: int) -> Float[Tensor, "*sh
     """Weights of ``bits`` bits: ``2 round_k(tanh(w) / (2 max |tanh(w)|) + 1/2) - 1``, or ``mean |w| sign(w)`` at 1 bit.
 
     ``round_k`` rounds to multiples of ``1 / (2^k - 1)``. Gradients pass the rounding unchanged. At 1 bit a weight of exactly zero counts
-    as negative; in the authors' code it stays zero, which is no bit.
+    as negative; in the authors' code it stays zero, which one bit cannot hold.
 
     >>> low_weight(torch.tensor([0.1, -0.2, 0.3]), 1).tolist(), low_weight(torch.tensor([0.1, -0.2, 0.3]), 2).mul(3).tolist()
     ([0.20000000298023224, -0.20000000298023224, 0.20000000298023224], [1.0, -3.0, 3.0])
@@ -130,8 +130,8 @@ def checked(bits: tuple[int, int, int]) -> tuple[int, int, int]:
     """
     if any(b not in (*range(1, 9), WHOLE) for b in bits) or all(b == WHOLE for b in bits):
         raise ValueError(
-            f"DoReFa: bits {tuple(bits)} of weights, activations and gradients; expected 1 to 8 each, or 32 for floats, and "
-            "not 32 thrice."
+            f"DoReFa: bits {tuple(bits)} of weights, activations and gradients; expected 1 to 8 each, or 32 for floats, but "
+            "not 32 for all three."
         )
     return bits
 

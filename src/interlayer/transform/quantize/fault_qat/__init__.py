@@ -33,7 +33,7 @@ class FaultQAT(Rule):
     """Trains float weights into wells around the levels that their memory cells can read, so that rounding costs little in the end.
 
     Paper: Biswas et al., "Regularization-based Framework for Quantization-, Fault- and Variability-Aware Training", arXiv:2503.01297.
-    Its text was not to be had (searches of papers, pages and code gave the abstract and the introduction alone), and its code was not
+    Its text could not be obtained (searches of papers, pages and code gave the abstract and the introduction alone), and its code was not
     found. Wells, their schedule, the first step, the resistances and the snaps are those of the public code of "QFALT" (IJCNN 2024,
     SNNalgo/QFALT), a relative of it, which trains for hundreds of epochs at a rate of 1e-3, with a strength of 1e-6 and a snap every four
     epochs; the defaults here suit a few hundred steps. How levels are learned is derived: they descend the same regulariser, a tenth as

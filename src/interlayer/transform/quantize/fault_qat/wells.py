@@ -59,7 +59,7 @@ class Wells(torch.autograd.Function):
     """``-sum_w sum_k v_k exp(-(w - l_k)^2 / sigma^2)``, a well around each level that a weight's cells can hold.
 
     Its gradients are found in the forward pass, so that no table of levels is kept for the backward pass. A weight moves by all wells; a
-    level by those weights alone to which it is nearest, for by all of them every level would move to where weights are densest.
+    level only by the weights nearest to it. If all weights moved it, every level would drift to where they are densest.
 
     Args:
         weight: w, [*shape].
