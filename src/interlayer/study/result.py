@@ -230,7 +230,7 @@ def headline(result: Result, found: Sequence[ArmRow]) -> tuple[str, str]:
         seeds = max(r.runs for r in found)
         text += f"Not decided with {seeds} seed{'s' if seeds > 1 else ''}: {_list(verdicts['open'])}. "
         if not spec.until_decided and spec.looks[-1] < 4:
-            text += "More seeds would emit; --seeds 4..12 runs each arm until it is decided."
+            text += "More seeds may decide it; --seeds 4..12 runs each arm until it is decided."
     return title, text
 
 
