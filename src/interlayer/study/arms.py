@@ -99,7 +99,7 @@ def parse(name: str, use: str, base: str, given: Objects | None = None, training
     """
     options: dict[str, Any] = {}
     own_training: dict[str, Any] = {}
-    rule: Use | None = None
+    rules: list[Use] = []
     transforms: list[Use] = []
     given = given or Objects()
     trained = base.startswith(TRAINED)
@@ -112,14 +112,7 @@ def parse(name: str, use: str, base: str, given: Objects | None = None, training
                 _put(own_training if option in TRAINING else options, option, what, name)
         elif (made := _own_kind(thing)) is not None:
             kind, use_ = made
-            if kind is Transform:
-                transforms.append(use_)
-            elif rule:
-                raise StudyError(
-                    f"arm {name!r}: {_shown(rule)} and {_shown(use_)} are both learning rules; an arm has one."
-                )
-            else:
-                rule = use_
+            (rules if kind is Rule else transforms).append(use_)
         elif thing is not term:
             model = thing
         elif equals and "(" not in key:
@@ -138,23 +131,21 @@ def parse(name: str, use: str, base: str, given: Objects | None = None, training
                         f"arm {name!r}: {slug!r} fills no slot of a backbone; use it in a model of your own."
                     )
                 _put(options, system.slot, term, name)
-            elif system.kind == "rule":
-                if rule:
-                    raise StudyError(
-                        f"arm {name!r}: {_shown(rule)} and {slug!r} are both learning rules; an arm has one."
-                    )
-                rule = (slug, own)
-            elif system.kind == "transform":
-                transforms.append((slug, own))
+            elif system.kind in ("rule", "transform"):
+                (rules if system.kind == "rule" else transforms).append((slug, own))
             else:
                 raise StudyError(
                     f"arm {name!r}: {slug!r} is a {system.kind}; compare takes layers, models, rules, transforms and simulators."
                 )
-    if trained and (options or own_training or rule or model is not start):
+    if len(rules) > 1:
+        shown = " and ".join(map(_shown, rules[:2]))
+        raise StudyError(f"arm {name!r}: {shown} are both learning rules; an arm has one.")
+    if trained and (options or own_training or rules or model is not start):
         raise StudyError(
             f"arm {name!r}: the base {base!r} is trained once for all arms, so an arm is plain or transforms joined by +; "
             f"got {use!r}. Leave {TRAINED!r} out to train each arm."
         )
+    rule = rules[0] if rules else None
     return Arm(name, model, options, replace(training, **own_training), rule, tuple(transforms), trained)
 
 

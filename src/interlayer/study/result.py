@@ -206,18 +206,16 @@ def headline(result: Result, found: Sequence[ArmRow]) -> tuple[str, str]:
     judged = [r for r in found if metric in r.metrics]
     if not judged:
         return "No arm finished", "Every run failed, diverged or is still missing; the reasons are below."
-    verdicts: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+    verdicts: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for r in found:
         if r.difference is not None and r.difference.n:
-            sure = r.difference.decided
-            kind = ("better" if (r.difference.mean > 0) == about["higher"] else "worse") if sure else "open"
-            verdicts[kind].append(r.arm)
+            verdicts[better(r, result)].append(r.arm)
     if not any(verdicts.values()):
         best = (max if about["higher"] else min)(judged, key=lambda r: r.metrics[metric].mean)
         return f"{best.arm}: validation {metric} {best.metrics[metric].mean:.4g} after {budget}", ""
     parts = [
-        f"{_list(verdicts[k])} {'is' if len(verdicts[k]) == 1 else 'are'} {k} than {base}"
-        for k in ("better", "worse")
+        f"{_list(verdicts[k])} {'is' if len(verdicts[k]) == 1 else 'are'} {word} than {base}"
+        for k, word in ((True, "better"), (False, "worse"))
         if verdicts[k]
     ]
     title = "; ".join(parts) if parts else f"Nothing is decided: no arm can be distinguished from {base}"
@@ -226,9 +224,9 @@ def headline(result: Result, found: Sequence[ArmRow]) -> tuple[str, str]:
         if not spec.lr
         else f"Validation {metric} after {budget}. "
     )
-    if verdicts["open"]:
+    if verdicts[None]:
         seeds = max(r.runs for r in found)
-        text += f"Not decided with {seeds} seed{'s' if seeds > 1 else ''}: {_list(verdicts['open'])}. "
+        text += f"Not decided with {seeds} seed{'s' if seeds > 1 else ''}: {_list(verdicts[None])}. "
         if not spec.until_decided and spec.looks[-1] < 4:
             text += "More seeds may decide it; --seeds 4..12 runs each arm until it is decided."
     return title, text

@@ -25,22 +25,24 @@ from interlayer.study.objects import Objects, is_path, load_object, shown
 from interlayer.study.spec import StudyError
 
 
+def _counted(name: str, split: Iterable[tuple[Tensor, Tensor]], base: str, about: str) -> Task:
+    """A task whose description ends with the sizes of its two parts."""
+    train, held = split
+    about = f"{about}: {len(train[0])} for training, {len(held[0])} for validation."
+    return TensorTask(name, train, held, base=base, about=about)
+
+
 @cache
 def digits() -> Task:
     """8x8 handwritten digits of scikit-learn; every fifth is for validation."""
-    train, held = datasets.split_digits()
-    about = (
-        f"scikit-learn's handwritten digits, 8x8 pixels: {len(train[0])} for training, {len(held[0])} for validation."
-    )
-    return TensorTask("digits", train, held, base="mlp", about=about)
+    return _counted("digits", datasets.split_digits(), "mlp", "scikit-learn's handwritten digits, 8x8 pixels")
 
 
 @cache
 def digit_cells() -> Task:
     """The digits for a network whose cells are searched: its plain form trains weights and mixture together."""
-    train, held = datasets.split_digits()
-    about = f"The digits, from a supernet of cells: {len(train[0])} for training, {len(held[0])} for validation."
-    return TensorTask("digit-cells", train, held, base="supernet(width=4, layers=3, nodes=2)", about=about)
+    base = "supernet(width=4, layers=3, nodes=2)"
+    return _counted("digit-cells", datasets.split_digits(), base, "The digits, from a supernet of cells")
 
 
 @cache
@@ -83,9 +85,7 @@ def series() -> Task:
 @cache
 def mnist1d() -> Task:
     """MNIST-1D: which digit 40 samples of a shifted, scaled and noisy profile show."""
-    train, held = datasets.mnist1d()
-    about = f"MNIST-1D, 40 samples of a distorted digit profile: {len(train[0])} for training, {len(held[0])} for validation."
-    return TensorTask("mnist1d", train, held, base="mlp", about=about)
+    return _counted("mnist1d", datasets.mnist1d(), "mlp", "MNIST-1D, 40 samples of a distorted digit profile")
 
 
 @cache
@@ -133,23 +133,18 @@ def corrupted_digits() -> Task:
 def sequential_digits() -> Task:
     """The 8x8 digits pixel by pixel, in one random order for all: which digit was shown is asked after the last pixel."""
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    train, held = ((x.flatten(1)[:, order, None], y) for x, y in datasets.split_digits())
-    about = (
-        f"scikit-learn's digits as series of 64 pixels in a fixed random order: {len(train[0])} for training, "
-        f"{len(held[0])} for validation."
-    )
-    return TensorTask("sequential-digits", train, held, base="lowrank-passthrough(transition='full')", about=about)
+    split = ((x.flatten(1)[:, order, None], y) for x, y in datasets.split_digits())
+    about = "scikit-learn's digits as series of 64 pixels in a fixed random order"
+    return _counted("sequential-digits", split, "lowrank-passthrough(transition='full')", about)
 
 
 @cache
 def digit_events() -> Task:
     """The 8x8 digits as an event camera sees them during three saccades: which digit it was is asked afterwards."""
-    train, held = datasets.digit_events()
-    about = (
-        f"scikit-learn's digits as events of brighter and darker pixels in {train[0].shape[1]} steps of a moving camera: "
-        f"{len(train[0])} for training, {len(held[0])} for validation."
-    )
-    return TensorTask("digit-events", train, held, base="lowrank-passthrough(transition='full')", about=about)
+    split = datasets.digit_events()
+    steps = split.train[0].shape[1]
+    about = f"scikit-learn's digits as events of brighter and darker pixels in {steps} steps of a moving camera"
+    return _counted("digit-events", split, "lowrank-passthrough(transition='full')", about)
 
 
 def load(name: str, given: Objects | None = None) -> Task:
