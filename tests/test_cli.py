@@ -56,7 +56,7 @@ def test_list_without_options_is_the_same_in_less_time():
         (["list", "--state", "done"], "no state 'done'"),
         (["show", "rezeor"], "Did you mean 'rezero'"),
         (["claim", "no-claim-here"], "no system 'no-claim-here'"),
-        (["apply", "rezero", "--model", "x:y", "--plan"], "of kind layer; only transforms"),
+        (["apply", "rezero", "--model", "x:y", "--plan"], "of kind layer, not transform"),
         (["apply", "lamp", "--model", "x:y"], "--out DIR"),
         (["apply", "lamp", "--model", "json:dums", "--plan"], "dumps"),
         (["apply", "lamp", "--model", "nothing_there:f", "--plan"], "nothing_there"),

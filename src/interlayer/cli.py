@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +30,17 @@ class Scale(StrEnum):
     smoke = "smoke"
     small = "small"
     full = "full"
+
+
+@contextmanager
+def _short_errors() -> Iterator[None]:
+    """Print errors that the user can fix in one line, without a traceback."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, ImportError, OSError) as error:
+        if isinstance(error, KeyError | IndexError):
+            raise
+        _stop(str(error))
 
 
 def _version(wanted: bool) -> None:
@@ -113,12 +126,18 @@ def _slug(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 Slug = Annotated[str, typer.Argument(help="A system's slug.", autocompletion=_slug)]
+Model = Annotated[str, typer.Option(help="package.module:function, a saved folder, or hf:NAME_OR_PATH.")]
+Other = Annotated[list[str] | None, typer.Option(help="A further model, as --model; as often as the system takes one.")]
+Page = Annotated[Path | None, typer.Option(help="Folder for the page and the tables as CSV.")]
+Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="name=value, as often as needed.")]
+Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 
 
 @app.command()
+@_short_errors()
 def show(slug: Slug) -> None:
     """Show one system: idea, paper, code, options, goal, and what its claim last measured."""
-    s = _get(slug)
+    s = catalog.get(slug)
     typer.echo(f"{s.slug}: {s.title}")
     rows = {
         "state": s.state + (f" (lacks {', '.join(s.missing)})" if s.missing else ""),
@@ -152,6 +171,7 @@ def show(slug: Slug) -> None:
 
 
 @app.command()
+@_short_errors()
 def compare(
     study: Annotated[Path | None, typer.Option(help="A study as TOML file; options here change it.")] = None,
     task: Annotated[
@@ -213,9 +233,8 @@ def compare(
         "rates": rates.split(",") if rates else None, "allow_equal": allow_equal or None,
         "batch_size": batch_size, "device": device, "keep": keep or None, "export": export,
     }  # fmt: skip
-    spec = _or_stop(lambda: StudySpec.from_values(study, {k: v for k, v in given.items() if v is not None}))
-    result = _or_stop(lambda: run_study(spec, resume=resume))
-    if not result.finished:
+    spec = StudySpec.from_values(study, {k: v for k, v in given.items() if v is not None})
+    if not run_study(spec, resume=resume).finished:
         raise typer.Exit(1)
 
 
@@ -233,7 +252,8 @@ def claim(
     """Check a paper's claim by experiment, each statement with a control that must fail."""
     from interlayer.claims import load, run
 
-    chosen = [_get(s) for s in slugs] if slugs else [s for s in catalog.load().values() if s.claim.exists()]
+    with _short_errors():
+        chosen = [catalog.get(s) for s in slugs] if slugs else [s for s in catalog.load().values() if s.claim.exists()]
     for system in chosen:
         if not system.claim.exists():
             _stop(f"claim: {system.slug!r} has no claim yet. `interlayer list --state ready` shows those that have.")
@@ -251,17 +271,16 @@ def _progress(done: int, arm: str, seed: int) -> None:
 
 
 @app.command("apply")
+@_short_errors()
 def apply_(
     slug: Slug,
-    model: Annotated[str, typer.Option(help="package.module:function, a saved folder, or hf:NAME_OR_PATH.")],
+    model: Model,
     out: Annotated[Path | None, typer.Option(help="Folder for the new model.")] = None,
     data: Annotated[
         str | None,
         typer.Option(help="package.module:function that gives batches, or a text file for a language model."),
     ] = None,
-    other: Annotated[
-        list[str] | None, typer.Option(help="A further model, as --model; as often as the transform takes one.")
-    ] = None,
+    other: Other = None,
     base: Annotated[
         str | None,
         typer.Option(help="package.module:function that makes the base of a saved folder, where it is needed."),
@@ -270,112 +289,97 @@ def apply_(
         bool | None, typer.Option("--bake/--no-bake", help="Plain weights, or masks that further training keeps.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only show what would be done.")] = False,
-    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="name=value, as often as needed.")] = None,
+    option: Options = None,
 ) -> None:
     """Apply a transform to a trained model and save the result, which apply takes again."""
-    system = _get(slug)
-    if system.kind != "transform":
-        _stop(
-            f"apply: {slug!r} is of kind {system.kind}; only transforms are applied. `interlayer list --kind transform`."
-        )
+    system = _of_kind(slug, "transform")
     if not plan and out is None:
         _stop("apply: no output folder. Give --out DIR, or --plan to see what would be done.")
-    for name, path in (("--model", model), *(("--other", path) for path in other or [])):
-        if not (path.startswith("hf:") or Path(path).is_dir() or _is_function(path)):
-            _stop(f"apply: {name} {path!r}; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH.")
+    _check_models("apply", model, other)
     if data and not (_is_function(data) or Path(data).is_file()):
         _stop(f"apply: --data {data!r}; wanted package.module:function, or a text file.")
     if base and not _is_function(base):
         _stop(f"apply: --base {base!r}; wanted package.module:function.")
     if base and not any(Path(path).is_dir() for path in (model, *(other or []))):
         _stop("apply: --base makes the base of a saved folder, and none was given. Leave it out.")
-    pairs = _or_stop(lambda: _options(option or []))
+    pairs = _options(option)
     if bake is not None:
         pairs["bake"] = bake
     from interlayer.core import options, recipe
 
-    make = _or_stop(system.resolve)
-    transform = _or_stop(lambda: make(**options.checked(make, pairs, f"apply {slug}")))
-    the_model, *others = [_or_stop(lambda path=path: _model(path, base)) for path in (model, *(other or []))]
-    batches = _or_stop(lambda: _batches(data, the_model, model)) if data else None
-    planned = _or_stop(lambda: transform.plan(the_model, batches, others=tuple(others)))
+    make = system.resolve()
+    transform = make(**options.checked(make, pairs, f"apply {slug}"))
+    the_model, *others = [_model(path, base) for path in (model, *(other or []))]
+    batches = _batches(data, the_model, model) if data else None
+    planned = transform.plan(the_model, batches, others=tuple(others))
     typer.echo(str(planned))
     if not plan and out is not None:
-        _or_stop(lambda: recipe.save(planned.apply(), out))
+        recipe.save(planned.apply(), out)
         typer.echo(f"saved to {out}")
 
 
-Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="name=value, as often as needed.")]
-Seed = Annotated[int, typer.Option(help="Of every random choice.")]
-
-
 @app.command()
+@_short_errors()
 def probe(
     slug: Slug,
-    model: Annotated[str, typer.Option(help="package.module:function, a saved folder, or hf:NAME_OR_PATH.")],
+    model: Model,
     data: Annotated[str, typer.Option(help="package.module:function that gives batches.")],
-    other: Annotated[
-        list[str] | None, typer.Option(help="A further model, as --model; as often as the probe takes one.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the page and the tables as CSV.")] = None,
+    other: Other = None,
+    out: Page = None,
     option: Options = None,
     seed: Seed = 0,
 ) -> None:
     """Look into a model, or compare several: tables on the terminal, and a page with pictures."""
-    make = _of_kind(slug, "probe")
-    _check_model(slug, model, *(other or []))
+    make = _of_kind(slug, "probe").resolve()
+    _check_models(slug, model, other)
     if not _is_function(data):
         _stop(f"probe: --data {data!r}; wanted package.module:function.")
-    given = _or_stop(lambda: _options(option or []))
+    given = _options(option)
+    import torch
+
     from interlayer.core.kinds import Comparison
     from interlayer.core.options import checked
 
-    look = _or_stop(lambda: make(**checked(make, given, f"probe {slug}")))
+    look = make(**checked(make, given, f"probe {slug}"))
     if other and not isinstance(look, Comparison):
         _stop(f"probe: {slug!r} looks at one model. Leave out --other.")
-    the_model, *others = [_or_stop(lambda path=path: _model(path, None)) for path in (model, *(other or []))]
-    batches, more = _or_stop(lambda: _call(data)), {"others": tuple(others)} if isinstance(look, Comparison) else {}
-    found = _or_stop(lambda: _seeded(lambda: look(the_model, batches, **more), seed))
-    _show(found, out, slug, " and ".join([f"{slug}: {model}", *(other or [])]))
+    the_model, *others = [_model(path, None) for path in (model, *(other or []))]
+    batches, more = _call(data), {"others": tuple(others)} if isinstance(look, Comparison) else {}
+    torch.manual_seed(seed)
+    _show(look(the_model, batches, **more), out, slug, " and ".join([f"{slug}: {model}", *(other or [])]))
 
 
 @app.command("run")
+@_short_errors()
 def run_(
     slug: Slug,
     scenario: Annotated[Path | None, typer.Option(help="A scenario as TOML file; the default one otherwise.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the page and the tables as CSV.")] = None,
+    out: Page = None,
     option: Options = None,
     seed: Seed = 0,
 ) -> None:
     """Run a simulator: what a network, channel or device would do."""
-    make = _of_kind(slug, "simulator")
-    given = _or_stop(lambda: _options(option or []))
+    make = _of_kind(slug, "simulator").resolve()
+    given = _options(option)
     from interlayer.core.options import checked
 
-    wanted = _or_stop(lambda: _toml(scenario)) if scenario else None
-    simulator = _or_stop(lambda: make(**checked(make, given, f"run {slug}")))
+    wanted = _toml(scenario) if scenario else None
+    simulator = make(**checked(make, given, f"run {slug}"))
     title = f"{slug}: {scenario.stem if scenario else 'the default scenario'}"
-    _show(_or_stop(lambda: simulator.run(wanted, seed)), out, slug, title)
+    _show(simulator.run(wanted, seed), out, slug, title)
 
 
-def _of_kind(slug: str, kind: str) -> Any:
-    system = _get(slug)
+def _of_kind(slug: str, kind: str) -> catalog.System:
+    system = catalog.get(slug)
     if system.kind != kind:
         _stop(f"{slug!r} is of kind {system.kind}, not {kind}. `interlayer list --kind {kind}` shows those.")
-    return _or_stop(system.resolve)
+    return system
 
 
-def _check_model(who: str, *paths: str) -> None:
-    for path in paths:
+def _check_models(who: str, model: str, other: list[str] | None) -> None:
+    for name, path in (("--model", model), *(("--other", path) for path in other or [])):
         if not (path.startswith("hf:") or Path(path).is_dir() or _is_function(path)):
-            _stop(f"{who}: --model {path!r}; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH.")
-
-
-def _seeded(do: Any, seed: int) -> Any:
-    import torch
-
-    torch.manual_seed(seed)
-    return do()
+            _stop(f"{who}: {name} {path!r}; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH.")
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -407,12 +411,12 @@ def _is_function(text: str) -> bool:
     return all(part.isidentifier() for part in (*module.split("."), name))
 
 
-def _options(pairs: list[str]) -> dict[str, Any]:
+def _options(pairs: list[str] | None) -> dict[str, Any]:
     """Options from ``name=value``: a Python literal, ``package.module:name``, or else the text itself."""
     import ast
 
     options: dict[str, Any] = {}
-    for pair in pairs:
+    for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"apply: option {pair!r} is not name=value.")
@@ -470,6 +474,7 @@ def _model(path: str, base: str | None) -> Any:
 
 
 @app.command()
+@_short_errors()
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of a study.")],
     export: Annotated[str, typer.Option(help="Other forms of the records: parquet, tensorboard.")] = "",
@@ -477,21 +482,7 @@ def report(
     """Write a study's table, CSV and report.html again from its records."""
     from interlayer.study import report as write
 
-    _or_stop(lambda: write(out, export=export))
-
-
-def _get(slug: str) -> catalog.System:
-    return _or_stop(lambda: catalog.get(slug))
-
-
-def _or_stop(do: Any) -> Any:
-    """Run ``do``. Print errors that the user can fix in one line, without a traceback."""
-    try:
-        return do()
-    except (LookupError, ValueError, TypeError, ImportError, OSError) as error:
-        if isinstance(error, KeyError | IndexError):
-            raise
-        _stop(str(error))
+    write(out, export=export)
 
 
 def _stop(message: str) -> None:
