@@ -46,6 +46,13 @@ def tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+def model_and_data(inputs: Callable[[], tuple[Any, ...]]) -> tuple[nn.Module, Any]:
+    """What an example gives: a model, and the data if there are any."""
+    model, *data = make(inputs, 100)
+    require(isinstance(model, nn.Module), f"inputs() must begin with a model, got {type(model).__name__}")
+    return model, data[0] if data else None
+
+
 def same(a: Any, b: Any, what: str, *, rtol: float = 0.0, atol: float = 0.0) -> None:
     """Require equal tensors in two nested containers, bit for bit by default."""
     left, right = tensors(a), tensors(b)

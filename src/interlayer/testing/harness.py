@@ -58,13 +58,17 @@ def double(inputs: Inputs) -> Inputs:
     return mapped(lambda x: x.double() if x.is_floating_point() else x, inputs)
 
 
+def uneven(out: list[Tensor]) -> Tensor:
+    """A fixed sum of outputs, in which no two numbers have the same weight."""
+    weights = [torch.linspace(-1, 1.3, t.numel(), dtype=torch.float64, device=t.device).view(t.shape) for t in out]
+    return torch.stack([(t.double() * w).sum() for t, w in zip(out, weights, strict=True)]).sum()
+
+
 def outcome(module: nn.Module, inputs: Inputs) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-    """Outputs, and gradients of a fixed, uneven sum of them."""
+    """Outputs, and gradients of an uneven sum of them."""
     module.zero_grad()
     out = [t for t in tensors(module(*inputs)) if t.is_floating_point()]
     require(bool(out), "the output has no floating-point tensor")
-    uneven = [torch.linspace(-1, 1.3, t.numel(), dtype=torch.float64, device=t.device).view(t.shape) for t in out]
-    loss = sum((t.double() * w).sum() for t, w in zip(out, uneven, strict=True))
-    if isinstance(loss, Tensor) and loss.requires_grad:
+    if (loss := uneven(out)).requires_grad:
         loss.backward()
     return [t.detach() for t in out], {n: p.grad for n, p in module.named_parameters() if p.requires_grad}

@@ -10,13 +10,8 @@ from torch import nn
 
 from interlayer.core.example import Example
 from interlayer.core.kinds import Comparison, Finding, Probe
-from interlayer.testing.common import make, picture, require, seeded, unchanged
+from interlayer.testing.common import make, model_and_data, picture, require, seeded, unchanged
 from interlayer.testing.findings import equal, sound
-
-
-def _given(example: Example) -> tuple[nn.Module, Any]:
-    model, *data = make(example.inputs, 100)
-    return model, data[0] if data else None
 
 
 def _others(example: Example, model: nn.Module) -> tuple[nn.Module, ...]:
@@ -33,13 +28,13 @@ def _find(example: Example, model: nn.Module, data: Any, others: tuple[nn.Module
 
 def finding(example: Example) -> None:
     """Named tables with columns of equal length, and a figure that can be drawn, if there is one."""
-    sound(_find(example, *_given(example)))
+    sound(_find(example, *model_and_data(example.inputs)))
 
 
 def no_trace(example: Example) -> None:
     """Weights, gradients, modes, hooks and modules of the model are afterwards as they were, in both modes."""
     for training in (True, False):
-        model, data = _given(example)
+        model, data = model_and_data(example.inputs)
         model.train(training)
         for p in list(model.parameters())[:1]:
             p.grad = torch.ones_like(p)  # a gradient of the user's own
@@ -54,18 +49,18 @@ def planted(example: Example) -> None:
     """What the example planted in the model is found."""
     require(example.planted is not None, "the example plants nothing: give planted=, a check of the finding")
     assert example.planted is not None
-    require(bool(example.planted(_find(example, *_given(example)))), "the planted truth is not found")
+    require(bool(example.planted(_find(example, *model_and_data(example.inputs)))), "the planted truth is not found")
 
 
 def seed(example: Example) -> None:
     """The same seed gives the same tables."""
-    first, second = (_find(example, *_given(example)).tables for _ in range(2))
+    first, second = (_find(example, *model_and_data(example.inputs)).tables for _ in range(2))
     require(equal(first, second), "the tables of the same seed differ")
 
 
 def others(example: Example) -> None:
     """Other models than the probe takes, one more or one fewer, are a ValueError, not ignored."""
-    model, data = _given(example)
+    model, data = model_and_data(example.inputs)
     probe, given = make(example.make), _others(example, model)
     if not isinstance(probe, Comparison):
         require(not given, "the example has other models; a probe that takes any is a Comparison")

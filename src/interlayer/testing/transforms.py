@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from interlayer.core import recipe, taps
 from interlayer.core.example import Example
 from interlayer.core.kinds import Plan, Transform
-from interlayer.testing.common import finite, make, picture, require, same, seeded, unchanged
-
-Given = tuple[nn.Module, Any]
-
-
-def _given(inputs: Callable[[], tuple[Any, ...]], seed: int = 100) -> Given:
-    model, *data = make(inputs, seed)
-    require(isinstance(model, nn.Module), f"inputs() must begin with a model, got {type(model).__name__}")
-    return model, data[0] if data else None
+from interlayer.testing.common import finite, make, model_and_data, picture, require, same, seeded, unchanged
 
 
 def _plan(example: Example, model: nn.Module, data: Any) -> Plan:
@@ -47,7 +39,7 @@ def _sorts(example: Example) -> Iterator[Callable[[], tuple[Any, ...]]]:
 def untouched(example: Example) -> None:
     """Neither planning nor applying changes the input model, and the result shares no weight with it."""
     for inputs in _sorts(example):
-        model, data = _given(inputs)
+        model, data = model_and_data(inputs)
         before = picture(model)
         plan = _plan(example, model, data)
         unchanged(before, model, "plan")
@@ -70,7 +62,7 @@ def hf(example: Example) -> None:
     """The same on an unmodified Hugging Face or diffusers model."""
     require(example.hf is not None, "the example has no hf inputs")
     assert example.hf is not None
-    model, _ = _given(example.hf)
+    model, _ = model_and_data(example.hf)
     require(
         type(model).__module__.startswith(("transformers.", "diffusers.")),
         f"{type(model).__name__} is no Hugging Face model",
@@ -79,7 +71,7 @@ def hf(example: Example) -> None:
 
 
 def _works(example: Example, inputs: Callable[[], tuple[Any, ...]]) -> None:
-    model, data = _given(inputs)
+    model, data = model_and_data(inputs)
     plan = _plan(example, model, data)
     require(bool(plan.touched), "the plan touches nothing and raises no error")
     require(all(row.name in str(plan) and row.what for row in plan.touched), "the plan does not read as text")
@@ -97,7 +89,7 @@ def _works(example: Example, inputs: Callable[[], tuple[Any, ...]]) -> None:
 def saved(example: Example) -> None:
     """The result goes through safetensors and JSON and comes back with structure and weights; no pickle."""
     for inputs in _sorts(example):
-        model, data = _given(inputs)
+        model, data = model_and_data(inputs)
         result = _result(example, model, data)
         require(bool(recipe.steps(result)), "apply recorded no step for the recipe")
         with tempfile.TemporaryDirectory() as name:
@@ -129,7 +121,7 @@ def pretrained(example: Example) -> None:
     """``save_pretrained`` and ``from_pretrained`` give the same numbers, or ``save_pretrained`` refuses with the way out."""
     require(example.hf is not None, "the example has no hf inputs")
     assert example.hf is not None
-    model, data = _given(example.hf)
+    model, data = model_and_data(example.hf)
     carried(_result(example, model, data), data)
 
 
@@ -159,7 +151,7 @@ def carried(result: nn.Module, data: Any) -> str:
 
 def others(example: Example) -> None:
     """Other models than the transform takes, more or fewer, are a ValueError, not ignored."""
-    model, data = _given(example.inputs)
+    model, data = model_and_data(example.inputs)
     given = make(lambda: example.others(model))
     transform = make(example.make)
     wrong = () if transform.more else (*given, copy.deepcopy(model))
@@ -172,16 +164,16 @@ def others(example: Example) -> None:
 
 def seed(example: Example) -> None:
     """The same seed gives the same result, to the bit."""
-    first, second = (list(_result(example, *_given(example.inputs)).state_dict().values()) for _ in range(2))
+    first, second = (list(_result(example, *model_and_data(example.inputs)).state_dict().values()) for _ in range(2))
     same(first, second, "the second result of the same seed")
 
 
 def nothing(example: Example) -> None:
     """Nothing to do is a ValueError with a message, not a silent copy."""
     if example.nothing is not None:
-        model, data = _given(example.nothing)
+        model, data = model_and_data(example.nothing)
     else:
-        model, data = nn.Sequential(nn.Flatten(), nn.ReLU()), _given(example.inputs)[1]
+        model, data = nn.Sequential(nn.Flatten(), nn.ReLU()), model_and_data(example.inputs)[1]
     try:
         plan = _plan(example, model, data)
     except ValueError as error:
