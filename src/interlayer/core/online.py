@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from interlayer.core import aside
+from interlayer.core import aside, taps
 from interlayer.core.data import answer, run
 from interlayer.core.degraded import KINDS, corrupt
 from interlayer.core.kinds import Rule
@@ -182,20 +182,14 @@ class Adapter(Rule):
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         """Evaluation mode with the rule's statistics; only ``trained`` needs gradients. Everything is put back."""
-        modes = [(m, m.training) for m in self.model.modules()]
         needs = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
-            self.model.eval().requires_grad_(False)
-            for tensor in self.trained().values():
-                tensor.requires_grad_(True)
-            if self.statistics:
-                with batch_statistics(self.model):
-                    yield
-            else:
+            with taps.eval_mode(self.model), batch_statistics(self.model) if self.statistics else nullcontext():
+                self.model.requires_grad_(False)
+                for tensor in self.trained().values():
+                    tensor.requires_grad_(True)
                 yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             for p, need in needs:
                 p.requires_grad_(need)
 

@@ -113,20 +113,16 @@ def estimate_statistics(model: nn.Module, data: Any) -> None:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return
-    modes = [(m, m.training) for m in model.modules()]
     momenta = [m.momentum for m in norms]
-    model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # a cumulative average
-        m.train()
-    with torch.no_grad():
+    with taps.eval_mode(model), torch.no_grad():
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # a cumulative average
+            m.train()
         for _ in taps.feed(model, data):
             pass
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
-    for module, mode in modes:
-        module.training = mode
 
 
 def barrier(

@@ -195,6 +195,17 @@ def _hooks(places: Iterable[tuple[str, nn.Module]], hook: Callable[[str], Callab
 
 
 @contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model in eval mode, and restore the mode of each of its modules afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def at_rest(model: nn.Module) -> Iterator[nn.Module]:
     """Hold a model in eval mode and restore everything afterwards: modes, gradients, buffers, the random state.
 
@@ -205,16 +216,13 @@ def at_rest(model: nn.Module) -> Iterator[nn.Module]:
     >>> net.training
     True
     """
-    modes = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     held = [None if g is None else g.clone() for _, _, g in grads]
     buffers = [(b, b.clone()) for b in model.buffers()]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), eval_mode(model):
         try:
-            yield model.eval()
+            yield model
         finally:
-            for module, mode in modes:
-                module.training = mode
             for (p, needs, grad), value in zip(grads, held, strict=True):
                 p.requires_grad_(needs)
                 if grad is not None and value is not None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from interlayer.core import aside, nano
+from interlayer.core import aside, nano, taps
 from interlayer.core.data import Experience, answer, run
 from interlayer.core.kinds import NotBegun, Rule
 from interlayer.core.select import put
@@ -160,11 +160,8 @@ class Learner(Rule):
     def predict(self, inputs: Any) -> Tensor:
         """Logits [B, K] of the current experience, in evaluation mode; before the first, those of the model."""
         net = self.nets.get(self.current, self.model)
-        modes = [(m, m.training) for m in net.modules()]
-        scores = answer(run(net.eval(), inputs))
-        for module, mode in modes:
-            module.training = mode
-        return scores
+        with taps.eval_mode(net):
+            return answer(run(net, inputs))
 
     def own(self, name: str) -> dict[str, Tensor]:
         """The tensors that the experience of this name does not share with the model."""

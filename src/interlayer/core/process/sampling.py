@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from interlayer.core import solve
+from interlayer.core import solve, taps
 from interlayer.core.data import answer
 from interlayer.core.process.paths import Diffusion, Model, Prediction, Process
 from interlayer.core.solve.tableau import TABLEAUS, combine
@@ -254,19 +255,13 @@ def integrate(
     def draw() -> Tensor:
         return torch.randn(x.shape, generator=generator).to(x)
 
-    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
-    if isinstance(model, nn.Module):
-        model.eval()
-    try:
+    with taps.eval_mode(model) if isinstance(model, nn.Module) else nullcontext():
         for index, (t, s) in enumerate(zip(times[:-1].to(x.device), times[1:].to(x.device), strict=True)):
             x = solver.step(process, predict, x, t, s, draw)
             for hook in hooks:
                 seen = Step(index, t, s, x, last)
                 hook(seen)
                 x = seen.x
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return x
 
 

@@ -14,6 +14,7 @@ from interlayer.core.example import Example
 from interlayer.core.mixer import Attention, Context, attend
 from interlayer.core.parts import Linear, plain_linear
 from interlayer.core.stream import QKV
+from interlayer.core.taps import eval_mode
 
 SAMPLERS = ("unbiased", "local")
 
@@ -189,18 +190,15 @@ def resampled(model: nn.Module, sampling: float | None = None) -> Iterator[None]
     """
     if sampling is not None:
         _part(sampling)
-    found, modes = layers(model), [(module, module.training) for module in model.modules()]
-    before = [(layer, layer.current, layer.resample) for layer in found]
-    model.eval()
+    before = [(layer, layer.current, layer.resample) for layer in layers(model)]
     try:
-        for layer in found:
+        for layer, _, _ in before:
             layer.current, layer.resample = layer.sampling if sampling is None else sampling, True
-        yield
+        with eval_mode(model):
+            yield
     finally:
         for layer, current, resample in before:
             layer.current, layer.resample = current, resample
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()
