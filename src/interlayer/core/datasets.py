@@ -53,8 +53,14 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(data.images, dtype=torch.float32).unsqueeze(1), torch.tensor(data.target, dtype=torch.long)
 
 
-def digit_batches() -> tuple[tuple[Tensor, Tensor], ...]:
-    """Twenty batches of 64 digits drawn by torch's generator, between 0 and 1: what examples of rules learn from.
+def drawn(pair: tuple[Tensor, Tensor], size: int = 64, count: int = 20) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Batches of inputs and targets, drawn by torch's generator, none twice."""
+    x, y = pair
+    return tuple((x[rows], y[rows]) for rows in torch.randperm(len(y))[: count * size].view(count, size))
+
+
+def digit_batches(size: int = 64, *, centred: bool = False) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Twenty batches of digits between 0 and 1, or -1 and 1 if centred: what examples of rules learn from.
 
     Examples:
         >>> images, labels = digit_batches()[0]
@@ -62,8 +68,7 @@ def digit_batches() -> tuple[tuple[Tensor, Tensor], ...]:
         (torch.Size([64, 1, 8, 8]), 1.0)
     """
     images, labels = digits()
-    order = torch.randperm(len(labels))[:1280].view(20, 64)
-    return tuple((images[batch] / 16, labels[batch]) for batch in order)
+    return drawn((images / 8 - 1 if centred else images / 16, labels), size)
 
 
 @cache

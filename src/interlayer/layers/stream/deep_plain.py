@@ -238,10 +238,4 @@ def _rule() -> DeepPlain:
     return DeepPlain(nn.Sequential(*chain, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)))
 
 
-def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
-    images, labels = datasets.digits()
-    order = torch.randperm(len(labels))[:1280].view(20, 64)
-    return tuple((images[batch] / 8 - 1, labels[batch]) for batch in order)
-
-
-EXAMPLE = Example(make=_rule, inputs=_digits)
+EXAMPLE = Example(make=_rule, inputs=lambda: datasets.digit_batches(centred=True))

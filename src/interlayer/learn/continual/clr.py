@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -135,9 +134,4 @@ def _tasks() -> list[Experience]:
     return by_classes(datasets.split_digits(), [[0, 1, 2], [3, 4], [5, 6, 7, 8]])
 
 
-def _batches() -> tuple[tuple[Tensor, Tensor], ...]:
-    x, y = _tasks()[0].train
-    return tuple((x[rows], y[rows]) for rows in torch.randperm(len(y))[:400].view(20, 20))
-
-
-EXAMPLE = Example(make=_rule, inputs=_batches, experiences=_tasks, forgets=False)
+EXAMPLE = Example(make=_rule, inputs=lambda: datasets.drawn(_tasks()[0].train, 20), experiences=_tasks, forgets=False)

@@ -253,10 +253,4 @@ def _rule() -> ScalableFF:
     return ScalableFF(nn.Sequential(block(1), nn.Sequential(block(16), block(16))))
 
 
-def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
-    images, labels = datasets.digits()
-    order = torch.randperm(len(labels))[:640].view(20, 32)
-    return tuple((images[batch] / 8 - 1, labels[batch]) for batch in order)
-
-
-EXAMPLE = Example(make=_rule, inputs=_digits)
+EXAMPLE = Example(make=_rule, inputs=lambda: datasets.digit_batches(32, centred=True))

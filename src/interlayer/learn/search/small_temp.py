@@ -179,9 +179,4 @@ def _rule() -> SmallTemp:
     return SmallTemp(net, lr=0.1)
 
 
-def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
-    x, y = datasets.split_digits().train
-    return tuple((x[rows], y[rows]) for rows in torch.randperm(len(y))[:640].view(20, 32))
-
-
-EXAMPLE = Example(make=_rule, inputs=_digits)
+EXAMPLE = Example(make=_rule, inputs=lambda: datasets.drawn(datasets.split_digits().train, 32))

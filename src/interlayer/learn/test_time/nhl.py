@@ -198,9 +198,4 @@ def _rule() -> NHL:
     return NHL(nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10)))
 
 
-def _batches() -> tuple[tuple[Tensor, Tensor], ...]:
-    x, y = datasets.split_digits().train
-    return tuple((x[rows], y[rows]) for rows in torch.randperm(len(y))[:320].view(16, 20))
-
-
-EXAMPLE = Example(make=_rule, inputs=_batches)
+EXAMPLE = Example(make=_rule, inputs=lambda: datasets.drawn(datasets.split_digits().train, 20, 16))

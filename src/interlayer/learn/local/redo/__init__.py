@@ -114,15 +114,9 @@ class ReDo(Rule):
         self.steps = state["steps"]
 
 
-def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
-    images, labels = datasets.digits()
-    order = torch.randperm(len(labels))[:640].view(20, 32)
-    return tuple((images[batch] / 8 - 1, labels[batch]) for batch in order)
-
-
 def _rule() -> ReDo:
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 32), nn.ReLU(), nn.Linear(32, 10))
     return ReDo(net, period=4, threshold=0.3, lr=3e-3)
 
 
-EXAMPLE = Example(make=_rule, inputs=_digits)
+EXAMPLE = Example(make=_rule, inputs=lambda: datasets.digit_batches(32, centred=True))

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import aside, datasets
@@ -165,15 +164,9 @@ def strengths(count: int, beta: float, gamma: float) -> list[float]:
     return [beta * (1 - (math.log(i) / math.log(count)) ** gamma) for i in range(1, count + 1)]
 
 
-def _digits() -> tuple[tuple[Float[Tensor, "B 1 8 8"], Tensor], ...]:
-    images, labels = datasets.digits()
-    order = torch.randperm(len(labels))[:640].view(20, 32)
-    return tuple((images[batch] / 16, labels[batch]) for batch in order)
-
-
 def _rule() -> LAP:
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
     return LAP(net, radius=0.05, bounds=(0, 1), lr=0.05)
 
 
-EXAMPLE = Example(make=_rule, inputs=_digits)
+EXAMPLE = Example(make=_rule, inputs=lambda: datasets.digit_batches(32))
