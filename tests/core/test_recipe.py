@@ -9,10 +9,11 @@ from torch import nn
 
 from interlayer import catalog, models
 from interlayer.core import recipe, record, select, weights
+from interlayer.core.equal import named_tensors
 
 
 def same(a, b):
-    x, y = dict(recipe._tensors(a)), dict(recipe._tensors(b))
+    x, y = named_tensors(a), named_tensors(b)
     assert x.keys() == y.keys()
     for name, value in x.items():
         assert value.dtype == y[name].dtype and torch.equal(value, y[name]), name

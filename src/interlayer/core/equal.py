@@ -47,10 +47,7 @@ def difference(a: nn.Module, b: nn.Module) -> str:
                 return f"{'.'.join(filter(None, (name, key)))!r} is {' in one and '.join(shown)} in the other."
     if ties(left) != ties(right):
         return "modules are shared in another way."
-    tensors = [
-        {**dict(m.named_parameters(remove_duplicate=False)), **dict(m.named_buffers(remove_duplicate=False))}
-        for m in (a, b)
-    ]
+    tensors = [named_tensors(m) for m in (a, b)]
     if odd := [name for name in {**tensors[0], **tensors[1]} if name not in tensors[0] or name not in tensors[1]]:
         return f"only one has a parameter or buffer {odd[0]!r}."
     for name, tensor in tensors[0].items():
@@ -59,6 +56,11 @@ def difference(a: nn.Module, b: nn.Module) -> str:
     if ties(tensors[0]) != ties(tensors[1]):
         return "parameters are tied in another way."
     return ""
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, shared ones under each of their names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def ties(named: Mapping[str, Any]) -> list[int]:

@@ -27,6 +27,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from interlayer import catalog
 from interlayer.core import factored, quantizer, select, weights
+from interlayer.core.equal import named_tensors
 from interlayer.core.extras import need
 from interlayer.core.kinds import Transform
 from interlayer.core.record import (
@@ -82,7 +83,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    for name, tensor in _tensors(model):
+    for name, tensor in named_tensors(model).items():
         if id(tensor) in first:
             shared[name] = first[id(tensor)]
         else:
@@ -326,14 +327,9 @@ def _replaced(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     raise ValueError(f"recipe.load: {str(structure)[:80]!r} does not say what was replaced in {type(model).__name__}.")
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
 def _check(model: nn.Module, shapes: Shapes, shared: dict[str, str], source: Path) -> None:
     """Every tensor of the model is in the file, with its shape, and every tensor of the file in the model."""
-    there = dict(_tensors(model))
+    there = named_tensors(model)
     missing = sorted(there.keys() - shapes.keys() - shared.keys())
     unknown = sorted((shapes.keys() | shared.keys()) - there.keys())
     dangling = sorted(a for a, b in shared.items() if b not in shapes)
@@ -355,7 +351,7 @@ def _check(model: nn.Module, shapes: Shapes, shared: dict[str, str], source: Pat
 
 
 def _fill(model: nn.Module, path: Path, shared: dict[str, str]) -> None:
-    there = dict(_tensors(model))
+    there = named_tensors(model)
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.core.delivery import guard
+from interlayer.core.equal import named_tensors
 from interlayer.core.record import TAKE, record
 from interlayer.core.taps import at_rest
 from interlayer.core.wiring.groups import Group, Wiring, run
@@ -122,7 +123,7 @@ def normed(model: nn.Module, group: Group) -> bool:
 def restore(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     """Give a base model the shapes and attributes that ``take`` recorded, in place; ``recipe.load`` fills in the weights."""
     own = dict(model.named_modules(remove_duplicate=False))
-    olds, shared = _stored(model), dict[int, Any]()
+    olds, shared = named_tensors(model), dict[int, Any]()
     for name, shape in structure["shapes"].items():
         path, _, last = name.rpartition(".")
         old = olds[name]
@@ -196,7 +197,7 @@ def _candidates(
         new = copy.deepcopy(model)
         own, twice = dict(new.named_modules()), dict(new.named_modules(remove_duplicate=False))
         before = {path: dict(vars(m)) for path, m in own.items()}
-        olds, shared = _stored(new), dict[int, Any]()
+        olds, shared = named_tensors(new), dict[int, Any]()
         for name, value in state.items():
             path, _, last = name.rpartition(".")
             was = olds[name]
@@ -214,11 +215,6 @@ def _candidates(
         shapes = {n: list(v.shape) for n, v in state.items() if v.shape != model.state_dict()[n].shape}
         record(new, TAKE, {}, {"shapes": shapes, "attributes": {p: a for p, a in changed.items() if a}})
         yield guard(new, "units removed that its configuration cannot express")
-
-
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, shared ones under each of their names."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> Any:
