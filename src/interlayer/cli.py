@@ -130,7 +130,7 @@ Model = Annotated[str, typer.Option(help="package.module:function, a saved folde
 Other = Annotated[list[str] | None, typer.Option(help="A further model, as --model; as often as the system takes one.")]
 Page = Annotated[Path | None, typer.Option(help="Folder for the page and the tables as CSV.")]
 Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="name=value, as often as needed.")]
-Seed = Annotated[int, typer.Option(help="Of every random choice.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 
 
 @app.command()

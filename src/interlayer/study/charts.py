@@ -198,7 +198,7 @@ def costs(result: Result, found: Sequence[ArmRow], number: dict[str, int]) -> st
 
 def _name(chart: Chart, points: Sequence[tuple[float, float, str]], number: dict[str, int]) -> None:
     """Write each name right of its point, higher or lower where it would cover another name."""
-    chart.axes.set(xlim=chart.axes.get_xlim(), ylim=chart.axes.get_ylim())  # text shall not move them
+    chart.axes.set(xlim=chart.axes.get_xlim(), ylim=chart.axes.get_ylim())  # text must not move them
     dots = {name: chart.axes.transData.transform((x, y)) for x, y, name in points}
     taken = [(left - 5, left + 5, height) for left, height in dots.values()]
     for x, y, name in sorted(points, key=lambda p: p[1]):

@@ -123,8 +123,8 @@ def _whole(tracer: Tracer, model: nn.Module) -> None:
     unused = [n for n, p in model.named_parameters() if p.numel() and n not in tracer.used]
     if unused:
         raise ValueError(
-            f"trace: {len(unused)} parameters of {name} are not used by this forward pass, such as {unused[0]!r}; wanted "
-            "all, for what they share with the others can't be known. Give inputs that use them, or delete them."
+            f"trace: {len(unused)} parameters of {name} are not used by this forward pass, such as {unused[0]!r}; expected "
+            "all of them: what an unused parameter shares with the others cannot be known. Give inputs that use them, or delete them."
         )
 
 
