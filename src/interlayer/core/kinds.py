@@ -146,11 +146,12 @@ class Rule(ABC):
     def predict(self, inputs: Tensor) -> Tensor:
         """The model's output in evaluation mode, as this rule wants it read (some rules do not read the last layer)."""
         modes = [(m, m.training) for m in self.model.modules()]
-        with torch.no_grad():
-            found = self.model.eval()(inputs)
-        for module, mode in modes:
-            module.training = mode
-        return found
+        try:
+            with torch.no_grad():
+                return self.model.eval()(inputs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -303,8 +303,7 @@ def _tasks() -> list[Experience]:
 
 
 def _batches() -> tuple[tuple[Tensor, Tensor], ...]:
-    x, y = _tasks()[0].train
-    return tuple((x[rows], y[rows]) for rows in torch.randperm(len(y))[:400].view(20, 20))
+    return datasets.drawn(_tasks()[0].train, 20)
 
 
 EXAMPLE = Example(make=_rule, inputs=_batches, experiences=_tasks, forgets=False)

@@ -304,9 +304,7 @@ def _student() -> Ted:
 def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
     from interlayer.core import datasets
 
-    x, labels = datasets.split_digits().train
-    order = torch.randperm(len(labels))[:1280].view(20, 64)
-    return tuple((x[batch], labels[batch]) for batch in order)
+    return datasets.drawn(datasets.split_digits().train)
 
 
 EXAMPLE = Example(make=_student, inputs=_digits)

@@ -248,9 +248,7 @@ def _key(name: str) -> str:
 
 
 def _digits() -> tuple[tuple[Tensor, Tensor], ...]:
-    x, y = datasets.split_digits().train
-    order = torch.randperm(len(y))[: 12 * 64].view(12, 64)
-    return tuple((x[rows], y[rows]) for rows in order)
+    return datasets.drawn(datasets.split_digits().train, count=12)
 
 
 def _small() -> nn.Module:
