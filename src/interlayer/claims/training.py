@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims.harness import Scale
@@ -24,6 +25,18 @@ def task(name: str) -> Task:
     """A built-in task, loaded once; on the CPU, also where models are only built on ``meta``."""
     with torch.device("cpu"):
         return tasks.load(name)
+
+
+def digits(split: str = "train") -> tuple[Tensor, Tensor]:
+    """All images and labels of a split of the task ``digits``."""
+    x, y = task("digits").data[split]  # type: ignore[attr-defined]
+    return x, y
+
+
+def mlp(width: int, hidden: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """A plain network for digits with ``hidden`` layers of one width."""
+    more = [m for _ in range(hidden - 1) for m in (nn.Linear(width, width), activation())]
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), activation(), *more, nn.Linear(width, 10))
 
 
 def built(build: Callable[[], M], seed: int) -> M:
@@ -72,6 +85,26 @@ def train(
     return fit(
         model, batches(name, seed, batch, steps), loss, steps=steps, lr=lr, seed=seed, warmup=warmup, watch=watch
     )
+
+
+def classify(
+    model: M, data: tuple[Tensor, Tensor], *, seed: int, steps: int, lr: float, size: int = 64, **options: Any
+) -> M:
+    """Train by cross-entropy on rows of labelled data, drawn with replacement, and give the model in evaluation mode.
+
+    Args:
+        model: Trained in place.
+        data: Inputs and labels.
+        seed: Of the rows, and of draws in training.
+        steps: How many.
+        lr: Learning rate.
+        size: Rows in a batch.
+        **options: Of ``core.fit.fit``.
+    """
+    (x, y), draw = data, torch.Generator().manual_seed(seed)
+    rows = (torch.randint(len(x), (size,), generator=draw) for _ in range(steps))
+    fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=steps, lr=lr, seed=seed, **options)
+    return model.eval()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
-from interlayer.claims.training import batches, built, judge, language, task, train
+from interlayer.claims.training import batches, built, digits, judge, language, train
 from interlayer.core.parts import FeedForward
 from interlayer.layers.activation.helu import HeLU
 from interlayer.models import MLP, Transformer
@@ -121,7 +121,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         return False
 
     train(net, "digits", seed=seed, steps=scale.steps, lr=RATES.get(arm, 5e-3), watch=watch)
-    images = task("digits").data["validation"][0]  # type: ignore[attr-defined]
+    images = digits("validation")[0]
     found["accuracy on digits"] = sum(seen) / len(seen) if math.isfinite(sum(seen)) else math.nan
     found["dead units on digits"] = dead(net, [block[-1] for block in net.blocks], images)  # type: ignore[index]
     act = ON_TEXT.get(arm, ACTIVATIONS.get(arm, arm))

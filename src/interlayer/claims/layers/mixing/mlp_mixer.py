@@ -9,7 +9,7 @@ from torch import nn
 
 from interlayer import models
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
-from interlayer.claims.training import built, judge, task, train
+from interlayer.claims.training import built, digits, judge, task, train
 from interlayer.core.cost import flops, parameters
 from interlayer.core.data import DataShape
 from interlayer.layers.mixing.mlp_mixer import MLPMixer, TokenMixing
@@ -66,7 +66,7 @@ def _moved(arm: str, seed: int) -> float:
     model = built(lambda: models.build(net("mlp-mixer", "digits"), task("digits").shape), seed)
     assert isinstance(model, MLPMixer)
     nn.init.normal_(model.head.weight)  # zero at initialisation
-    images = task("digits").data["validation"][0][:64]  # type: ignore[attr-defined]
+    images = digits("validation")[0][:64]
     before, order = model(images), torch.randperm(16)
     patches = nn.functional.unfold(images, 2, stride=2)[..., order]
     images = nn.functional.fold(patches, 8, 2, stride=2)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, mechanism
+from interlayer.claims.training import classify
 from interlayer.core import datasets
-from interlayer.core.fit import fit
 from interlayer.layers.mixing.parametric_spans import (
     ParametricSpan,
     Span,
@@ -137,9 +137,7 @@ def _trained(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     net.head = Constructed(net.head, MOVED if arm == WRONG else "")
     x, held = x.double(), held.double()
     for model in (net, twin):
-        draw = torch.Generator().manual_seed(seed)
-        rows = (torch.randint(len(x), (64,), generator=draw) for _ in range(scale.steps))
-        fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=scale.steps, lr=1e-2, seed=seed)
+        classify(model, (x, y), seed=seed, steps=scale.steps, lr=1e-2)
     a, b = (torch.cat([p.detach().flatten() for p in ps]) for ps in (ours, theirs))
     with torch.no_grad():
         right = [float((m(held).argmax(-1) == truth).double().mean()) for m in (net, twin)]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
-from interlayer.claims.training import batches, built, judge, task
+from interlayer.claims.training import batches, built, digits, judge
 from interlayer.claims.twins import shuffled
 from interlayer.core.fit import descend
 from interlayer.core.select import blocks
@@ -145,7 +145,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
 def _accuracy(model: nn.Module, rule: ScalableFF | None) -> float:
     if rule is None:
         return judge(model, "digits", batch=1000)["accuracy"]
-    x, y = task("digits").data["validation"]  # type: ignore[attr-defined]
+    x, y = digits("validation")
     return float((rule.predict(x).argmax(1) == y).float().mean())
 
 

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
-from interlayer.claims.training import built
+from interlayer.claims.training import built, classify
 from interlayer.claims.twins import shuffled
 from interlayer.core import datasets
-from interlayer.core.fit import fit
 from interlayer.core.online import Adapter, Shift, adapt_online, corruptions, entropy
 from interlayer.learn.test_time import BatchStatistics, Source, Tent
 from interlayer.learn.test_time.nhl import NHL, competition, soft_hebbian
@@ -108,18 +107,8 @@ def trained(seed: int, width: int, steps: int, corrupted: bool) -> nn.Module:
         x, y = torch.cat([s.inputs for s in shifts]), torch.cat([s.labels for s in shifts])
     else:
         x = standardised(x)
-    order = torch.Generator().manual_seed(seed)
-    rows = (torch.randint(len(y), (64,), generator=order) for _ in range(steps))
     model = built(lambda: build("", Scale(width=width)), seed)
-    fit(
-        model,
-        ((x[r], y[r]) for r in rows),
-        lambda m, pair: F.cross_entropy(m(pair[0]), pair[1]),
-        steps=steps,
-        lr=3e-3,
-        seed=seed,
-    )
-    return model.eval()
+    return classify(model, (x, y), seed=seed, steps=steps, lr=3e-3)
 
 
 @torch.no_grad()

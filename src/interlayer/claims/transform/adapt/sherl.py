@@ -8,14 +8,13 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
+from interlayer.claims.training import classify
 from interlayer.core import datasets
 from interlayer.core.attach import Bottleneck, Lora, attach, attention_outputs, feed_forwards
 from interlayer.core.cost import bytes_kept
-from interlayer.core.fit import fit
 from interlayer.core.nano import nano
 from interlayer.models import VisionTransformer
 from interlayer.transform.adapt import sherl as module
@@ -81,13 +80,6 @@ def changed(arm: str) -> Iterator[None]:
         Sherl.between = between  # type: ignore[method-assign]
 
 
-def _learn(model: nn.Module, x: Tensor, y: Tensor, *, steps: int, lr: float, seed: int, size: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    rows = (torch.randint(len(x), (size,), generator=draw) for _ in range(steps))
-    fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=steps, lr=lr, seed=seed, warmup=10)
-    model.eval()
-
-
 def _right(model: nn.Module, x: Tensor, y: Tensor) -> float:
     with torch.no_grad():
         return float((model(x).argmax(-1) == y).float().mean())
@@ -101,7 +93,7 @@ def upstream(scale: Scale, depth: int) -> nn.Module:
         return VisionTransformer(channels=1, image=8, patch=2, classes=10, depth=depth, width=scale.width, heads=2)
 
     def train(model: nn.Module) -> None:
-        _learn(model, x, y, steps=scale.upstream, lr=2e-3, seed=0, size=64)
+        classify(model, (x, y), seed=0, steps=scale.upstream, lr=2e-3, warmup=10)
 
     if torch.get_default_device().type == "meta":  # shapes alone are wanted
         return make()
@@ -160,7 +152,8 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     net = build(arm, scale)
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: scale.images]
     with changed(arm):
-        _learn(net, turned(x[rows]), y[rows], steps=scale.steps, lr=RATES[arm], seed=seed, size=32)
+        data = turned(x[rows]), y[rows]
+        classify(net, data, seed=seed, steps=scale.steps, lr=RATES[arm], size=32, warmup=10)
         found["accuracy"] = _right(net, turned(held), truth)
     if arm == HEAD:
         found["accuracy upright"] = _right(upstream(scale, scale.depth), held, truth)

@@ -8,11 +8,10 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, mechanism
-from interlayer.claims.training import task
-from interlayer.core.fit import fit
+from interlayer.claims.training import classify, digits, mlp
 from interlayer.core.paths import blend, mean_loss
 from interlayer.transform.merge.dropout_path import Chain, DropoutPath, Halves, join
 
@@ -23,50 +22,37 @@ DEPTHS = {"two layers": 1, "three layers": 2}
 
 def build(arm: str, scale: Scale) -> nn.Sequential:
     """The widest network for digits, of three layers."""
-    return _net(max(scale.widths), 2)
-
-
-def _net(width: int, hidden: int) -> nn.Sequential:
-    more = [m for _ in range(hidden - 1) for m in (nn.Linear(width, width), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), *more, nn.Linear(width, 10))
-
-
-def _data() -> tuple[Tensor, Tensor]:
-    x, y = task("digits").data["train"]  # type: ignore[attr-defined]
-    return x, y
+    return mlp(max(scale.widths), 2)
 
 
 @lru_cache(maxsize=32)
 def _trained(width: int, hidden: int, steps: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model, (x, y), chance = _net(width, hidden), _data(), torch.Generator().manual_seed(seed)
-    rows = (torch.randint(len(x), (64,), generator=chance) for _ in range(steps))
-    fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=steps, lr=1e-3, clip=None)
-    return model.eval()
+    return classify(mlp(width, hidden), digits(), seed=seed, steps=steps, lr=1e-3, clip=None)
 
 
 def _few(model: nn.Module) -> float:
     """The most that the loss rises when eight units of each layer are kept, whatever the width."""
-    chain, state = Chain(model, _data()), dict(model.state_dict())
+    chain, state = Chain(model, digits()), dict(model.state_dict())
     orders = [torch.randperm(g.size) for g in chain.groups]
     half = Halves(chain, [(order[:KEPT], order[KEPT:]) for order in orders])
     dropped = [half.dropped(state, range(n, half.depth)) for n in range(half.depth)]
-    losses = [mean_loss(blend(model, (s,), (1.0,)), _data(), F.cross_entropy) for s in dropped]
-    return max(losses) - mean_loss(model, _data(), F.cross_entropy)
+    losses = [mean_loss(blend(model, (s,), (1.0,)), digits(), F.cross_entropy) for s in dropped]
+    return max(losses) - mean_loss(model, digits(), F.cross_entropy)
 
 
 def _same(a: nn.Module, b: nn.Module) -> float:
     """The worst loss on a path whose second network is halved in the units that the first keeps."""
-    chain = Chain(a, _data())
+    chain = Chain(a, digits())
     half = Halves(chain, chain.split())
     corners = join(half, half, dict(a.state_dict()), dict(b.state_dict()))
     middles = (blend(a, pair, (0.5, 0.5)) for pair in pairwise(corners))
-    return max(mean_loss(m, _data(), F.cross_entropy) for m in middles)
+    return max(mean_loss(m, digits(), F.cross_entropy) for m in middles)
 
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Training losses on the path and of the halves, as in the theorem, by width and depth."""
-    found, (x, y) = dict[str, float](), task("digits").data["validation"]  # type: ignore[attr-defined]
+    found, (x, y) = dict[str, float](), digits("validation")
     for name, hidden in DEPTHS.items():
         rises, gaps = {}, {}
         for width in scale.widths:
@@ -75,7 +61,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
             if arm == FEW:
                 rises[width] = gaps[width] = max(_few(a), _few(b))
                 continue
-            tables = DropoutPath(points=3)(a, _data(), others=(b,)).tables
+            tables = DropoutPath(points=3)(a, digits(), others=(b,)).tables
             bound = {key: value[0] for key, value in tables["bound"].items()}
             rises[width], gaps[width] = bound["rise on the path"], max(tables["halves"]["gap"])
             if width == (scale.widths[0] if arm == NARROW else scale.widths[-1]):

@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, mechanism
-from interlayer.claims.training import judge, task
-from interlayer.core.fit import fit
+from interlayer.claims.training import classify, digits, judge, mlp
 from interlayer.core.paths import barrier, interpolate
 from interlayer.core.transport import assign
 from interlayer.core.wiring import Wiring, trace
@@ -22,19 +20,14 @@ from interlayer.transform.merge.git_rebasin import GitRebasin, match_weights, ma
 METHODS = ("weights", "activations", "straight-through")
 UNMATCHED, RANDOM = "unmatched", "random"
 INVERSE, INCOMING = "inverse permutation", "incoming weights alone"
+HIDDEN = 3  # layers
 Data = tuple[Tensor, Tensor]
 State = dict[str, Tensor]
 
 
 def build(arm: str, scale: Scale) -> nn.Sequential:
     """A network for digits of the largest width."""
-    return net(max(scale.widths))
-
-
-def net(width: int) -> nn.Sequential:
-    """Three hidden layers."""
-    hidden = [m for _ in range(2) for m in (nn.Linear(width, width), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), *hidden, nn.Linear(width, 10))
+    return mlp(max(scale.widths), HIDDEN)
 
 
 @lru_cache(maxsize=64)
@@ -42,22 +35,13 @@ def _trained(
     width: int, steps: int, seed: int, part: int | None = None, lr: float = 1e-3, clip: float | None = None
 ) -> nn.Module:
     torch.manual_seed(seed)
-    model = net(width)
-    x, y = _train() if part is None else _split(seed // 2)[part]
-    chance = torch.Generator().manual_seed(seed)
-    rows = (torch.randint(len(x), (64,), generator=chance) for _ in range(steps))
-    fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=steps, lr=lr, clip=clip)
-    return model.eval()
-
-
-def _train() -> Data:
-    x, y = task("digits").data["train"]  # type: ignore[attr-defined]
-    return x, y
+    data = digits() if part is None else _split(seed // 2)[part]
+    return classify(mlp(width, HIDDEN), data, seed=seed, steps=steps, lr=lr, clip=clip)
 
 
 def _split(seed: int) -> tuple[Data, Data]:
     """As the paper splits: a fifth of the classes 0 to 4 and four fifths of 5 to 9, and the rest."""
-    x, y = _train()
+    x, y = digits()
     first = torch.rand(len(y), generator=torch.Generator().manual_seed(seed)) < torch.where(y < 5, 0.2, 0.8)
     return (x[first], y[first]), (x[~first], y[~first])
 
@@ -106,7 +90,7 @@ def _best_swap(wiring: Wiring, target: State, moving: State) -> float:
 def _exact(arm: str, seed: int, width: int) -> dict[str, float]:
     """What matching does to a shuffled copy of a network with random weights, and to another such network."""
     torch.manual_seed(seed)
-    a, b = net(width).double(), net(width).double()
+    a, b = mlp(width, HIDDEN).double(), mlp(width, HIDDEN).double()
     wiring = trace(a, torch.randn(2, 64, dtype=torch.double))
     target, moving = (dict(m.state_dict()) for m in (a, b))
     shuffled = wiring.permute(target, wiring.random(10_000 + seed))
@@ -119,7 +103,7 @@ def _exact(arm: str, seed: int, width: int) -> dict[str, float]:
 
 def _aligned(a: nn.Module, b: nn.Module, arm: str, seed: int, steps: int) -> nn.Module:
     """The second network with its units as an arm orders them; straight-through matching sees one batch of all images."""
-    data = [_train()]
+    data = [digits()]
     if arm in METHODS:
         transform = GitRebasin(method=arm, merge=None, steps=steps, lr=0.1, seed=seed)  # type: ignore[arg-type]
         return transform.plan(a, data, others=(b,)).apply()

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
-from interlayer.claims.training import task
-from interlayer.core.fit import fit
+from interlayer.claims.training import classify, digits, mlp
 from interlayer.core.paths import blend, layers, mean_loss
 from interlayer.core.wiring import trace
 from interlayer.transform.merge.layerwise_lmc import LayerwiseLMC, federated
@@ -30,24 +29,7 @@ LAST, EQUAL = "averaging the last only", "averaging all, every client alike"
 
 def build(arm: str, scale: Scale) -> nn.Sequential:
     """A plain MLP for digits."""
-    return _net(scale.width, scale.depth)
-
-
-def _net(width: int, depth: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    hidden = [m for _ in range(depth - 1) for m in (nn.Linear(width, width), activation())]
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), activation(), *hidden, nn.Linear(width, 10))
-
-
-def _data(split: str = "train") -> tuple[Tensor, Tensor]:
-    x, y = task("digits").data[split]  # type: ignore[attr-defined]
-    return x, y
-
-
-def _learn(model: nn.Module, x: Tensor, y: Tensor, steps: int, seed: int, lr: float = 1e-3) -> nn.Module:
-    chance = torch.Generator().manual_seed(seed)
-    rows = (torch.randint(len(x), (64,), generator=chance) for _ in range(steps))
-    fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=steps, lr=lr, clip=None)
-    return model.eval()
+    return mlp(scale.width, scale.depth)
 
 
 @lru_cache(maxsize=4)
@@ -55,7 +37,7 @@ def _pair(width: int, depth: int, steps: int, seed: int) -> tuple[nn.Module, nn.
     nets = []
     for s in (2 * seed, 2 * seed + 1):
         torch.manual_seed(s)
-        nets.append(_learn(_net(width, depth), *_data(), steps, s))
+        nets.append(classify(mlp(width, depth), digits(), seed=s, steps=steps, lr=1e-3, clip=None))
     return nets[0], nets[1]
 
 
@@ -74,13 +56,13 @@ def _barriers(arm: str, seed: int, scale: Scale) -> dict[str, float]:
             for own, far in zip(a.parameters(), b.parameters(), strict=True):
                 step = torch.randn_like(own)
                 far.copy_(own + step * (far - own).norm() / step.norm())
-    found = LayerwiseLMC(groups=groups, draws=scale.draws)(a, _data(), others=(b,)).tables
+    found = LayerwiseLMC(groups=groups, draws=scale.draws)(a, digits(), others=(b,)).tables
     rows = {
         g: (u, v)
         for g, u, v in zip(*list(found["barriers"].values())[::2], found["barriers"]["into second"], strict=True)
     }
     full, single = rows["all"][0], [sum(rows[n]) / 2 for n in groups or names]
-    x, y = _data("validation")
+    x, y = digits("validation")
     out = {
         "barrier of all layers": full,
         "median share of one": statistics.median(single) / full,
@@ -100,8 +82,8 @@ def _barriers(arm: str, seed: int, scale: Scale) -> dict[str, float]:
 def _chord(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """How far the loss of a deep linear network rises above its chord when layers go over to a copy with one layer's units shuffled."""
     torch.manual_seed(seed)
-    a = _learn(_net(32, 3, nn.Identity), *_data(), scale.steps // 3, seed)
-    wiring = trace(a, _data()[0][:2])
+    a = classify(mlp(32, 3, nn.Identity), digits(), seed=seed, steps=scale.steps // 3, lr=1e-3, clip=None)
+    wiring = trace(a, digits()[0][:2])
     middle = list(wiring.groups)[1]
     states = a.state_dict(), wiring.permute(a.state_dict(), {middle: wiring.random(seed)[middle]})
     single = list(layers(a).values())
@@ -109,7 +91,7 @@ def _chord(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     groups = {EVERY: [[n for names in single for n in names]], NEXT: both}.get(arm, single)
 
     def loss(names: list[str], weight: float) -> float:
-        return mean_loss(blend(a, states, (1 - weight, weight), names=names), _data(), F.cross_entropy)
+        return mean_loss(blend(a, states, (1 - weight, weight), names=names), digits(), F.cross_entropy)
 
     rises = [
         loss(names, w) - (1 - w) * loss(names, 0.0) - w * loss(names, 1.0)
@@ -122,18 +104,18 @@ def _chord(arm: str, seed: int, scale: Scale) -> dict[str, float]:
 def _rounds(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Accuracy of clients on validation digits of their own classes: data split evenly, and two or three classes each."""
     found = {}
-    x, y = _data()
-    held, labels = _data("validation")
+    x, y = digits()
+    held, labels = digits("validation")
     for split in ("even", "by class"):
         torch.manual_seed(seed)
-        start = _net(scale.width, 2)
+        start = mlp(scale.width, 2)
         owner = torch.randint(4, (len(x),)) if split == "even" else y % 4
         single = list(layers(start))
         average = {"averaging all but the last": single[:-1], "averaging none": [], LAST: single[-1:]}.get(arm)
 
         def train(client: nn.Module, number: int, turn: int, owner: Tensor = owner) -> None:
-            mine = owner == number
-            _learn(client, x[mine], y[mine], scale.local, 100 * seed + 10 * turn + number)
+            mine, draw = owner == number, 100 * seed + 10 * turn + number
+            classify(client, (x[mine], y[mine]), seed=draw, steps=scale.local, lr=1e-3, clip=None)
 
         def judge(client: nn.Module, number: int, split: str = split) -> float:
             mine = torch.ones_like(labels, dtype=torch.bool) if split == "even" else labels % 4 == number

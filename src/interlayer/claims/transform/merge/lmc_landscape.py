@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
-from interlayer.claims.training import task
+from interlayer.claims.training import digits, mlp
 from interlayer.core.fit import fit
 from interlayer.core.kinds import Finding
 from interlayer.core.paths import layers
@@ -41,22 +41,16 @@ RATES = (3e-3, 1e-2)
 
 def build(arm: str, scale: Scale) -> nn.Sequential:
     """A plain MLP for digits."""
-    hidden = [m for _ in range(scale.depth - 1) for m in (nn.Linear(scale.width, scale.width), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, scale.width), nn.ReLU(), *hidden, nn.Linear(scale.width, 10))
-
-
-def _data(split: str = "train") -> tuple[Tensor, Tensor]:
-    x, y = task("digits").data[split]  # type: ignore[attr-defined]
-    return x, y
+    return mlp(scale.width, scale.depth)
 
 
 @lru_cache(maxsize=1)
 def _forks(width: int, depth: int, at: tuple[int, ...], length: int, seed: int) -> tuple[list[Fork], Finding]:
-    x, y = _data()
+    x, y = digits()
     found = list[Fork]()
     for lr in RATES:
         torch.manual_seed(seed)
-        start = build("", Scale(width=width, depth=depth))
+        start = mlp(width, depth)
 
         def train(net: nn.Module, begin: int, stop: int, branch: int, lr: float = lr) -> None:
             chance = torch.Generator().manual_seed(10_000 * seed + 10 * begin + branch)
@@ -94,8 +88,8 @@ def _aside(fork: Fork, probe: LMCLandscape, data: Any) -> float:
 
 def _networks(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     made, seen = _forks(scale.width, scale.depth, scale.at, scale.length, seed)
-    table, layered, data, probe = seen.tables["forks"], seen.tables["layers"], _data(), LMCLandscape()
-    x, y = _data("validation")
+    table, layered, data, probe = seen.tables["forks"], seen.tables["layers"], digits(), LMCLandscape()
+    x, y = digits("validation")
     if arm == RANDOM:
         by_layer = list[float]()
         for fork, names in product(made, layers(made[0].first).values()):

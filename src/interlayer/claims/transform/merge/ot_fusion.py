@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, check, effect, fits, highest, lowest, mechanism
-from interlayer.claims.training import judge, task
-from interlayer.core.fit import fit
+from interlayer.claims.training import classify, digits, judge, mlp
 from interlayer.core.transport import transport
 from interlayer.core.wiring import trace
 from interlayer.transform.merge.ot_fusion import OTFusion
@@ -56,36 +55,17 @@ FUSIONS: dict[str, OTFusion] = {
     "random": Randomly(),
     "uncorrected": Uncorrected(),
 }
-HIDDEN = 3
+HIDDEN = 3  # layers, as the paper's for MNIST
 
 
 def build(arm: str, scale: SimpleNamespace) -> nn.Sequential:
     """A network for digits of the width of the parents."""
-    return net(scale.width)
-
-
-def net(width: int) -> nn.Sequential:
-    """Three hidden layers, as the paper's for MNIST."""
-    hidden = [m for _ in range(HIDDEN - 1) for m in (nn.Linear(width, width), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), *hidden, nn.Linear(width, 10))
-
-
-def _data() -> Data:
-    x, y = task("digits").data["train"]  # type: ignore[attr-defined]
-    return x, y
-
-
-def _learn(model: nn.Module, data: Data, steps: int, lr: float, seed: int) -> nn.Module:
-    x, y = data
-    chance = torch.Generator().manual_seed(seed)
-    rows = (torch.randint(len(x), (64,), generator=chance) for _ in range(steps))
-    fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=steps, lr=lr, clip=None)
-    return model.eval()
+    return mlp(scale.width, HIDDEN)
 
 
 def _split(seed: int) -> tuple[Data, Data]:
     """As the paper splits MNIST: one network sees all fours and a tenth of the rest, the other nine tenths and no four."""
-    x, y = _data()
+    x, y = digits()
     first = (y == 4) | (torch.rand(len(y), generator=torch.Generator().manual_seed(seed)) < 0.1)
     return (x[first], y[first]), (x[~first], y[~first])
 
@@ -95,13 +75,14 @@ def _parents(seed: int, split: bool, width: int, steps: int) -> tuple[nn.Module,
     nets = []
     for n in range(2 if split else 3):
         torch.manual_seed(10 * seed + n)
-        nets.append(_learn(net(width), _split(seed)[n] if split else _data(), steps, 1e-3, 10 * seed + n))
+        data = _split(seed)[n] if split else digits()
+        nets.append(classify(mlp(width, HIDDEN), data, seed=10 * seed + n, steps=steps, lr=1e-3, clip=None))
     return tuple(nets)
 
 
 def _pruned(dense: nn.Module) -> nn.Module:
     """The half of each hidden layer's units whose incoming weights have the largest L1 norm."""
-    small, kept = net(dense[1].out_features // 2), torch.arange(64)  # type: ignore[index]
+    small, kept = mlp(dense[1].out_features // 2, HIDDEN), torch.arange(64)  # type: ignore[index]
     layers = [[m for m in n if isinstance(m, nn.Linear)] for n in (dense, small)]  # type: ignore[attr-defined]
     for old, new in zip(*layers, strict=True):
         best = old.weight.abs().sum(1).topk(new.out_features).indices.sort().values
@@ -115,7 +96,7 @@ def _fused(arm: str, model: nn.Module, others: Sequence[nn.Module]) -> nn.Module
     """The arm's network from several; alone, it is the first of them, and of an ensemble all answer."""
     if arm == "ensemble":
         return Ensemble([model, *others])
-    return model if arm == "alone" else FUSIONS[arm].plan(model, _data()[0][:400], others=others).apply()
+    return model if arm == "alone" else FUSIONS[arm].plan(model, digits()[0][:400], others=others).apply()
 
 
 class Ensemble(nn.Module):
@@ -132,7 +113,7 @@ class Ensemble(nn.Module):
 
 def _gap(arm: str, model: nn.Module) -> float:
     """How far the outputs move, relative to the largest, when a copy with shuffled units is fused in."""
-    x = _data()[0][:400]
+    x = digits()[0][:400]
     wiring, copied = trace(model, x[:2]), copy.deepcopy(model)
     copied.load_state_dict(wiring.permute(model.state_dict(), wiring.random(0)))
     with torch.no_grad():
@@ -141,7 +122,7 @@ def _gap(arm: str, model: nn.Module) -> float:
 
 
 def _fours(model: nn.Module) -> float:
-    x, y = task("digits").data["validation"]  # type: ignore[attr-defined]
+    x, y = digits("validation")
     with torch.no_grad():
         return float((model(x[y == 4]).argmax(-1) == 4).float().mean())
 
@@ -152,7 +133,9 @@ def measure(arm: str, seed: int, scale: SimpleNamespace) -> dict[str, float]:
     found = {"error with a shuffled copy": 0.0 if arm in ("alone", "ensemble") else _gap(arm, same[0])}
     for regime, nets in {"same": same[:2], "split": (general, special)}.items():
         one = _fused(arm, nets[0], nets[1:])
-        tuned = one if arm == "ensemble" else _learn(copy.deepcopy(one), _data(), scale.tuning, 1e-3, seed)
+        tuned = one
+        if arm != "ensemble":
+            tuned = classify(copy.deepcopy(one), digits(), seed=seed, steps=scale.tuning, lr=1e-3, clip=None)
         for when, model in {"": one, ", tuned": tuned}.items():
             got = judge(model, "digits")
             found |= {f"accuracy, {regime}{when}": got["accuracy"], f"loss, {regime}{when}": got["loss"]}

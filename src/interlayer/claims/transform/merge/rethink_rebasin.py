@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
-from interlayer.claims.training import judge, task
-from interlayer.core.fit import fit
+from interlayer.claims.training import classify, digits, judge, mlp
 from interlayer.core.paths import interpolate
 from interlayer.core.renormalise import Moments, absorb, change, moments, renormalise
 from interlayer.core.wiring import trace
@@ -35,29 +33,19 @@ SHUFFLED, STALE, SAME = (
 
 def build(arm: str, scale: Scale) -> nn.Sequential:
     """A plain MLP for digits, without norms."""
-    w = scale.width
-    hidden = [m for _ in range(scale.depth - 1) for m in (nn.Linear(w, w), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, w), nn.ReLU(), *hidden, nn.Linear(w, 10))
-
-
-def _data() -> tuple[Tensor, Tensor]:
-    x, y = task("digits").data["train"]  # type: ignore[attr-defined]
-    return x, y
+    return mlp(scale.width, scale.depth)
 
 
 @lru_cache(maxsize=64)
 def _trained(width: int, depth: int, steps: int, seed: int, setting: str) -> nn.Module:
     lr, decay, special = SETTINGS[setting]
     torch.manual_seed(seed)
-    model, (x, y) = build("", Scale(width=width, depth=depth)), _data()
+    model = mlp(width, depth)
     for layer in model if special else ():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
-    chance = torch.Generator().manual_seed(seed)
-    rows = (torch.randint(len(x), (64,), generator=chance) for _ in range(steps))
-    fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=steps, lr=lr, weight_decay=decay, clip=None)
-    return model.eval()
+    return classify(model, digits(), seed=seed, steps=steps, lr=lr, weight_decay=decay, clip=None)
 
 
 @lru_cache(maxsize=64)
@@ -65,15 +53,15 @@ def _ends(width: int, depth: int, steps: int, seed: int, setting: str, same: boo
     """Two networks trained apart, or one and its shuffled copy; the second aligned to the first by its weights."""
     a, b = (_trained(width, depth, steps, 2 * seed + n, setting) for n in (0, 1))
     if same:
-        b = build("", Scale(width=width, depth=depth)).eval()
-        wiring = trace(a, _data()[0][:2])
+        b = mlp(width, depth).eval()
+        wiring = trace(a, digits()[0][:2])
         b.load_state_dict(wiring.permute(a.state_dict(), wiring.random(seed)))
-    return a, GitRebasin(merge=None).plan(a, _data()[0], others=(b,)).apply()
+    return a, GitRebasin(merge=None).plan(a, digits()[0], others=(b,)).apply()
 
 
 def _renormalised(model: nn.Module, goals: Mapping[str, Moments], arm: str) -> nn.Module:
     """The model, changed in place as the arm says. All training digits are one batch."""
-    x, _ = _data()
+    x, _ = digits()
     if arm == SHUFFLED:
         goals = {n: Moments(g.mean.roll(1), g.std.roll(1)) for n, g in goals.items()}
     if arm == STALE:
@@ -86,7 +74,7 @@ def _renormalised(model: nn.Module, goals: Mapping[str, Moments], arm: str) -> n
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Barriers of the validation loss by hyper-parameters, collapse, and accuracy after pruning; no network is fine-tuned."""
-    x, found = _data()[0], dict[str, float]()
+    x, found = digits()[0], dict[str, float]()
     for setting in SETTINGS:
         a, b = _ends(scale.width, scale.depth, scale.steps, seed, setting, arm == SAME)
         names = [n for n, m in a.named_modules() if isinstance(m, nn.Linear)][:-1]

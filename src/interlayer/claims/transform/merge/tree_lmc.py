@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
-from interlayer.core.fit import fit
+from interlayer.claims.training import classify
 from interlayer.core.paths import barrier, interpolate
 from interlayer.core.transport import assign
 from interlayer.models import SoftTrees
@@ -67,10 +67,7 @@ def _trained(name: str, shape: str, depth: int, scale: tuple[int, int], seed: in
     (trees, steps), (x, y) = scale, data(name)[0] if part is None else _split(name, seed // 2)[part]
     torch.manual_seed(seed)
     model = SoftTrees(x.shape[1], int(data(name)[0][1].max()) + 1, trees=trees, depth=depth, shape=shape)  # type: ignore[arg-type]
-    chance = torch.Generator().manual_seed(seed)
-    rows = (torch.randint(len(x), (64,), generator=chance) for _ in range(steps))
-    fit(model, rows, lambda m, at: F.cross_entropy(m(x[at]), y[at]), steps=steps, lr=1e-2, clip=None)
-    return model.eval()
+    return classify(model, (x, y), seed=seed, steps=steps, lr=1e-2, clip=None)
 
 
 def _written(trees: SoftTrees, like: SoftTrees, which: Tensor, *, rewritten: bool = True) -> SoftTrees:

@@ -7,12 +7,10 @@ from functools import lru_cache
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
-from interlayer.claims.training import built
-from interlayer.core.fit import fit
+from interlayer.claims.training import built, classify
 from interlayer.core.nano import nano
 from interlayer.core.quantizer import Grid, PackedEmbedding, grid, nearest, packs
 from interlayer.core.quantizer.after import divergence
@@ -68,21 +66,10 @@ def texts(count: int, seed: int, files: int) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=2)
 def trained(seed: int, depth: int, width: int, steps: int, files: int) -> nn.Module:
     """The classifier of a seed, kept in the cache."""
-    x, y = texts(16384, 0, files)
-    draw = torch.Generator().manual_seed(seed)
+    data = texts(16384, 0, files)
 
     def train(model: nn.Module) -> None:
-        rows = (torch.randint(len(x), (BATCH,), generator=draw) for _ in range(steps))
-        given = ((x[i], y[i]) for i in rows)
-        fit(
-            model,
-            given,
-            lambda m, b: F.cross_entropy(m(b[0]), b[1]),
-            steps=steps,
-            lr=RATE,
-            seed=seed,
-            warmup=steps // 10,
-        )
+        classify(model, data, seed=seed, steps=steps, lr=RATE, size=BATCH, warmup=steps // 10)
 
     shape = Scale(depth=depth, width=width)
     return nano(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
-from interlayer.claims.training import batches, built, judge, train
+from interlayer.claims.training import batches, built, judge, mlp, train
 from interlayer.core.factored import factored
 from interlayer.transform.sparsify.dlrt import DLRT, Subspace
 
@@ -27,10 +27,7 @@ SMALL, FACTORS, STILL = (
 
 def build(arm: str, scale: Scale) -> nn.Module:
     """A plain network of three hidden layers for 8x8 digits."""
-    w = scale.width
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, 10)
-    )  # fmt: skip
+    return mlp(scale.width, 3)
 
 
 def target(size: int, singular: list[float]) -> Tensor:
