@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from interlayer.claims.training import batches
-from interlayer.claims.transform.quantize.flexround import CLAIM, ROUNDERS, TASKS, base, divergence, score
+from interlayer.claims.training import batches, divergence
+from interlayer.claims.transform.quantize.flexround import CLAIM, ROUNDERS, TASKS, base, score
 from interlayer.core import taps
 from interlayer.core.cost import peak_bytes, storage_bytes
 from interlayer.core.kinds import Plan
@@ -68,7 +68,7 @@ def losses() -> None:
         found: dict[tuple[str, int], list[float]] = {}
         apart: dict[tuple[str, int], list[float]] = {}
         ratios: dict[str, list[float]] = {}
-        whole = []
+        whole, cut = [], SCALE.length if kind == "language" else None
         for seed in SEEDS:
             model, data = base(kind, seed, SCALE), calibration(kind, seed)
             whole.append(score(model, kind, SCALE)["loss"])
@@ -81,7 +81,8 @@ def losses() -> None:
                     if not torch.allclose(*pair, atol=1e-4, rtol=1e-4):
                         raise RuntimeError(f"{method}: packed and float logits do not agree; nothing is reported.")
                     found.setdefault((method, bits), []).append(score(new, kind, SCALE)["loss"])
-                    apart.setdefault((method, bits), []).append(1000 * divergence(new.eval(), kind, seed, SCALE))
+                    far = divergence(new, model, TASKS[kind], most=SCALE.judged, cut=cut)
+                    apart.setdefault((method, bits), []).append(1000 * far)
                     ratios.setdefault(method, []).append(seconds / once)
         print(f"{kind}: held-out loss of the float model {statistics.mean(whole):.4f} (mean of {len(SEEDS)} seeds)")
         for method in methods:

@@ -127,6 +127,18 @@ def judge(
     return {"loss": loss if math.isfinite(loss) else math.inf, "accuracy": right / count}
 
 
+@torch.no_grad()
+def divergence(
+    model: nn.Module, whole: nn.Module, name: str, *, batch: int = 64, most: int | None = None, cut: int | None = None
+) -> float:
+    """Mean Kullback-Leibler divergence of a model's predictions on the validation split from those of another, in nats; see ``judge``."""
+    found = list[Tensor]()
+    for x, _ in islice(task(name).batches(0, batch, "validation"), most):
+        p, q = (m.eval()(x[:, :cut]).flatten(0, -2).log_softmax(-1) for m in (whole, model))
+        found.append(F.kl_div(q, p, log_target=True, reduction="none").sum(-1))
+    return float(torch.cat(found).mean())
+
+
 def language(model: nn.Module, seed: int, scale: Scale, *, lr: float = 2e-3) -> float:
     """Train a language model on the bytes of the standard library for ``scale.steps``, and give its validation loss.
 
@@ -135,6 +147,11 @@ def language(model: nn.Module, seed: int, scale: Scale, *, lr: float = 2e-3) -> 
     warmup, cut = scale.steps // 10, scale.length
     train(model, "stdlib-bytes", seed=seed, steps=scale.steps, lr=lr, batch=16, warmup=warmup, cut=cut)
     return judge(model, "stdlib-bytes", batch=64, most=scale.judged, cut=cut)["loss"]
+
+
+def calibration_texts(seed: int, scale: Scale) -> list[Tensor]:
+    """What language models are calibrated on: ``scale.calibration`` batches of 16 texts of ``scale.length``, without targets."""
+    return [x[:, : scale.length] for x, _ in batches("stdlib-bytes", seed + 700, 16, scale.calibration)]
 
 
 def small_language(seed: int, *, depth: int = 2, width: int = 64, length: int = 64, steps: int = 400) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
-from interlayer.claims.training import batches, built, judge, task, train
+from interlayer.claims.training import batches, built, calibration_texts, judge, task, train
 from interlayer.claims.transform.quantize import flexround
 from interlayer.core import taps
 from interlayer.core.blockwise import Part
@@ -60,7 +60,7 @@ def base(kind: str, seed: int, scale: Scale) -> nn.Module:
 def calibration(kind: str, seed: int, scale: Scale, examples: int = 256) -> list[Tensor]:
     """Training inputs without targets."""
     if kind == "language":
-        return [x[:, : scale.length] for x, _ in batches("stdlib-bytes", seed + 700, 16, scale.calibration)]
+        return calibration_texts(seed, scale)
     x, _ = next(iter(batches("digits", seed + 700, examples, 1)))
     return list(x.split(64))
 

@@ -6,15 +6,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
 from interlayer.claims.harness import Statement
-from interlayer.claims.training import batches, built, judge, task, train
+from interlayer.claims.training import built, calibration_texts, divergence, judge, train
 from interlayer.core.blockwise import Part
 from interlayer.core.kinds import Plan
 from interlayer.core.mixer import Attention
@@ -77,14 +75,9 @@ def whole(seed: int, scale: Scale) -> nn.Module:
     return base(seed, tuple((n, getattr(scale, n)) for n in names))
 
 
-def calibration(seed: int, scale: Scale) -> list[Tensor]:
-    """The texts that every arm gets."""
-    return [x[:, : scale.length] for x, _ in batches(TASK, seed + 700, 16, scale.calibration)]
-
-
 def plan(arm: str, bits: int, seed: int, scale: Scale) -> Plan:
     """How an arm rounds, each with the ranges, rate and penalty that the pilots chose."""
-    model, data, grid = whole(seed, scale), calibration(seed, scale), Grid(bits, 0, "asymmetric")
+    model, data, grid = whole(seed, scale), calibration_texts(seed, scale), Grid(bits, 0, "asymmetric")
     if arm == "nearest":
         return nearest(model, grid, by="minmax", packed=False)
     if arm == "gptq":
@@ -98,16 +91,6 @@ def plan(arm: str, bits: int, seed: int, scale: Scale) -> Plan:
 def score(model: nn.Module, scale: Scale) -> float:
     """Held-out loss, in nats a byte; its exponential is the perplexity."""
     return judge(model, TASK, batch=64, most=scale.judged, cut=scale.length)["loss"]
-
-
-@torch.no_grad()
-def divergence(model: nn.Module, seed: int, scale: Scale) -> float:
-    """Mean Kullback-Leibler divergence of held-out predictions from those of the float model, in nats."""
-    start, found = whole(seed, scale).eval(), list[Tensor]()
-    for x, _ in islice(task(TASK).batches(0, 64, "validation"), scale.judged):
-        p, q = (m(x[:, : scale.length]).flatten(0, -2).log_softmax(-1) for m in (start, model.eval()))
-        found.append(F.kl_div(q, p, log_target=True, reduction="none").sum(-1))
-    return float(torch.cat(found).mean())
 
 
 def gap(arm: str, seed: int) -> float:
@@ -134,14 +117,14 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
         return {"gap": gap(arm, seed)}
     if arm == "float":
         return {"loss, 32 bits": score(whole(seed, scale), scale)}
-    found = dict[str, float]()
+    found, start = dict[str, float](), whole(seed, scale)
     for bits in BITS[-1:] if arm == "layer by layer" else BITS:
         planned = plan(arm, bits, seed, scale)
         started = time.process_time()
         new = planned.apply()
         found[f"seconds, {bits} bits"] = time.process_time() - started
         found[f"loss, {bits} bits"] = score(new, scale)
-        found[f"divergence, {bits} bits"] = divergence(new, seed, scale)
+        found[f"divergence, {bits} bits"] = divergence(new, start, TASK, most=scale.judged, cut=scale.length)
     return found
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
 from interlayer.claims.harness import Statement
-from interlayer.claims.training import batches, built, judge, task, train
+from interlayer.claims.training import batches, built, divergence, judge, train
 from interlayer.core.blockwise import Part
 from interlayer.core.extras import need
 from interlayer.core.kinds import Plan
@@ -132,17 +130,6 @@ def score(model: nn.Module, kind: str, scale: Scale) -> dict[str, float]:
     return judge(model, TASKS[kind], batch=64, most=scale.judged, cut=cut)
 
 
-@torch.no_grad()
-def divergence(model: nn.Module, kind: str, seed: int, scale: Scale) -> float:
-    """Mean Kullback-Leibler divergence of held-out predictions from those of the float model, in nats."""
-    whole, cut, found = base(kind, seed, scale).eval(), scale.length if kind == "language" else None, []
-    for x, _ in islice(task(TASKS[kind]).batches(0, 64, "validation"), scale.judged):
-        x = x[:, :cut] if cut else x
-        p, q = (m(x).flatten(0, -2).log_softmax(-1) for m in (whole, model))
-        found.append(F.kl_div(q, p, log_target=True, reduction="none").sum(-1))
-    return float(torch.cat(found).mean())
-
-
 def plan(arm: str, kind: str, bits: int, seed: int, scale: Scale, lr: float | None = None) -> Plan:
     """How an arm rounds: all get the same start of the grid, and those that learn the same examples and steps."""
     model, grid = base(kind, seed, scale), Grid(bits, None, "asymmetric")
@@ -150,7 +137,7 @@ def plan(arm: str, kind: str, bits: int, seed: int, scale: Scale, lr: float | No
         return nearest(model, grid, by="mse", packed=False)
     make, rates = ROUNDERS["flexround" if arm == OTHERS else arm]
     size, cut = (16, scale.length) if kind == "language" else (64, None)
-    data = [x[:, :cut] if cut else x for x, _ in batches(TASKS[kind], seed + 700, size, scale.calibration)]
+    data = [x[:, :cut] for x, _ in batches(TASKS[kind], seed + 700, size, scale.calibration)]
     rate = rates[kind][BITS.index(bits)] if lr is None else lr
     solve = learned(make, steps=scale.steps, lr=rate, decay=arm != "adaround", seed=seed)
 
@@ -192,13 +179,15 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
     if arm in CODES:
         return {"kept": moved(CODES[arm], seed)}
     found: dict[str, float] = {}
-    for kind in TASKS:
+    for kind, name in TASKS.items():
         for bits in BITS if arm != "float" else (32,):
             model = base(kind, seed, scale) if arm == "float" else plan(arm, kind, bits, seed, scale).apply()
             scored = score(model.eval(), kind, scale)
             found[f"{kind}, {bits} bits"] = scored["loss"]
             if arm != "float":
-                found[f"{kind}, {bits} bits, divergence"] = divergence(model.eval(), kind, seed, scale)
+                start, cut = base(kind, seed, scale), scale.length if kind == "language" else None
+                apart = divergence(model, start, name, most=scale.judged, cut=cut)
+                found[f"{kind}, {bits} bits, divergence"] = apart
             if kind == "vision":
                 found[f"accuracy, {bits} bits"] = scored["accuracy"]
     return found

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
 from interlayer.claims.harness import Statement
-from interlayer.claims.training import batches, built, task, train
+from interlayer.claims.training import built, calibration_texts, task, train
 from interlayer.core.kinds import Plan
 from interlayer.core.quantizer import Grid, Packed, layers, nearest, simulated, smooth
 from interlayer.core.quantizer.grid import By
@@ -92,14 +92,9 @@ def base(regime: str, seed: int, scale: Scale) -> nn.Module:
     return model
 
 
-def calibration(seed: int, scale: Scale) -> list[Tensor]:
-    """The texts that every arm gets."""
-    return [x[:, : scale.length] for x, _ in batches(TASK, seed + 700, 16, scale.calibration)]
-
-
 def plans(arm: str, regime: str, seed: int, scale: Scale) -> list[Plan]:
     """How an arm rounds; several plans where the best counts."""
-    model, data = base(regime, seed, scale), calibration(seed, scale)
+    model, data = base(regime, seed, scale), calibration_texts(seed, scale)
     ways = {"fptq": FPTQ(group=GROUP), "one scale a row": FPTQ(group=10**6), "misplaced": Misplaced(group=GROUP)}
     if arm in ways:
         return [ways[arm].plan(model, data)]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import lru_cache, partial
-from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
-from interlayer.claims.training import batches, built, judge, task, train
+from interlayer.claims.training import batches, built, divergence, judge, train
 from interlayer.core.kinds import Plan
 from interlayer.core.quantizer import Grid, LogGrid, Scaled, layers, nearest, smooth
 from interlayer.core.quantizer.grid import By
@@ -90,16 +88,6 @@ def plans(arm: str, bits: int, seed: int, scale: Scale, spread: int) -> list[Pla
     return [RepQViT(bits=bits, by=by).plan(model, data) for by in RANGES[: scale.tries]]
 
 
-@torch.no_grad()
-def divergence(model: nn.Module, seed: int, scale: Scale) -> float:
-    """Mean Kullback-Leibler divergence of held-out predictions from those of the float model, in nats."""
-    whole, found = base(seed, scale), []
-    for x, _ in islice(task(TASK).batches(0, 64, "validation"), scale.judged):
-        p, q = (m(x).log_softmax(-1) for m in (whole, model))
-        found.append(F.kl_div(q, p, log_target=True, reduction="none").sum(-1))
-    return float(torch.cat(found).mean())
-
-
 def features(seed: int) -> tuple[Tensor, Scaled]:
     """Rows whose features differ in range and in place, in 64 bits, and a grid for each."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -169,7 +157,8 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
             what = f"{bits} bits" + (f", ranges {spread} apart" if spread > 1 else "")
             scores = [judge(m, TASK, batch=64, most=scale.judged)["accuracy"] for m in models]
             found[f"{what}, accuracy"] = max(scores)
-            found[f"{what}, divergence"] = min(divergence(m, seed, scale) for m in models)
+            whole = base(seed, scale)
+            found[f"{what}, divergence"] = min(divergence(m, whole, TASK, most=scale.judged) for m in models)
     return found
 
 

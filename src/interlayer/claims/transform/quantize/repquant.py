@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
 from interlayer.claims.harness import Statement
+from interlayer.claims.training import calibration_texts, divergence, judge
 from interlayer.claims.transform.quantize import fptq as text
 from interlayer.claims.transform.quantize import repq_vit as image
 from interlayer.core.kinds import Transform
@@ -103,7 +104,7 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
         depth=scale.depth, width=max(16, scale.width), length=scale.length, steps=scale.steps, calibration=4, judged=4
     )
     if arm == "float":
-        whole = image.judge(image.base(seed, scale), image.TASK, batch=64, most=scale.judged)["accuracy"]
+        whole = judge(image.base(seed, scale), image.TASK, batch=64, most=scale.judged)["accuracy"]
         return {
             "accuracy, float": whole,
             "loss, float": text.scores(text.base("as trained", seed, words), "as trained", seed, words)[0],
@@ -114,9 +115,10 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
         ways = [WAYS[arm](bits=bits, by=by, **learned) for by in RANGES[-1 if arm == "misplaced" else 0 :]]
         if what == "images":
             net, data = image.base(seed, scale), image.calibration(seed)
-            apart = [image.divergence(w.plan(net, data).apply().eval(), seed, scale) for w in ways]
+            made = [w.plan(net, data).apply() for w in ways]
+            apart = [divergence(m, net, image.TASK, most=scale.judged) for m in made]
         else:
-            net, texts = text.base("as trained", seed, words), text.calibration(seed, words)
+            net, texts = text.base("as trained", seed, words), calibration_texts(seed, words)
             apart = [text.scores(w.plan(net, texts).apply(), "as trained", seed, words)[1] for w in ways]
         found[f"{what}, {bits} bits"] = min(apart)
     return found
