@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -73,17 +74,13 @@ def changed(arm: str) -> Iterator[None]:
     def of_mean(self: SlowNet, x: Tensor | None = None) -> Tensor:
         return slow(self) if x is None else slow(self, x.mean(0, keepdim=True)).expand(len(x), *[-1] * (x.ndim - 1))
 
-    if arm == ALONE:
-        module.hyperzzw_global = lambda kernel, x, z: whole(kernel, torch.ones_like(x), z)
-        SlowNet.forward = alone  # type: ignore[method-assign]
-    if arm == TURNED:
-        module.hyperzzw_global = lambda kernel, x, z: whole(kernel.mT, x.mT, z)
-    if arm == MEAN:
-        SlowNet.forward = of_mean  # type: ignore[method-assign]
-    try:
+    products: dict[str, Callable[..., Tensor]] = {
+        ALONE: lambda kernel, x, z: whole(kernel, torch.ones_like(x), z),
+        TURNED: lambda kernel, x, z: whole(kernel.mT, x.mT, z),
+    }
+    forward = {ALONE: alone, MEAN: of_mean}.get(arm, slow)
+    with patch.object(module, "hyperzzw_global", products.get(arm, whole)), patch.object(SlowNet, "forward", forward):
         yield
-    finally:
-        module.hyperzzw_global, SlowNet.forward = whole, slow  # type: ignore[method-assign]
 
 
 def build(arm: str, scale: Scale) -> nn.Module:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -55,29 +56,21 @@ class Net(nn.Module):
         return self.head(self.base(images))
 
 
-@contextmanager
-def changed(arm: str) -> Iterator[None]:
+def changed(arm: str) -> AbstractContextManager[Any]:
     """The idea with one line wrong, for as long as the context is open."""
-    kept = {name: getattr(module, name) for name in ("redundancy", "consolidate")}
     between = Sherl.between
-    if arm == ALONE:
-        module.redundancy = lambda states: torch.ones_like(states[..., :1])
-    if arm == OTHERS:
-        module.redundancy = lambda states: redundancy(states) - 1 + 1e-3
-    if arm == DEEP:
-        module.consolidate = lambda states, guide, score: guide
 
     def joined(self: Sherl, number: int, x: Tensor) -> Tensor:
         x.detach = lambda: x  # type: ignore[method-assign]
         return between(self, number, x)
 
-    if arm == JOINED:
-        Sherl.between = joined  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        vars(module).update(kept)
-        Sherl.between = between  # type: ignore[method-assign]
+    changes: dict[str, tuple[Any, str, Callable[..., Tensor]]] = {
+        ALONE: (module, "redundancy", lambda states: torch.ones_like(states[..., :1])),
+        OTHERS: (module, "redundancy", lambda states: redundancy(states) - 1 + 1e-3),
+        DEEP: (module, "consolidate", lambda states, guide, score: guide),
+        JOINED: (Sherl, "between", joined),
+    }
+    return patch.object(*changes[arm]) if arm in changes else nullcontext()
 
 
 def _right(model: nn.Module, x: Tensor, y: Tensor) -> float:

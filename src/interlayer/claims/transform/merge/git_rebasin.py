@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +45,6 @@ def _split(seed: int) -> tuple[Data, Data]:
     return (x[first], y[first]), (x[~first], y[~first])
 
 
-@contextmanager
-def _inverted(arm: str) -> Iterator[None]:
-    """Apply the inverse of every permutation that the assignment finds, for as long as the context is open."""
-    if arm == INVERSE:
-        matching.assign = lambda similarity: assign(similarity).argsort()
-    try:
-        yield
-    finally:
-        matching.assign = assign
-
-
 def _matched(arm: str, wiring: Wiring, target: State, moving: State, seed: int) -> State:
     """The weights ``moving`` with units in the order that an arm finds."""
     names = list(target)
@@ -65,7 +53,8 @@ def _matched(arm: str, wiring: Wiring, target: State, moving: State, seed: int) 
     if arm == RANDOM:
         return wiring.permute(moving, wiring.random(seed))
     if arm != INCOMING:
-        with _inverted(arm):
+        found = (lambda similarity: assign(similarity).argsort()) if arm == INVERSE else assign
+        with patch.object(matching, "assign", found):
             return match_weights(wiring, target, moving, names=names, seed=seed)
     state = dict(moving)
     for group in wiring.groups.values():
