@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
 from interlayer.claims.training import batches, built, digits, judge, language, train
+from interlayer.core import taps
 from interlayer.core.parts import FeedForward
 from interlayer.layers.activation.helu import HeLU
 from interlayer.models import MLP, Transformer
@@ -56,15 +57,13 @@ ARMS = (OURS, "relu", "gelu", "leaky-relu", "silu")
 @torch.no_grad()
 def dead(model: nn.Module, at: list[nn.Module], inputs: Tensor) -> float:
     """Share of the units that get no number above 0 for any input."""
-    ever: list[Tensor] = []
+    ever = list[Tensor]()
 
-    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        ever.append((args[0] > 0).flatten(0, -2).any(0))
+    def see(name: str, x: Tensor) -> None:
+        ever.append((x > 0).flatten(0, -2).any(0))
 
-    hooks = [module.register_forward_pre_hook(see) for module in at]
-    model.eval()(inputs)
-    for hook in hooks:
-        hook.remove()
+    with taps.watch(model, lambda _, module: module in at, see, side="input"):
+        model.eval()(inputs)
     return 1 - torch.cat(ever).float().mean().item()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
 from interlayer.claims.training import batches, built, task
-from interlayer.core import aside
+from interlayer.core import aside, taps
 from interlayer.core.cost import operations
 from interlayer.core.fit import descend
 from interlayer.core.spike import LIF, Clamp
@@ -87,15 +87,11 @@ def learn(net: nn.Module, name: str, seed: int, scale: Scale, lr: float) -> None
 @torch.no_grad()
 def scores(net: nn.Module, name: str) -> dict[str, float]:
     """Accuracy and firing rate on held-out data, picojoules an example, and quantisation error before and after the rectifier."""
-    currents: list[Tensor] = []
     neurons = [m for m in net.modules() if isinstance(m, SoftResetMPR)]
-    handles = [m.register_forward_pre_hook(lambda m, given: currents.append(given[0])) for m in neurons]
     x, y = (torch.cat(parts) for parts in zip(*task(name).batches(0, 256, "validation"), strict=True))
-    with aside.collect() as told:
+    with aside.collect() as told, taps.read(net, lambda _, m: isinstance(m, SoftResetMPR), side="input") as currents:
         right = net.eval()(x).argmax(-1) == y
-    for handle in handles:
-        handle.remove()
-    lost = [m.lost(c.unflatten(0, (-1, m.steps))) for m, c in zip(neurons, currents, strict=True)]
+    lost = [m.lost(c.unflatten(0, (-1, m.steps))) for m, c in zip(neurons, currents.values(), strict=True)]
     before, after = (float(torch.stack(each).mean()) for each in zip(*lost, strict=True))
     energy = operations(net, x[:32]).picojoules / 32
     return {
