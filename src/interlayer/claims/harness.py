@@ -19,11 +19,17 @@ from interlayer.claims.expect import Comparison, Expect, Values
 from interlayer.claims.result import ClaimResult, Judged
 from interlayer.study.stats import looks
 
-Scale = SimpleNamespace  # what `measure` gets: the fields of the chosen entry of `scales`
 VERDICTS = ("holds", "partly", "not at this scale", "void")
 LOOKS = looks(4, 12)
 PILOT = 1000  # first pilot seed; results come from lower ones
 Progress = Callable[[int, str, int], None]
+
+
+class Scale(SimpleNamespace):
+    """What ``measure`` gets: the fields of the chosen entry of ``scales``. Cached functions can take it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(vars(self)))  # of the names alone: values may be lists
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def run(
     if not chosen:
         raise ValueError("claim: no seed was given; at least one is needed.")
     at = LOOKS if seeds is None else None
-    size = SimpleNamespace(**claim.scales[scale])
+    size = Scale(**claim.scales[scale])
     raw: dict[str, list[Mapping[str, float]]] = {arm: [] for arm in (*claim.arms, *claim.controls)}
     errors: dict[str, dict[str, str]] = {}
     decided: dict[int, Judged] = {}

@@ -151,19 +151,19 @@ def equation_error(kind: Callable[..., SSA], seed: int) -> float:
 
 @cache
 def trained(
-    kind: Callable[..., SSA], sampling: float, rise: tuple[float, float], texts: str, seed: int, sizes: tuple[int, ...]
+    kind: Callable[..., SSA], sampling: float, rise: tuple[float, float], texts: str, seed: int, scale: Scale
 ) -> dict[str, float]:
     """Held-out loss at the step where it is lowest on other held-out texts, its rise until the end, and gains of ensembles there."""
-    length, width, steps, few, parts, members = sizes
+    length, steps = scale.length, scale.steps
     bytes_ = task("stdlib-bytes")
     model = built(
         lambda: Transformer(
-            length=length, depth=2, width=width, heads=4, mixer=partial(kind, sampling=sampling, rise=rise)
+            length=length, depth=2, width=scale.width, heads=4, mixer=partial(kind, sampling=sampling, rise=rise)
         ),
         seed,
     )
-    x, y = next(batches("stdlib-bytes", seed, few if texts == "few" else 16 * steps, 1))
-    held = [(a[:, :length], b[:, :length]) for a, b in islice(bytes_.batches(0, 64, "validation"), 2 * parts)]
+    x, y = next(batches("stdlib-bytes", seed, scale.texts if texts == "few" else 16 * steps, 1))
+    held = [(a[:, :length], b[:, :length]) for a, b in islice(bytes_.batches(0, 64, "validation"), 2 * scale.judged)]
     order = torch.Generator().manual_seed(seed)
 
     def drawn() -> Iterator[tuple[Tensor, Tensor]]:
@@ -195,7 +195,7 @@ def trained(
 
     def gain(share: float) -> float:
         torch.manual_seed(seed)
-        return loss(1, dense) - loss(1, lambda t: ensemble(model, t, members=members, sampling=share).log())
+        return loss(1, dense) - loss(1, lambda t: ensemble(model, t, members=scale.members, sampling=share).log())
 
     end, gains = loss(1, dense), {"ensemble gain, at the end": gain(sampling)} if texts == "few" else {}
     model.load_state_dict(kept)
@@ -219,8 +219,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     if not arm.startswith("many"):
         found |= costs(kind, 1.0 if rise == DENSE else sampling, scale.width, scale.long)
     if texts:
-        sizes = (scale.length, scale.width, scale.steps, scale.texts, scale.judged, scale.members)
-        found |= trained(kind, sampling, rise, texts, seed, sizes)
+        found |= trained(kind, sampling, rise, texts, seed, scale)
     return found
 
 

@@ -43,9 +43,8 @@ def upstream(scale: Scale) -> nn.Module:
 
 
 @lru_cache(maxsize=1)
-def _features(seed: int, files: int, depth: int, width: int, length: int, steps: int, count: int) -> list[Tensor]:
-    scale = Scale(files=files, depth=depth, width=width, length=length, steps=steps)
-    return states(upstream(scale), count, seed=seed, length=length, files=files)
+def _features(seed: int, scale: Scale) -> list[Tensor]:
+    return states(upstream(scale), scale.windows, seed=seed, length=scale.length, files=scale.files)
 
 
 class Shuffled(SSLInterface):
@@ -101,9 +100,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         found["accuracy on the difference"] = _difference(arm, seed)
     if arm == ONE:
         return found
-    given, labels, held, held_labels = _features(
-        seed, scale.files, scale.depth, scale.width, scale.length, scale.steps, scale.windows
-    )
+    given, labels, held, held_labels = _features(seed, scale)
     for task, ((name, classes), lr) in enumerate(zip(PROBES.items(), RATES[arm], strict=True)):
         torch.manual_seed(seed)
         model = build(arm, scale, classes)

@@ -82,9 +82,8 @@ def accuracy(model: nn.Module, weights: dict[str, Tensor] | None = None) -> floa
 
 
 @functools.lru_cache(maxsize=2)
-def search(arm: str, seed: int, width: int, layers: int, nodes: int, steps: int, examples: int, batch: int) -> DARTS:
+def search(arm: str, seed: int, scale: Scale) -> DARTS:
     """A finished search; the shuffled control reads that of small-temp again."""
-    scale = Scale(width=width, layers=layers, nodes=nodes, examples=examples)
     torch.manual_seed(seed)
     net = supernet(scale)
     if arm == "darts":
@@ -95,10 +94,10 @@ def search(arm: str, seed: int, width: int, layers: int, nodes: int, steps: int,
         rule = SmallTemp(net, lr=LR, arch_lr=ARCH_LR, adaptive=False, start=1.0, end=1.0, noise=0.0)
     x, y = data(seed, scale)
     order = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        progress(net, step / steps)
-        rule.descent.param_groups[0]["lr"] = LR * rate(step, steps, 0.0)
-        rows = torch.randint(len(y), (batch,), generator=order)
+    for step in range(scale.steps):
+        progress(net, step / scale.steps)
+        rule.descent.param_groups[0]["lr"] = LR * rate(step, scale.steps, 0.0)
+        rows = torch.randint(len(y), (scale.batch,), generator=order)
         rule.step((x[rows], y[rows]))
     progress(net, 1.0)
     return rule
@@ -141,8 +140,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         net = supernet(scale)
         torch.manual_seed(seed)
         return {"final": scratch(net.plain(net.space.sample(random.Random(seed))), seed, scale)}
-    searched = "small-temp" if arm == "shuffled" else arm
-    rule = search(searched, seed, scale.width, scale.layers, scale.nodes, scale.steps, scale.examples, scale.batch)
+    rule = search("small-temp" if arm == "shuffled" else arm, seed, scale)
     genotype = shuffled_logits(rule.model, seed) if arm == "shuffled" else rule.genotype()
     torch.manual_seed(seed)
     found = {"final": scratch(rule.model.plain(genotype), seed, scale)}

@@ -76,9 +76,9 @@ def build(arm: str, scale: Scale) -> nn.Module:
 
 
 @cache
-def alone(seed: int, items: tuple[tuple[str, Any], ...]) -> float:
+def alone(seed: int, scale: Scale) -> float:
     """Accuracy of the head alone."""
-    return measure("head", seed, Scale(**dict(items)))["accuracy"]
+    return measure("head", seed, scale)["accuracy"]
 
 
 @cache
@@ -125,7 +125,7 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
     count = 0 if arm == "head" else parameters(model.base, trainable=True)
     found = {"accuracy": accuracy, "loss": float(F.cross_entropy(logits, truth)), "parameters": float(count)}
     if count:
-        gain = accuracy - alone(seed, tuple(sorted(vars(scale).items())))
+        gain = accuracy - alone(seed, scale)
         found["points over the head by 1000 parameters"] = 100 * gain / (count / 1000)
     if arm not in ("head", "bitfit", "lora", "adapters"):
         added = shift(model, held[:: len(held) // 64][:64])

@@ -101,9 +101,8 @@ def accuracy(model: MultiTask, task: str, seed: int, scale: Scale, adapters: str
 
 
 @lru_cache(maxsize=4)
-def learned(arm: str, seed: int, new: bool, items: tuple[tuple[str, Any], ...]) -> MultiTask:
+def learned(arm: str, seed: int, new: bool, scale: Scale) -> MultiTask:
     """A model after all tasks, or all but the new one."""
-    scale = Scale(**dict(items))
     tasks = [t for t in KINDS if t != NEW or not new]
     model = paired(lambda: build(arm, scale, tasks), seed).model
     teach(model, tasks, dict.fromkeys(tasks, scale.texts), seed, scale.steps, RATES[arm], scale)
@@ -112,10 +111,9 @@ def learned(arm: str, seed: int, new: bool, items: tuple[tuple[str, Any], ...]) 
 
 def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
     """Accuracies, numbers per task, and what the weights of adapters depend on."""
-    key = tuple(sorted(vars(scale).items()))
     if arm in (FEW, FRESH, SCRATCH):
         if arm == FEW:
-            model = learned("hyperformer", seed, True, key)
+            model = learned("hyperformer", seed, True, scale)
             extend(model.base, NEW)
             model.heads[NEW] = nn.Linear(scale.width, 2)
         else:
@@ -127,7 +125,7 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
     if arm in (OWN, MAPS):
         one = numbers("hyperformer", scale, 1)
         return {"numbers of one more task": more(arm, scale), "numbers per task": one}
-    model, tasks = learned("hyperformer" if arm == NEXT else arm, seed, False, key), list(KINDS)
+    model, tasks = learned("hyperformer" if arm == NEXT else arm, seed, False, scale), list(KINDS)
     others = [*tasks[1:], tasks[0]] if arm == NEXT else [""] * len(tasks)
     each = [accuracy(model, t, seed, scale, other) for t, other in zip(tasks, others, strict=True)]
     found = {"accuracy": sum(each) / len(each)}

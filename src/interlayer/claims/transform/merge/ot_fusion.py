@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import lru_cache
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interlayer.claims import Claim, check, effect, fits, highest, lowest, mechanism
+from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
 from interlayer.claims.training import classify, digits, judge, mlp
 from interlayer.core.transport import transport
 from interlayer.core.wiring import trace
@@ -58,7 +57,7 @@ FUSIONS: dict[str, OTFusion] = {
 HIDDEN = 3  # layers, as the paper's for MNIST
 
 
-def build(arm: str, scale: SimpleNamespace) -> nn.Sequential:
+def build(arm: str, scale: Scale) -> nn.Sequential:
     """A network for digits of the width of the parents."""
     return mlp(scale.width, HIDDEN)
 
@@ -127,7 +126,7 @@ def _fours(model: nn.Module) -> float:
         return float((model(x[y == 4]).argmax(-1) == 4).float().mean())
 
 
-def measure(arm: str, seed: int, scale: SimpleNamespace) -> dict[str, float]:
+def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Loss and accuracy on validation digits. The ensemble is not tuned; everything else is, on all the data."""
     same, (special, general) = (_parents(seed, split, scale.width, scale.steps) for split in (False, True))
     found = {"error with a shuffled copy": 0.0 if arm in ("alone", "ensemble") else _gap(arm, same[0])}

@@ -61,18 +61,11 @@ def build(arm: str, scale: Scale) -> nn.Module:
 
 
 @lru_cache(maxsize=2)
-def base(seed: int, scale_key: tuple[tuple[str, int], ...]) -> nn.Module:
-    """The trained model of a seed."""
-    scale = Scale(**dict(scale_key))
+def whole(seed: int, scale: Scale) -> nn.Module:
+    """The trained model of a seed, made once for all arms."""
     model = built(lambda: build("", scale), seed)
     train(model, TASK, seed=seed, steps=scale.steps, lr=3e-3, batch=16, warmup=scale.steps // 10, cut=scale.length)
     return model.eval()
-
-
-def whole(seed: int, scale: Scale) -> nn.Module:
-    """The trained model of a seed, made once for all arms."""
-    names = ("depth", "width", "length", "steps")
-    return base(seed, tuple((n, getattr(scale, n)) for n in names))
 
 
 def plan(arm: str, bits: int, seed: int, scale: Scale) -> Plan:

@@ -65,9 +65,8 @@ def norms(model: nn.Module, scale: Scale) -> list[tuple[nn.Module, list[nn.Modul
 
 
 @lru_cache(maxsize=2)
-def trained(key: tuple[tuple[str, int], ...], seed: int, grown: bool) -> nn.Module:
+def trained(seed: int, scale: Scale, grown: bool) -> nn.Module:
     """The trained model of a seed; with ``grown``, the gains of some features are large from the first step."""
-    scale = Scale(**dict(key))
     model = built(lambda: build("", scale), seed)
     if grown:
         for norm, _ in norms(model, scale):
@@ -80,8 +79,7 @@ def trained(key: tuple[tuple[str, int], ...], seed: int, grown: bool) -> nn.Modu
 
 def base(regime: str, seed: int, scale: Scale) -> nn.Module:
     """The model of a seed as it is, the same function with outliers planted, or one that was trained with outliers."""
-    key = tuple((n, getattr(scale, n)) for n in ("depth", "width", "length", "steps"))
-    model = trained(key, seed, regime == "grown")
+    model = trained(seed, scale, regime == "grown")
     if regime == "planted":
         model = copy.deepcopy(model)
         draw = torch.Generator().manual_seed(seed)
@@ -107,10 +105,9 @@ def plans(arm: str, regime: str, seed: int, scale: Scale) -> list[Plan]:
 
 @lru_cache(maxsize=3)
 @torch.no_grad()
-def told(regime: str, key: tuple[tuple[str, int], ...], seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def told(regime: str, seed: int, scale: Scale) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Held-out texts, what follows, and the float model's predictions."""
-    scale, found = Scale(**dict(key)), []
-    model = base(regime, seed, scale).eval()
+    found, model = [], base(regime, seed, scale).eval()
     for x, y in islice(task(TASK).batches(0, 64, "validation"), scale.judged):
         x, y = x[:, : scale.length], y[:, : scale.length]
         found.append((x, y, model(x).log_softmax(-1)))
@@ -121,7 +118,7 @@ def told(regime: str, key: tuple[tuple[str, int], ...], seed: int) -> list[tuple
 def scores(model: nn.Module, regime: str, seed: int, scale: Scale) -> tuple[float, float]:
     """Held-out loss in nats a byte, whose exponential is the perplexity; divergence from the float model's predictions in nats."""
     found = []
-    for x, y, p in told(regime, tuple(vars(scale).items()), seed):
+    for x, y, p in told(regime, seed, scale):
         q = model.eval()(x).log_softmax(-1)
         apart = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
         found.append((float(F.nll_loss(q.flatten(0, -2), y.flatten())), float(apart)))

@@ -47,9 +47,9 @@ def _build(w: int, depth: int, kind: str) -> nn.Module:
 
 
 @cache
-def _trained(seed: int, kind: str, width: int, depth: int, steps: int) -> nn.Module:
-    model = built(lambda: _build(width, depth, kind), seed)
-    train(model, "digits", seed=seed, steps=steps, lr=1e-2)
+def _trained(seed: int, kind: str, scale: Scale) -> nn.Module:
+    model = built(lambda: _build(scale.width, scale.depth, kind), seed)
+    train(model, "digits", seed=seed, steps=scale.steps, lr=1e-2)
     return model.eval()
 
 
@@ -58,20 +58,18 @@ def _data(seed: int, count: int) -> list[Tensor]:
 
 
 @cache
-def _errors(
-    seed: int, kind: str, sizes: tuple[int, int, int], tune: int, count: int
-) -> tuple[nn.Module, dict[str, float]]:
+def _errors(seed: int, kind: str, scale: Scale) -> tuple[nn.Module, dict[str, float]]:
     """The net with each block rounded by itself, and the error behind each block."""
-    model, given = _trained(seed, kind, *sizes), _data(seed, count)
-    new = Mrecg(bits=BITS, inputs=INPUTS, steps=tune).reconstructed(model, given, ()).apply().eval()
-    return new, lost(model, new, given, [str(i) for i in range(sizes[1] + 2)])
+    model, given = _trained(seed, kind, scale), _data(seed, scale.batches)
+    new = Mrecg(bits=BITS, inputs=INPUTS, steps=scale.tune).reconstructed(model, given, ()).apply().eval()
+    return new, lost(model, new, given, [str(i) for i in range(scale.depth + 2)])
 
 
 def oscillation(arm: str, seed: int, scale: Scale) -> float:
     """By how much less the logarithm of the error rises over a wide block than over a narrow one in the same place."""
-    sizes, gaps = (scale.width, scale.depth, scale.steps), list[float]()
+    gaps = list[float]()
     pair = [(seed, "narrow first"), (seed, "wide first")] if arm != ALIKE else [(seed, ALIKE), (seed + 300_000, ALIKE)]
-    found = [list(_errors(s, kind, sizes, scale.tune, scale.batches)[1].values()) for s, kind in pair]
+    found = [list(_errors(s, kind, scale)[1].values()) for s, kind in pair]
     for k in range(scale.depth):
         first, second = (math.log(e[k + 1] / e[k]) for e in found)
         gaps.append((second - first) * (-1) ** k)  # the second is wide in even places
@@ -82,11 +80,10 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
     """What a net loses on held-out data when it is rounded to 2 bits with inputs of 4, or how its errors oscillate."""
     if arm in (BY_TURNS, ALIKE, EXCHANGED):
         return {"wide less narrow": oscillation(arm, seed, scale)}
-    sizes, given = (scale.width, scale.depth, scale.steps), _data(seed, scale.batches)
-    model = copy.deepcopy(_trained(seed, "narrow first", *sizes))
+    model, given = copy.deepcopy(_trained(seed, "narrow first", scale)), _data(seed, scale.batches)
     if arm == "float":
         return {"accuracy": judge(model, "digits")["accuracy"]}
-    new, errors = _errors(seed, "narrow first", sizes, scale.tune, scale.batches)
+    new, errors = _errors(seed, "narrow first", scale)
     rule, names = Mrecg(bits=BITS, inputs=INPUTS, pairs=PAIRS, steps=scale.tune), list(errors)
     if arm != FIXED:
         there, chance = layers(model)[0], torch.Generator().manual_seed(seed)

@@ -125,16 +125,15 @@ def calls_of(model: nn.Module, seed: int, scale: Scale) -> list[dict[str, Any]]:
 
 
 @lru_cache(maxsize=2)
-def rounded(single: bool, seed: int, options: tuple[tuple[str, Any], ...]) -> nn.Module:
+def rounded(single: bool, seed: int, scale: Scale) -> nn.Module:
     """The model of a seed, rounded without fine-tuning; the same for all arms of a seed."""
-    scale = Scale(**dict(options))
     return made(SINGLE if single else GRIDS, seed, scale).plan(of(seed, scale)).apply()
 
 
 @torch.no_grad()
 def rounding(arm: str, model: nn.Module, seed: int, scale: Scale) -> float:
     """Mean relative squared error of rounding of the layers' inputs, on calls of another run."""
-    new = copy.deepcopy(rounded(arm == SINGLE, seed, tuple(vars(scale).items())))
+    new = copy.deepcopy(rounded(arm == SINGLE, seed, scale))
     layers = {n: m for n, m in new.named_modules() if isinstance(m, Timed)}
     clock, off, calls = next(iter(layers.values())).clock, list[float](), calls_of(model, seed + 500, scale)
     for m in layers.values() if arm == MISPLACED else ():

@@ -111,19 +111,17 @@ class Given(LaptopDiff):
 
 
 @lru_cache(maxsize=1)
-def alone(
-    seed: int, width: int, steps: int, calibration: int, batch: int
-) -> tuple[list[Any], dict[str, Any], dict[str, float]]:
+def alone(seed: int, scale: Scale) -> tuple[list[Any], dict[str, Any], dict[str, float]]:
     """Calibration data, the layers, and what each does to the output; the same for all arms of a seed."""
-    data = [x for x, _ in batches(seed + 700, calibration, batch)]
-    model = whole(seed % TEACHERS, width, steps)
+    data = [x for x, _ in batches(seed + 700, scale.calibration, scale.batch)]
+    model = whole(seed % TEACHERS, scale.width, scale.steps)
     there, _ = removable(model, data)
     return data, there, losses(model, there, data)
 
 
 def known(arm: str, seed: int, scale: Scale) -> tuple[list[Any], dict[str, Any], dict[str, float]]:
     """The same as an arm sees it: the control has the loss of another layer for each."""
-    data, there, found = alone(seed, scale.width, scale.steps, scale.calibration, scale.batch)
+    data, there, found = alone(seed, scale)
     values = list(found.values())
     return data, there, dict(zip(found, values[3:] + values[:3], strict=True)) if arm == OTHERS else found
 

@@ -47,31 +47,24 @@ def images(seed: int) -> Tensor:
 
 def trained(scale: Scale, seed: int) -> nn.Module:
     """A trained net, the same for all arms of a seed."""
-    return copy.deepcopy(_trained(scale.width, scale.dense, seed))
+    return copy.deepcopy(_trained(scale, seed))
 
 
 @lru_cache(maxsize=1)
-def _trained(width: int, steps: int, seed: int) -> nn.Module:
-    model = built(lambda: build(GATES, Scale(width=width)), seed)
-    train(model, "digits", seed=seed, steps=steps, lr=3e-3)
+def _trained(scale: Scale, seed: int) -> nn.Module:
+    model = built(lambda: build(GATES, scale), seed)
+    train(model, "digits", seed=seed, steps=scale.dense, lr=3e-3)
     return model
 
 
 @lru_cache(maxsize=1)
-def _gated(
-    width: int, dense: int, steps: int, seed: int, lr: float, gate_lr: float, weight: float, target: float
-) -> WGates:
-    model = copy.deepcopy(_trained(width, dense, seed))
-    rule = WGates(model, target=target, lr=lr, gate_lr=gate_lr, weight=weight)
-    for batch in batches("digits", seed + 20, 64, steps):
-        rule.step(batch)
-    return rule
-
-
 def gated(scale: Scale, seed: int) -> WGates:
     """The rule after its training."""
-    rate, own = scale.rates[GATES], (scale.gate_lr, scale.weight, scale.target)
-    return _gated(scale.width, scale.dense, scale.steps, seed, rate, *own)
+    lr, gate_lr = scale.rates[GATES], scale.gate_lr
+    rule = WGates(trained(scale, seed), target=scale.target, lr=lr, gate_lr=gate_lr, weight=scale.weight)
+    for batch in batches("digits", seed + 20, 64, scale.steps):
+        rule.step(batch)
+    return rule
 
 
 def slimmed(model: nn.Module, scale: Scale, seed: int) -> nn.Module:
