@@ -39,6 +39,12 @@ def mlp(width: int, hidden: int, activation: type[nn.Module] = nn.ReLU) -> nn.Se
     return nn.Sequential(nn.Flatten(), nn.Linear(64, width), activation(), *more, nn.Linear(width, 10))
 
 
+def stage(inputs: int, outputs: int, stride: int = 1, *, kernel: int = 3, bias: bool = True) -> list[nn.Module]:
+    """A convolution, batch norm and ReLU, for plain convolutional nets."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
 def built(build: Callable[[], M], seed: int) -> M:
     """A model with the initial noise that all arms of the seed share."""
     return paired(build, seed).model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
-from interlayer.claims.training import built
+from interlayer.claims.training import built, stage
 from interlayer.core import datasets, taps
 from interlayer.core.data import Experience
 from interlayer.core.datasets import Split
@@ -94,14 +94,9 @@ SHORT = {"shared norms": SharedNorms, "thawed": Thawed, "random kernels": Random
 
 def build(arm: str, scale: Scale) -> nn.Module:
     """A plain convolutional net for 16x16 pixels, with a pointwise convolution that CLR passes over."""
-
-    def stage(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
-        convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    w = scale.width
+    w, unit = scale.width, partial(stage, bias=False)
     return nn.Sequential(
-        *stage(1, w), *stage(w, 2 * w, stride=2), *stage(2 * w, 2 * w, 1), *stage(2 * w, 4 * w, stride=2), *stage(4 * w, 4 * w),
+        *unit(1, w), *unit(w, 2 * w, stride=2), *unit(2 * w, 2 * w, kernel=1), *unit(2 * w, 4 * w, stride=2), *unit(4 * w, 4 * w),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, KNOWN),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
-from interlayer.claims.training import built
+from interlayer.claims.training import built, stage
 from interlayer.core import datasets
 from interlayer.core.attack import attack
 from interlayer.core.pairing import Streams
@@ -83,10 +83,6 @@ KINDS: dict[str, type[LAP]] = {
 
 def build(arm: str, scale: Scale) -> nn.Module:
     """Four convolutions with batch norm and a linear layer, for digits of 8 x 8 pixels."""
-
-    def stage(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
-
     w = scale.width
     return nn.Sequential(
         *stage(1, w), *stage(w, w), *stage(w, 2 * w, 2), *stage(2 * w, 2 * w), nn.Flatten(), nn.Linear(32 * w, 10)

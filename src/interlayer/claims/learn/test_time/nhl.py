@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, lowest, mechanism
-from interlayer.claims.training import built, classify
+from interlayer.claims.training import built, classify, stage
 from interlayer.claims.twins import shuffled
 from interlayer.core import datasets
 from interlayer.core.online import Adapter, Shift, adapt_online, corruptions, entropy
@@ -67,13 +67,9 @@ WINS = {
 
 def build(arm: str, scale: Scale) -> nn.Module:
     """A plain convolutional net for 8x8 digits."""
-
-    def stage(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    w = scale.width
+    w, unit = scale.width, partial(stage, bias=False)
     return nn.Sequential(
-        *stage(1, w), *stage(w, 2 * w, 2), *stage(2 * w, 2 * w), *stage(2 * w, 4 * w, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        *unit(1, w), *unit(w, 2 * w, 2), *unit(2 * w, 2 * w), *unit(2 * w, 4 * w, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(4 * w, 10),
     )  # fmt: skip
 

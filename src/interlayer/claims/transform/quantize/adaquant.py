@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
-from interlayer.claims.training import batches, built, calibration_texts, judge, task, train
+from interlayer.claims.training import batches, built, calibration_texts, judge, stage, task, train
 from interlayer.claims.transform.quantize import flexround
 from interlayer.core import taps
 from interlayer.core.blockwise import Part
@@ -31,12 +31,9 @@ class Net(nn.Sequential):
     """Four convolutions with biases and batch norms, and a linear head."""
 
     def __init__(self, width: int) -> None:
-        def unit(i: int, o: int, stride: int) -> list[nn.Module]:
-            return [nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU()]
-
         sizes = [(1, width, 1), (width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1)]
         super().__init__(
-            *(m for s in sizes for m in unit(*s)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10)
+            *(m for s in sizes for m in stage(*s)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10)
         )
 
 

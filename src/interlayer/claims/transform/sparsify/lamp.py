@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
-from interlayer.claims.training import built, judge, train
+from interlayer.claims.training import built, judge, stage, train
 from interlayer.core import weights
 from interlayer.transform.sparsify.lamp import Lamp, lamp_score, shares
 
@@ -20,13 +20,9 @@ REVERSED, MAGNITUDE, WHOLE = "lamp-reversed", "squares alone", "whole sum below"
 
 def build(arm: str, scale: Scale) -> nn.Module:
     """A plain convolutional net for 8x8 digits."""
-
-    def stage(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    w = scale.width
+    w, unit = scale.width, partial(stage, bias=False)
     return nn.Sequential(
-        *stage(1, w), *stage(w, 2 * w), *stage(2 * w, 2 * w, 2), *stage(2 * w, 4 * w, 2), nn.Flatten(), nn.Linear(16 * w, 10)
+        *unit(1, w), *unit(w, 2 * w), *unit(2 * w, 2 * w, 2), *unit(2 * w, 4 * w, 2), nn.Flatten(), nn.Linear(16 * w, 10)
     )  # fmt: skip
 
 

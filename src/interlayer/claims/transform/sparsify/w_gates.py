@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
-from interlayer.claims.training import batches, built, judge, train
+from interlayer.claims.training import batches, built, judge, stage, train
 from interlayer.core.cost import flops, latency
 from interlayer.core.fit import fit
 from interlayer.core.wiring import Wiring, masked, run, take, trace
@@ -29,10 +29,6 @@ PRUNED = (GATES, L1, SLIM, RANDOM)
 
 def build(arm: str, scale: Scale) -> nn.Module:
     """A plain convolutional net for 8x8 digits."""
-
-    def stage(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
-
     w = scale.width
     return nn.Sequential(
         *stage(1, w), *stage(w, 2 * w), *stage(2 * w, 2 * w, 2), *stage(2 * w, 4 * w, 2), nn.Flatten(), nn.Linear(16 * w, 10)
