@@ -159,14 +159,14 @@ def reciprocal(make: type[Division], seed: int) -> float:
     return float((made.s2.grad - wanted).abs().max() / wanted.abs().max())
 
 
-def moved(make: type[Division], seed: int) -> float:
+def moved(make: type[Rounder], seed: int, axis: int | None = None, by: float = 0.1) -> float:
     """How far the weight that is kept lies from the one that was trained, relative to its largest."""
     torch.manual_seed(seed)
     weight = torch.randn(16, 16)
-    made = make(weight, Grid(4, None, "asymmetric").fit(weight, "mse"))
+    made = make(weight, Grid(4, axis, "asymmetric").fit(weight, "mse"))
     with torch.no_grad():
         for p in made.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_(by * torch.randn_like(p))
         trained = made.value(weight)
         scaled, codes = made.found(weight)
     return float((scaled.values(codes) - trained).abs().max() / trained.abs().max())
