@@ -134,6 +134,12 @@ def judge(
 
 
 @torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of the inputs whose label a model predicts. Its mode is left alone."""
+    return float((model(x).argmax(-1) == y).float().mean())
+
+
+@torch.no_grad()
 def divergence(
     model: nn.Module, whole: nn.Module, name: str, *, batch: int = 64, most: int | None = None, cut: int | None = None
 ) -> float:

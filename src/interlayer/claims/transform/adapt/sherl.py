@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
-from interlayer.claims.training import classify
+from interlayer.claims.training import accuracy, classify
 from interlayer.core import datasets
 from interlayer.core.attach import Bottleneck, Lora, attach, attention_outputs, feed_forwards
 from interlayer.core.cost import bytes_kept
@@ -71,11 +71,6 @@ def changed(arm: str) -> AbstractContextManager[Any]:
         JOINED: (Sherl, "between", joined),
     }
     return patch.object(*changes[arm]) if arm in changes else nullcontext()
-
-
-def _right(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        return float((model(x).argmax(-1) == y).float().mean())
 
 
 def upstream(scale: Scale, depth: int) -> nn.Module:
@@ -147,9 +142,9 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     with changed(arm):
         data = turned(x[rows]), y[rows]
         classify(net, data, seed=seed, steps=scale.steps, lr=RATES[arm], size=32, warmup=10)
-        found["accuracy"] = _right(net, turned(held), truth)
+        found["accuracy"] = accuracy(net, turned(held), truth)
     if arm == HEAD:
-        found["accuracy upright"] = _right(upstream(scale, scale.depth), held, truth)
+        found["accuracy upright"] = accuracy(upstream(scale, scale.depth), held, truth)
     return found
 
 

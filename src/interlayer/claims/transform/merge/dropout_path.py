@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, mechanism
-from interlayer.claims.training import classify, digits, mlp
+from interlayer.claims.training import accuracy, classify, digits, mlp
 from interlayer.core.paths import blend, mean_loss
 from interlayer.transform.merge.dropout_path import Chain, DropoutPath, Halves, join
 
@@ -52,7 +52,7 @@ def _same(a: nn.Module, b: nn.Module) -> float:
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Training losses on the path and of the halves, as in the theorem, by width and depth."""
-    found, (x, y) = dict[str, float](), digits("validation")
+    found = dict[str, float]()
     for name, hidden in DEPTHS.items():
         rises, gaps = {}, {}
         for width in scale.widths:
@@ -73,7 +73,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
                     SAME: _same(a, b) if arm == SAME else 0.0,
                 }
                 found[f"above the bound, {name}"] = worst.get(arm, bound["worst on the path"]) - bound["bound"]
-                found[f"accuracy, {name}"] = float((a(x).argmax(-1) == y).float().mean())
+                found[f"accuracy, {name}"] = accuracy(a, *digits("validation"))
         found |= {f"rise at width {width}, {name}": rise for width, rise in rises.items()}
         found |= {f"gap at width {width}, {name}": gap for width, gap in gaps.items()}
         low, high = scale.widths[0], scale.widths[-1]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
-from interlayer.claims.training import classify, digits, mlp
+from interlayer.claims.training import accuracy, classify, digits, mlp
 from interlayer.core.paths import blend, layers, mean_loss
 from interlayer.core.wiring import trace
 from interlayer.transform.merge.layerwise_lmc import LayerwiseLMC, federated
@@ -62,12 +62,11 @@ def _barriers(arm: str, seed: int, scale: Scale) -> dict[str, float]:
         for g, u, v in zip(*list(found["barriers"].values())[::2], found["barriers"]["into second"], strict=True)
     }
     full, single = rows["all"][0], [sum(rows[n]) / 2 for n in groups or names]
-    x, y = digits("validation")
     out = {
         "barrier of all layers": full,
         "median share of one": statistics.median(single) / full,
         "largest share of one": max(single) / full,
-        "accuracy alone": float((a(x).argmax(-1) == y).float().mean()),
+        "accuracy alone": accuracy(a, *digits("validation")),
     }
     for side in ("first", "last") if groups is None else ():
         out[f"share of the {side} half"] = sum(rows[f"{side} {half}"]) / 2 / full
@@ -119,8 +118,7 @@ def _rounds(arm: str, seed: int, scale: Scale) -> dict[str, float]:
 
         def judge(client: nn.Module, number: int, split: str = split) -> float:
             mine = torch.ones_like(labels, dtype=torch.bool) if split == "even" else labels % 4 == number
-            with torch.no_grad():
-                return float((client(held[mine]).argmax(-1) == labels[mine]).float().mean())
+            return accuracy(client, held[mine], labels[mine])
 
         counts = [1.0 if arm == EQUAL else float((owner == n).sum()) for n in range(4)]
         _, seen = federated([start] * 4, train, rounds=scale.rounds, average=average, weights=counts, judge=judge)

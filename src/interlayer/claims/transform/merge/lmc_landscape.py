@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
-from interlayer.claims.training import digits, mlp
+from interlayer.claims.training import accuracy, digits, mlp
 from interlayer.core.fit import fit
 from interlayer.core.kinds import Finding
 from interlayer.core.paths import layers
@@ -89,7 +89,6 @@ def _aside(fork: Fork, probe: LMCLandscape, data: Any) -> float:
 def _networks(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     made, seen = _forks(scale.width, scale.depth, scale.at, scale.length, seed)
     table, layered, data, probe = seen.tables["forks"], seen.tables["layers"], digits(), LMCLandscape()
-    x, y = digits("validation")
     if arm == RANDOM:
         by_layer = list[float]()
         for fork, names in product(made, layers(made[0].first).values()):
@@ -117,8 +116,7 @@ def _networks(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     if arm != "distance":
         found["share of the height"] = sum(table[arm]) / sum(table["measured"])
         return found
-    with torch.no_grad():
-        right = [float((f.first(x).argmax(-1) == y).float().mean()) for f in made]
+    right = [accuracy(f.first, *digits("validation")) for f in made]
     found["accuracy alone"] = sum(right) / len(right)
     found["highest barrier"] = max(table["measured"])
     for (lr, step), k in zip(product(RATES, scale.at), range(len(made)), strict=True):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, lowest, mechanism
-from interlayer.claims.training import classify, digits, judge, mlp
+from interlayer.claims.training import accuracy, classify, digits, judge, mlp
 from interlayer.core.transport import transport
 from interlayer.core.wiring import trace
 from interlayer.transform.merge.ot_fusion import OTFusion
@@ -120,12 +120,6 @@ def _gap(arm: str, model: nn.Module) -> float:
     return float((after - before).abs().max() / before.abs().max())
 
 
-def _fours(model: nn.Module) -> float:
-    x, y = digits("validation")
-    with torch.no_grad():
-        return float((model(x[y == 4]).argmax(-1) == 4).float().mean())
-
-
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     """Loss and accuracy on validation digits. The ensemble is not tuned; everything else is, on all the data."""
     same, (special, general) = (_parents(seed, split, scale.width, scale.steps) for split in (False, True))
@@ -139,7 +133,8 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
             got = judge(model, "digits")
             found |= {f"accuracy, {regime}{when}": got["accuracy"], f"loss, {regime}{when}": got["loss"]}
         if regime == "split":
-            found["accuracy on fours, split"] = _fours(one)
+            x, y = digits("validation")
+            found["accuracy on fours, split"] = accuracy(one, x[y == 4], y[y == 4])
     found["accuracy, three"] = judge(_fused(arm, same[0], same[1:]), "digits")["accuracy"]
     small = _pruned(same[0])
     found["accuracy, pruned"] = judge(_fused(arm, small, same[:1]), "digits")["accuracy"]

@@ -14,6 +14,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
+from interlayer.claims.training import accuracy
 from interlayer.core.datasets import digits
 from interlayer.core.degraded import corrupt
 from interlayer.core.fit import fit
@@ -107,9 +108,7 @@ def _signature(arm: str, twins: Twins, kind: str) -> Signature:
 
 def _score(model: nn.Module, half: int, kind: str = "") -> float:
     x, y = _digits(half, "held")
-    with torch.no_grad():
-        seen = corrupt(x, kind, KINDS[kind], 7) if kind else x
-        return float((model(seen).argmax(-1) == y).float().mean())
+    return accuracy(model, corrupt(x, kind, KINDS[kind], 7) if kind else x, y)
 
 
 def _put(arm: str, twins: Twins, source: Twins) -> list[tuple[str, nn.Module]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interlayer.claims import Claim, Scale, check, effect, fits, highest, mechanism
-from interlayer.claims.training import built, train
+from interlayer.claims.training import accuracy, built, train
 from interlayer.core import datasets
 from interlayer.core.nano import nano
 from interlayer.models import VisionTransformer
@@ -127,9 +127,7 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
     if arm in (IGNORED, ALL, HALF):
         return {"change of the distance": ignored(arm, seed, scale)}
     if arm == TEACHER:
-        with torch.no_grad():
-            right = _teacher(scale.depth, scale.width, scale.taught)(x).argmax(-1) == y
-        return {"accuracy": float(right.float().mean())}
+        return {"accuracy": accuracy(_teacher(scale.depth, scale.width, scale.taught), x, y)}
     rule, _ = distilled(arm, seed, scale, scale.steps)
     return {"accuracy": float((rule.predict(x).argmax(-1) == y).float().mean())}
 
