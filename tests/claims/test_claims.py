@@ -18,9 +18,7 @@ def test_claim_runs(slug):
     result = run(claim, scale="smoke")
     assert result.errors == {}
     assert set(result.values) == {*claim.arms, *claim.controls}
-    for statement in (
-        (*claim.statements, *claim.checks) if claim.pilots else ()
-    ):  # older ones name their small scale's sizes
+    for statement in (*claim.statements, *claim.checks):
         for arm in statement.arms:
             assert not math.isnan(result.values[arm][statement.expect.metric][0]), (arm, statement.says)
     assert ClaimResult.from_json(result.to_json()).verdict == result.verdict
@@ -34,7 +32,7 @@ def test_stored_result_is_of_this_claim(slug):
     assert set(stored["values"]) == {*claim.arms, *claim.controls}
     for part, made in ((stored["statements"], claim.statements), (stored["checks"], claim.checks)):
         assert [(s["says"], s["sort"]) for s in part] == [(s.says, s.sort) for s in made]
-    assert len(stored["seeds"]) >= (4 if claim.pilots else 3) and min(stored["seeds"]) == claim.first_seed
+    assert len(stored["seeds"]) >= 4 and min(stored["seeds"]) == claim.first_seed
     assert stored["errors"] == {}
 
 
