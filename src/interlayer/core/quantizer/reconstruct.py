@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from interlayer.core import taps
 from interlayer.core.blockwise import Part, Prefix, blockwise, fit, runs, sequence
@@ -139,13 +140,20 @@ class Learned(nn.Module):
 
 
 class Rounded(nn.Module):
-    """A rounder as the parametrisation of a layer's weight, in the layer's own orientation and type."""
+    """A rounder as the parametrisation of a layer's weight, in the layer's own orientation and type.
+
+    Its steps are computed again in the backward pass, so that no tensors of the weight's size are kept for it.
+    """
 
     def __init__(self, rounder: Rounder, transposed: bool) -> None:
         super().__init__()
         self.rounder, self.transposed = rounder, transposed
 
     def forward(self, weight: Tensor) -> Tensor:
+        return checkpoint(self.value, weight, use_reentrant=False, preserve_rng_state=False)
+
+    def value(self, weight: Tensor) -> Tensor:
+        """The weight as it would be rounded."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         value = self.rounder.value(wide.T if self.transposed else wide)
         return (value.T if self.transposed else value).to(weight.dtype)
