@@ -16,7 +16,7 @@ test: set-up
 	$(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadgroup
 
 budget: set-up
-	$(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadgroup --budget
+	$(BIN)/pytest --budget
 
 lint: set-up
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 A test belongs to the system whose slug it is parametrised with, or whose name its file bears. What is made once and kept does not
 count: see ``made_once``. Whatever is over its budget is listed after each run. CPU-seconds double on a machine that is shared or
-throttled, so only ``make budget``, meant for a quiet one, fails by them.
+throttled, and rise with a second worker, so only ``make budget``, one process for a quiet machine, fails by them.
 """
 
 import os

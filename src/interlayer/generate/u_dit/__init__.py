@@ -213,5 +213,5 @@ EXAMPLE = Example(
     inputs=lambda: (torch.randn(2, 1, 8, 8), torch.tensor([5.0, 700.0]), torch.tensor([0, 3])),
     wrong=lambda: (torch.randn(2, 1, 8, 9), torch.tensor([5.0, 700.0]), torch.tensor([0, 3])),
     train=_train,
-    modes={"unfolded": _awake, "plain U-Net": partial(_awake, down=1, ffn="plain", cosine=False, rotary=False)},
+    modes={"unfolded, other attention": partial(_awake, down=1, cosine=False, rotary=False)},
 )

@@ -267,8 +267,9 @@ EXAMPLE = Example(
     odd=lambda: (torch.rand(3, 3, 1, 7),),
     axis=3,
     modes={
-        "mobile": lambda: CARN.mobile(width=4, scales=(4,), groups=2),
-        "three times, fusion inside of blocks": lambda: CARN(width=4, scales=(3,), cascade="local"),
+        "mobile, three times, fusion inside of blocks": lambda: CARN.mobile(
+            width=4, scales=(3,), groups=2, cascade="local"
+        ),
     },
     wrong=lambda: (torch.rand(2, 1, 6, 5),),
     train=_train,
