@@ -74,7 +74,7 @@ def paired(
     A number that leaves torch (``item()``, ``numpy()``) cannot be followed further.
 
     Args:
-        build: Builds the model. It runs twice, so it should have no side effects.
+        build: Builds the model. It may run twice, so it should have no side effects.
         seed: The seed that models are paired by.
         materialise: Called with the model after each build, without gradients. Lazy modules get their shapes here:
             ``materialise=lambda model: model(example)``.
