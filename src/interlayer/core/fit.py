@@ -14,6 +14,11 @@ from interlayer.core.pairing import Streams, clip_gradients
 from interlayer.core.schedule import progress
 
 
+def fusible(weights: Iterable[Tensor]) -> bool:
+    """Whether torch's fused optimizers take these weights: real ones on a CPU or a CUDA device."""
+    return all(w.is_floating_point() and w.device.type in ("cpu", "cuda") for w in weights)
+
+
 def descend(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -93,7 +98,8 @@ def fit(
         >>> len(losses), losses[-1] < 0.01
         (100, True)
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, fused=fusible(weights))
     noise, losses = Streams(model, seed), list[float]()
     model.train()
     for step, batch in zip(range(steps), batches, strict=False):

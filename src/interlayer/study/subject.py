@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from interlayer.core import aside, cost, recipe
 from interlayer.core.data import Batch, count, moved, run
-from interlayer.core.fit import descend
+from interlayer.core.fit import descend, fusible
 from interlayer.core.kinds import Plan, Rule
 from interlayer.core.options import checked
 from interlayer.core.pairing import Paired, Streams, clip_gradients, paired
@@ -73,7 +73,7 @@ class Learner:
         groups = [g for g in groups if g["params"]]
         own = groups and not self.rule and self.lr is not None
         # One kernel for all tensors: a small model learns a sixth sooner.
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in weights)
+        fused = fusible(weights)
         self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=fused) if own else None  # type: ignore[arg-type]
         self.followed: set[int] = set()  # optimizers of the rule whose gradients are clipped
 

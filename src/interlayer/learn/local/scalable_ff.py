@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from interlayer.core import datasets
 from interlayer.core.example import Example
+from interlayer.core.fit import fusible
 from interlayer.core.kinds import Rule
 from interlayer.core.select import blocks as find_blocks
 
@@ -156,9 +157,13 @@ class ScalableFF(Rule):
         with torch.no_grad(), self._cutting(self._goodness):
             self.model.eval()(images[:1])
         self.model.train(training)
+        self.optimiser = self._adam()
+
+    def _adam(self) -> torch.optim.Adam:
         head = self._unused()
         own = [p for n, p in self.model.named_parameters() if p.requires_grad and n not in head]
-        self.optimiser = torch.optim.Adam([*own, *self.judges.parameters()], lr=self.lr)
+        weights = [*own, *self.judges.parameters()]
+        return torch.optim.Adam(weights, lr=self.lr, fused=fusible(weights))
 
     def _unused(self) -> set[str]:
         """Parameters that come after the last block and so never get a gradient."""
@@ -240,9 +245,7 @@ class ScalableFF(Rule):
                 )
         self.judges.load_state_dict(dict(state["judges"]))
         if state["optimiser"] is not None:
-            head = self._unused()
-            own = [p for n, p in self.model.named_parameters() if p.requires_grad and n not in head]
-            self.optimiser = torch.optim.Adam([*own, *self.judges.parameters()], lr=self.lr)
+            self.optimiser = self._adam()
             self.optimiser.load_state_dict(state["optimiser"])
 
 

@@ -83,14 +83,14 @@ class Filler(nn.Module):
         initialise(self.head)
         self.trunk = build_trunk(depth=2, length=LONG, scale=1.0, causal=arm in CAUSAL, **SIZES, **_use(arm))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits."""
-        return self.head(self.trunk(self.embed(tokens)))
+    def forward(self, tokens: Tensor, at: Tensor) -> Tensor:
+        """Logits of the places ``at``."""
+        return self.head(self.trunk(self.embed(tokens))[at])
 
     def loss(self, text: Tensor, generator: torch.Generator) -> Tensor:
         """Cross-entropy of the 15% of bytes that are hidden, as zeros, which text does not have."""
         hidden = torch.rand(text.shape, generator=generator) < 0.15
-        return F.cross_entropy(self(text.masked_fill(hidden, 0))[hidden], text[hidden])
+        return F.cross_entropy(self(text.masked_fill(hidden, 0), hidden), text[hidden])
 
 
 def build(arm: str, scale: Scale) -> Filler:
@@ -122,7 +122,7 @@ def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     if arm in (WRITTEN, WIDE) or (seed and arm not in (FULL, BLIND, *NEAR, *LOCAL)):
         return found
     model, generator = built(lambda: build(arm, scale), seed), torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=scale.lr, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=scale.lr, weight_decay=0.0, fused=True)
     warm = torch.optim.lr_scheduler.LinearLR(optimiser, 0.05, total_iters=scale.steps // 10)
     for step, (text, _) in enumerate(batches("stdlib-bytes", seed, 16, scale.steps)):
         text = text[:, :SHORT] if step % 2 else text[: 16 * SHORT // LONG]

@@ -1,4 +1,4 @@
-"""Errors through plain convolutional nets, and such nets of 110 layers on digits, with orthonormal filters and modulated errors."""
+"""Errors through plain convolutional nets of 110 layers, and training of 44 on digits, with orthonormal filters and modulated errors."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ class HalfWay(DeepPlain):
 
 NOTHING: dict[str, Any] = {"strength": 0.0, "modulate": False, "orthogonal": False}
 START, ROOT = "orthogonal initialisation", "root of the ratio"
-# Options of the rule, and the depth if it is not the largest.
-NETS: dict[str, tuple[dict[str, Any], int | None]] = {
-    "plain": (NOTHING, None),
-    "both": ({}, None),
-    "plain, 44 layers": (NOTHING, 44),
-    "both, 44 layers": ({}, 44),
-    "plain, 8 layers": (NOTHING, 8),
-    START: ({"strength": 0.0, "modulate": False}, None),
-    f"{START}, 44 layers": ({"strength": 0.0, "modulate": False}, 44),
-    ROOT: ({}, None),
+# Options of the rule, the depth if it is not the largest, and the learning rate, each arm's best; see `pilots`.
+NETS: dict[str, tuple[dict[str, Any], int | None, float]] = {
+    "both": ({}, None, 0.3),
+    "plain, 44 layers": (NOTHING, 44, 0.1),
+    "both, 44 layers": ({}, 44, 0.3),
+    "plain, 8 layers": (NOTHING, 8, 0.1),
+    START: ({"strength": 0.0, "modulate": False}, None, 0.03),
+    f"{START}, 44 layers": ({"strength": 0.0, "modulate": False}, 44, 0.03),
+    ROOT: ({}, None, 0.3),
 }
 CHAIN, RANDOM, SHRINK = "regularised chain", "random filters", "regulariser without the identity"
 
@@ -69,8 +68,11 @@ def isometry(arm: str) -> float:
 
 
 def learn(arm: str, seed: int, scale: Scale) -> dict[str, float]:
-    """Errors at convolutions relative to that at the last one, before and after training; loss and accuracy of the last ten steps."""
-    options, depth = NETS[arm]
+    """Errors at convolutions relative to that at the last one, before and after training; loss and accuracy of the last ten steps.
+
+    The deepest nets are not trained where the scale has no steps for them.
+    """
+    options, depth, lr = NETS[arm]
     depth = depth or max(scale.steps)
     steps = scale.steps[depth]
     model, probe = built(lambda: net(depth, scale), seed), next(batches("digits", seed, 16, 1))
@@ -78,11 +80,11 @@ def learn(arm: str, seed: int, scale: Scale) -> dict[str, float]:
     rule = (HalfWay if arm == ROOT else DeepPlain)(model, **options)
     errors = list(rule.errors(probe).values())
     found = {"spread of errors": max(errors) / min(errors) - 1} | relative(errors, "before")
-    if arm == ROOT:
+    if arm == ROOT or not steps:
         return found
     metrics: list[dict[str, float]] = []
-    for number, batch in enumerate(batches("digits", seed, 32, steps)):
-        rule.optimiser.param_groups[0]["lr"] = scale.lr * (1 - number / steps) * min(1.0, (number + 1) / 5)
+    for number, batch in enumerate(batches("digits", seed, scale.batch, steps)):
+        rule.optimiser.param_groups[0]["lr"] = lr * (1 - number / steps) * min(1.0, (number + 1) / 5)
         metrics.append(rule.step(batch))
         if not math.isfinite(metrics[-1]["loss"]):
             break
@@ -109,10 +111,10 @@ def measure(arm: str, seed: int, scale: Scale) -> Mapping[str, float]:
 
 CLAIM = Claim(
     says="Modulated errors have one norm at every convolution, convolutions that minimise the regulariser pass an error with its norm, "
-    "and plain Conv-BN-ReLU nets of 44 and 110 layers reach a lower training loss on digits in equal steps with both than without.",
+    "and plain Conv-BN-ReLU nets of 44 layers reach a lower training loss on digits in equal steps with both than without.",
     measure=measure,
     build=build,
-    arms=("plain", "both", "plain, 44 layers", "both, 44 layers", "plain, 8 layers", CHAIN),
+    arms=("both", "plain, 44 layers", "both, 44 layers", "plain, 8 layers", CHAIN),
     statements=(
         mechanism(
             "At initialisation errors have one norm, within a thousandth, at every convolution of 110 layers",
@@ -131,45 +133,37 @@ CLAIM = Claim(
             lowest("loss", "both, 44 layers", than=("plain, 44 layers",)),
             control=f"{START}, 44 layers",
         ),
-        effect(
-            "110 layers have a lower training loss after equal steps with both than without",
-            lowest("loss", "both", than=("plain",)),
-            control=START,
-        ),
     ),
     checks=(
         check(
-            "8 plain layers have a loss of at most 1 after 50 steps, as many as 110 layers take",
+            "8 plain layers have a loss of at most 1 after 50 steps, fewer than 44 layers take",
             fits("loss", "plain, 8 layers", high=1.0),
         ),
         check(
-            "44 plain layers begin to learn: a loss below that of chance, 2.30, after 70 steps",
+            "44 plain layers begin to learn: a loss below that of chance, 2.30, after 100 steps",
             fits("loss", "plain, 44 layers", high=2.3),
         ),
         check(
-            "44 layers with both begin to learn: a loss below that of chance, 2.30, after 70 steps",
+            "44 layers with both begin to learn: a loss below that of chance, 2.30, after 100 steps",
             fits("loss", "both, 44 layers", high=2.3),
         ),
     ),
-    first_seed=200,
-    pilots="Seeds 1000 and 1001 unless said; batches of 32, width 8, warm-up of 5 steps and linear decay; loss of the last ten steps. "
-    "110 layers, 50 steps, seed 1000, rates 0.03, 0.1, 0.3: plain 2.28 2.29 2.29, both 2.23 2.27 2.08; orthogonal "
-    "initialisation alone, rates 0.1, 0.3: 2.30 2.31. Seed 1001, rates 0.3, 0.6: plain 2.23 2.25, both 2.23 2.30, orthogonal "
-    "initialisation 2.30 2.32. Chosen: 0.3, at or within 0.01 of the best for each arm. Batches of 16 or 64, 80 steps, or "
-    "widths 4 and 16: nothing learns (2.24 to 2.33). 74 layers, 60 steps: plain 2.31 2.29, both 2.30 2.29. 44 layers, 60 steps, "
-    "rate 0.3, seeds 1000 to 1003: plain 1.73 2.02 1.87 2.08, both 1.79 1.90 1.94 1.81; 120 steps: plain 1.75 1.84, both 1.61 "
-    "1.88, orthogonal initialisation 1.62 1.96. At 50 steps plain was once still at 2.28, hence 70. 8 plain layers, 50 steps: "
-    "0.22 0.30. At initialisation errors of 110 layers differ by a factor of 2400 to 3000 where they are multiplied by the root "
-    "of the ratio, by 1 + 2e-7 where by the ratio. 20 convolutions: 2e-7 orders of change, random 4.9 5.2, without the identity "
-    "20 20. An earlier form, seeds 0 to 7, batches of 64, 150 and 240 steps, gave every arm the rate 0.1, which is not the best "
-    "one at 44 layers: loss lower with both by 0.58 [0.16, 1.01] at 44 layers and by 0.20 [0.06, 0.35] at 110, in 766 "
-    "CPU-seconds. An effect at 110 layers fits the present time only where training just begins. A run on seeds 100 to 111 had "
-    "the effect at 110 layers alone, which stayed undecided (-0.007 [-0.025, 0.010]), as hardly any net begins to learn in 50 "
-    "steps; its checks at 44 layers had means of 2.07 without and 1.93 with both. The effect at 44 layers is added, on new "
-    "seeds, 200 and up.",
+    first_seed=300,
+    pilots="Training loss of the last ten steps; width 8, warm-up of 5 steps, linear decay; means over pilot seeds, four unless said. "
+    "44 layers, 100 steps of 128, rates 0.03, 0.1, 0.3: plain 1.42 1.42 1.66, both - 1.24 0.95 (0.6: 1.14), orthogonal initialisation "
+    "1.35 1.54 -. Chosen: each arm's best. Three seeds, 100 steps of 256: plain 1.41 0.97 1.00, both 1.99 1.00 0.53, orthogonal "
+    "initialisation 1.06 1.31 1.56. 70 steps of 32, six seeds: plain 2.04 2.16 2.15, both 2.04 1.97 1.97, orthogonal initialisation "
+    "1.95 2.09 2.18; so the effect needs longer training or larger batches. Two seeds, 8 plain layers, 50 steps of 32 at 0.3: 0.22 "
+    "0.30. At initialisation errors of 110 layers differ by a factor of 2400 to 3000 where they are multiplied by the root of the "
+    "ratio, by 1 + 2e-7 where by the ratio. 20 convolutions: 2e-7 orders of change, random 4.9 5.2, without the identity 20 20. Earlier "
+    "forms: seeds 0 to 7, batches of 64, 150 and 240 steps, 0.1 for every arm: lower with both by 0.58 [0.16, 1.01] at 44 layers and "
+    "by 0.20 [0.06, 0.35] at 110, in 766 CPU-seconds; seeds 100 to 111 and 200 to 211, batches of 32 at 0.3 for every arm: 110 layers "
+    "after 50 steps undecided twice (-0.007 [-0.025, 0.010], -0.012 [-0.033, 0.009]), as hardly any net begins to learn by then; 44 "
+    "layers after 70 steps 0.106 [0.006, 0.206], which rested on that rate: at the best of each arm nothing is left of it. So 110 layers "
+    "are not trained here; `benchmarks/deep_plain.py` trains them for 600 steps. Seeds are new, 300 and up.",
     scales={
-        "smoke": {"steps": {8: 1, 44: 1}, "lr": 0.3, "width": 4},
-        "small": {"steps": {8: 50, 44: 70, 110: 50}, "lr": 0.3, "width": 8},
-        "full": {"steps": {8: 20000, 44: 20000, 110: 20000}, "lr": 0.1, "width": 16},
+        "smoke": {"steps": {8: 1, 44: 1}, "batch": 8, "width": 4},
+        "small": {"steps": {8: 50, 44: 100, 110: 0}, "batch": 128, "width": 8},
+        "full": {"steps": {8: 20000, 44: 20000, 110: 20000}, "batch": 128, "width": 16},
     },
 )
