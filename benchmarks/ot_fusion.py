@@ -1,4 +1,4 @@
-"""Fusion of two MLPs: interlayer against direct transcriptions of the paper's algorithm 1, all with POT's exact solver.
+"""Fusion of two MLPs: interlayer against direct transcriptions of the paper's algorithm 1 with POT's exact solver.
 
     python -m benchmarks.ot_fusion [--widths 128 512] [--runs 5]
 

@@ -26,6 +26,7 @@ def test_an_exact_plan_between_equal_numbers_is_a_permutation():
     c = costs(20, 20)
     order = torch.randperm(20)
     assert torch.equal(transport(c[:, order]) > 0, (transport(c) > 0)[:, order])
+    assert torch.equal(transport(c + 100 * torch.rand(20, 1) + 100 * torch.rand(20)), transport(c))
     assert torch.allclose(transport(torch.cdist(torch.eye(5), torch.eye(5)[[2, 0, 1, 4, 3]])) * 5,
                           torch.eye(5)[[2, 0, 1, 4, 3]].T.double())  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Optimal transport between two sets of points, solved by POT (https://pythonot.github.io), and the linear assignment, by SciPy."""
+"""Linear assignment, solved by SciPy, and optimal transport between two sets of points, by POT (https://pythonot.github.io)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ LEFT = 1e-2  # largest share of a mass that may be left misplaced
 def assign(similarity: Float[Tensor, "n n"]) -> Int[Tensor, " n"]:
     """The permutation p that maximises the sum of ``similarity[i, p[i]]``.
 
+    A constant added to a row or a column does not change p but makes the solver search longer, so both are subtracted first.
+
     Examples:
         >>> assign(torch.tensor([[0.0, 2.0], [1.0, 2.0]]))
         tensor([1, 0])
     """
-    return torch.from_numpy(linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)[1])
+    cost = -similarity.detach().double().cpu()
+    cost = cost - cost.amin(1, keepdim=True)
+    cost = cost - cost.amin(0)
+    return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
 
 
 def transport(cost: Float[Tensor, "n m"], *, reg: float = 0.0) -> Float[Tensor, "n m"]:
@@ -32,8 +37,8 @@ def transport(cost: Float[Tensor, "n m"], *, reg: float = 0.0) -> Float[Tensor, 
     ``T[i, j]`` is how much of point i goes to point j. Without entropy, T has at most n + m - 1 nonzero entries, and with
     n = m it is a permutation divided by n.
 
-    The exact solver is POT's network simplex; its time grows between n^2 and n^3 here. Sinkhorn takes n m
-    multiply-adds twice in each iteration; the smaller ``reg``, the more iterations.
+    The exact solver is ``assign`` where n = m, else POT's network simplex; the time of both grows between n^2 and n^3 here.
+    Sinkhorn takes n m multiply-adds twice in each iteration; the smaller ``reg``, the more iterations.
 
     Args:
         cost: C, finite and not negative.
@@ -54,6 +59,8 @@ def transport(cost: Float[Tensor, "n m"], *, reg: float = 0.0) -> Float[Tensor, 
     ot = need("ot", "merge", "transport")
     c = _checked(cost, reg)
     n, m = c.shape
+    if reg == 0 and n == m:
+        return torch.eye(n, dtype=c.dtype)[assign(-c)] / n
     a, b = torch.full((n,), 1 / n, dtype=c.dtype).numpy(), torch.full((m,), 1 / m, dtype=c.dtype).numpy()
     if reg == 0:
         plan, log = ot.emd(a, b, c.numpy(), numItermax=10_000_000, log=True)

@@ -133,14 +133,14 @@ class OTFusion(Transform):
         if self.method == "weights":
             ours, theirs = model.state_dict(), other.state_dict()
             for group, members in order.items():
-                pairs = ((m.rows(ours[m.name]), bridge.rows(group, m, theirs[m.name], maps)) for m in members)
-                maps[group.name] = self.mix(_squares(pairs).sqrt().T)
+                pairs = ((bridge.rows(group, m, theirs[m.name], maps), m.rows(ours[m.name])) for m in members)
+                maps[group.name] = self.mix(_squares(pairs).sqrt())
             return maps
         depths = {g: len(bridge.above(g)) for g in order}
         for depth in sorted(set(depths.values())):  # units inside others are compared after those have been moved
             level = {g: places for g, places in order.items() if depths[g] == depth}
             for group, squares in zip(level, _activations(bridge, level, model, other, batches, maps), strict=True):
-                maps[group.name] = self.mix(squares.sqrt().T)
+                maps[group.name] = self.mix(squares.sqrt())
         return maps
 
     def mix(self, distances: Float[Tensor, "theirs ours"]) -> Float[Tensor, "theirs ours"]:
@@ -150,7 +150,7 @@ class OTFusion(Transform):
 
 
 def _squares(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Squared distances ``[units here, units there]``, summed over pairs of ``[units, values]``."""
+    """Squared distances ``[units there, units here]``, summed over pairs of ``[units, values]``."""
     return torch.stack([torch.cdist(a.double(), b.double()).square() for a, b in pairs]).sum(0).cpu()
 
 
@@ -187,14 +187,14 @@ def _activations(
 ) -> list[Tensor]:
     """For each group the squared distances of its units' activations, summed over the data, a batch at a time."""
     names = sorted({m.name for places in level.values() for m, _ in places})
-    sums = [torch.zeros(g.size, bridge.theirs[g.name].size, dtype=torch.float64) for g in level]
+    sums = [torch.zeros(bridge.theirs[g.name].size, g.size, dtype=torch.float64) for g in level]
     for batch in batches if names else ():
         with taps.read(model, names) as left, taps.read(other, names) as right, torch.no_grad():
             for net in (model, other):
                 with taps.at_rest(net):
                     next(taps.feed(net, batch))
         for total, (group, places) in zip(sums, level.items(), strict=True):
-            total += _squares((a.rows(left[a.name]), bridge.within(group, b, right[b.name], maps)) for a, b in places)
+            total += _squares((bridge.within(group, b, right[b.name], maps), a.rows(left[a.name])) for a, b in places)
     return sums
 
 
