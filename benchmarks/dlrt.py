@@ -2,6 +2,10 @@
 
 All are steps of SGD, which has no memory, on three layers of this width. ``factors`` is a step of back-propagation
 on two factors of the same rank: what one pass costs, of which the rule takes two. The authors' code is in no package registry.
+
+In multiply-adds, as PyTorch counts them, a step at the fixed rank is 1.05 of the dense one at batch 1024 and .97 at 4096. The six QR
+decompositions, at about half of the products' rate, come on top: .18 and .05 of the dense step's CPU time. So the goal is out of
+reach at batch 1024.
 """
 
 from __future__ import annotations
