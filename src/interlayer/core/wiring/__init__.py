@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from interlayer.core import taps
 from interlayer.core.wiring.bridge import Bridge, Maps
-from interlayer.core.wiring.groups import Group, Member, Wiring, checked, collect, run
+from interlayer.core.wiring.collect import collect
+from interlayer.core.wiring.groups import Group, Member, Wiring, checked, run
 from interlayer.core.wiring.labels import tensors
 from interlayer.core.wiring.shrink import masked, normed, take
 from interlayer.core.wiring.tracer import Tracer
@@ -71,12 +72,12 @@ def trace(model: nn.Module, *inputs: Any, output: str | Callable[[Any], Any] | N
         >>> [(g.size, [(m.name, m.dim) for m in g.members]) for g in wiring.groups.values()]
         [(8, [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])]
     """
-    with taps.at_rest(model), torch.no_grad(), _parts(), _no_collection():
+    with taps.at_rest(model), torch.no_grad(), _parts(model), _no_collection():
         tracer = Tracer(model, (inputs, kwargs))
         hooks = [
             module.register_forward_hook(partial(tracer.seen, name), with_kwargs=False)
             for name, module in model.named_modules()
-            if name and not any(module.children())
+            if name and not any(module._modules.values())
         ]
         try:
             with tracer:
@@ -160,12 +161,15 @@ def _no_collection() -> Iterator[None]:
 
 
 @contextmanager
-def _parts() -> Iterator[None]:
+def _parts(model: nn.Module) -> Iterator[None]:
     """Run layers as the operators that they consist of, which have rules, and not as one fused operator."""
     attention, recurrence = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        if any(
+            isinstance(module, nn.RNNBase) for module in model.modules()
+        ):  # else its convolutions are the faster ones
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
         math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
         with math, torch.backends.cudnn.flags(enabled=False):  # cuDNN runs a whole recurrence as one operator
             yield

@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interlayer.core.wiring.indices import Array, Axis, Keys
-from interlayer.core.wiring.labels import Labelling
-
 
 @dataclass(frozen=True, eq=False)
 class Member:
@@ -71,6 +68,7 @@ class Wiring:
         also: dict[str, list[str]] = defaultdict(list)
         for alias, name in self.aliases.items():
             also[name].append(alias)
+        orders: dict[tuple[str, int], Tensor] = {}  # along each axis, those of all groups
         for group in self.groups.values():
             if group.name not in perms:
                 continue
@@ -80,9 +78,10 @@ class Wiring:
             for member in group.members:
                 for name in (member.name, *also[member.name]):
                     if name in out:
-                        order = torch.arange(out[name].shape[member.dim])
-                        order[member.index] = member.index[perm]
-                        out[name] = out[name].index_select(member.dim, order.to(out[name].device))
+                        order = orders.setdefault((name, member.dim), torch.arange(out[name].shape[member.dim]))
+                        order[member.index] = order[member.index[perm]]
+        for (name, dim), order in orders.items():
+            out[name] = out[name].index_select(dim, order.to(out[name].device))
         return out
 
     def random(self, seed: int = 0) -> dict[str, Tensor]:
@@ -98,128 +97,6 @@ class Wiring:
             lines += [f"    {m.name} axis {m.dim}, {m.index.shape[1]} positions each" for m in g.members]
         lines += [f"fixed: {name} axis {dim}: {why}" for (name, dim), why in self.fixed.items()]
         return "\n".join(lines)
-
-
-def collect(tr: Labelling) -> Wiring:
-    """Read the groups off the indices when everything has run."""
-    ix = tr.ix
-
-    def located(places: Array) -> list[tuple[int, ...]]:
-        met: dict[tuple[int, ...], int] = defaultdict(int)
-        out = []
-        for i in places.tolist():
-            key = ix.expand(i)
-            met[key] += 1
-            # positions of one axis that move together (q and k in a fused weight) are distinguished by their order
-            out.append(key if met[key] == 1 else (*key, ix.constant(-1, met[key])))
-        return out
-
-    keys = {axis: located(places) for axis, places in tr.axes.items() if axis[0] in tr.used}
-    homes: dict[int, set[Axis]] = defaultdict(set)  # the axes that an index locates something on
-    for axis, located_by in keys.items():
-        for b in {b for key in located_by for b in key}:
-            homes[b].add(axis)
-    # Such as the recurrent weights of a cell at its first step: nothing says what else moves with their columns.
-    ix.pin({i for i in tr.idle if all(len(homes[b]) < 2 for b in ix.expand(i))}, "met only a constant")
-    basics = sorted({b for places in keys.values() for key in places for b in key} - ix.constant_ids)
-
-    chains: dict[int, tuple[int, ...]] = {}  # an index and what it lives in, innermost first
-
-    def chain(b: int, busy: frozenset[int] = frozenset()) -> tuple[int, ...]:
-        if b not in chains:
-            if ix.owners[b] == {-1}:  # most: nothing that it lives in
-                chains[b] = (b,)
-                return chains[b]
-            if b in busy:
-                return (b,)
-            above = []
-            for owner in ix.owners[b]:
-                parts = ix.expand(owner) if owner >= 0 else ()
-                above.append({a for p in parts if p not in ix.constant_ids for a in chain(p, busy | {b})} - {b})
-            common = set.intersection(*above) if above else set()
-            chains[b] = (b, *sorted(common, key=lambda a: -len(chain(a, busy | {b}))))
-        return chains[b]
-
-    families: dict[tuple[int, frozenset[tuple[int, int]]], list[int]] = defaultdict(list)
-    for b in basics:
-        above = chain(b)[1:]
-        families[above[0] if above else -1, frozenset(ix.marks[b])].append(b)
-    rank = {b: (colour, n) for (_, colour), units in families.items() for n, b in enumerate(units)}
-
-    def owners(keys: Mapping[Axis, Keys]) -> dict[int, dict[Axis, list[int]]]:
-        """For each index, the positions on each axis that it locates."""
-        owned: dict[int, dict[Axis, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for axis, places in keys.items():
-            for position, key in enumerate(places):
-                if len(key) == 1 and chains.get(key[0]) == key and key[0] not in ix.constant_ids:
-                    owned[key[0]][axis].append(position)
-                    continue
-                for a in {a for b in key if b not in ix.constant_ids for a in chain(b)}:
-                    owned[a][axis].append(position)
-        return owned
-
-    def members(
-        units: list[int], keys: Mapping[Axis, Keys], owned: Mapping[int, Mapping[Axis, list[int]]]
-    ) -> list[Any]:
-        """Every axis that moves with the units; None for one where they don't own corresponding positions."""
-        place = {b: n for n, b in enumerate(units)}
-        return [
-            member(axis, units, place, keys[axis], owned)
-            for axis in dict.fromkeys(axis for b in units if b in owned for axis in owned[b])
-        ]
-
-    def member(axis: Axis, units: list[int], place: dict[int, int], keys: Keys, owned: Any) -> Member | None:
-        alone = [owned[unit][axis] for unit in units]
-        if all(len(at) == 1 and keys[at[0]] == (unit,) for unit, at in zip(units, alone, strict=True)):
-            return Member(*axis, torch.tensor(alone))
-        table: dict[Any, dict[int, int]] = defaultdict(dict)
-        for unit in units:
-            for position in owned[unit][axis]:
-                key: list[Any] = []
-                for b in keys[position]:
-                    line = chain(b) if b not in ix.constant_ids else (b,)
-                    inside = [n for n, a in enumerate(line) if a in place]
-                    if inside and line[inside[0]] != unit:
-                        return None  # one position belongs to two units of the group
-                    key.append(tuple(rank[a] for a in line[: inside[0]]) if inside else b)
-                table[tuple(key)][place[unit]] = position
-        if any(len(row) < len(units) for row in table.values()):
-            return None
-        rows = sorted(([row[n] for n in range(len(units))] for row in table.values()), key=lambda r: r[0])
-        return Member(*axis, torch.tensor(rows).T.contiguous())
-
-    places = {axis: located(label) for axis, label in tr.outputs.items() if label is not None}
-    owned, shown = (
-        owners(keys),
-        owners({axis: at for axis, at in places.items() if set().union(*at) <= {*rank, *ix.constant_ids}}),
-    )
-    order = {name: n for n, name in enumerate(tr.weights)}
-    groups: dict[str, Group] = {}
-    home: dict[int, tuple[str, int]] = {}
-    moved: set[tuple[str, int]] = set()
-    for (above_b, _), units in sorted(families.items(), key=lambda f: (len(chain(f[1][0])), f[1][0])):
-        who = members(units, keys, owned) if len(units) > 1 else []
-        if not who or None in who:
-            continue
-        who = sorted(who, key=lambda m: (order[m.name], m.dim))
-        first = who[0]
-        name = f"{first.name}:{first.dim}"
-        if first.index.numel() < tr.weights[first.name].shape[first.dim] or name in groups:
-            name += f"@{int(first.index.min())}"
-        name += "'" * sum(g == name or g.rstrip("'") == name for g in groups)
-        groups[name] = Group(
-            name, len(units), tuple(who), tuple(filter(None, members(units, places, shown))), home.get(above_b)
-        )
-        home |= {b: (name, n) for n, b in enumerate(units)}
-        moved |= {(m.name, m.dim) for m in who}
-    fixed: dict[tuple[str, int], str] = {}
-    for axis, label in tr.axes.items():
-        if axis in moved or len(label) < 2:
-            continue
-        tags = sorted(tag for i in label[:1] for b in ix.expand(int(i)) for tag, _ in ix.marks[b] if tag in ix.reasons)
-        why = ix.reasons[tags[0]] if tags else "has no two units alike"
-        fixed[axis] = why if axis[0] in tr.used else "is not used by this forward pass"
-    return Wiring(groups, fixed, tr.aliases)
 
 
 def run(model: nn.Module, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:

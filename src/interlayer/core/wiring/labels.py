@@ -10,12 +10,23 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from interlayer.core.wiring.indices import FREE, Array, Indices, Label, Labels
+from interlayer.core.wiring.indices import CONSTANT, FREE, HEIR, NONE, Array, Indices, Label, Labels, numbered, repeats
 
 
 def tensors(tree: Any) -> list[Tensor]:
     """The tensors in a nest of tuples, lists and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def operands(*values: Any) -> list[Tensor]:
+    """The tensors among an operator's arguments or results, and in lists of them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [t for t in value if isinstance(t, Tensor)]
+    return found
 
 
 def view_key(t: Tensor) -> tuple[Any, ...]:
@@ -36,30 +47,31 @@ class Labelling:
         self.labels: dict[int, Labels] = {}
         self.alive: list[Tensor] = []  # keeps ids unique
         self.sources: dict[tuple[Any, ...], str] = {}
+        self.begins: set[int] = set()
         self.storages: dict[int, list[str]] = defaultdict(list)
         self.axes: dict[tuple[str, int], Array] = {}
         self.outputs: dict[tuple[str, int], Array | None] = {}  # (module, axis); None if it differs along another axis
         self.aliases: dict[str, str] = {}
         self.used: set[str] = set()
-        self.idle: set[int] = set()  # indices that were contracted with a constant
+        self.idle: list[Array] = []  # indices that were contracted with a constant
         self.weights: dict[str, Tensor] = {}
         names: dict[int, str] = {}
         for name, t in model.state_dict(keep_vars=True).items():
-            if not isinstance(t, Tensor):
-                continue
-            if id(t) in names:
+            if isinstance(t, Tensor) and id(t) not in names:
+                names[id(t)], self.weights[name] = name, t
+            elif isinstance(t, Tensor):
                 self.aliases[name] = names[id(t)]
-                continue
-            names[id(t)] = name
-            self.weights[name] = t
+        sizes = [n for t in self.weights.values() for n in t.shape]
+        axes = iter(np.split(self.ix.new(sum(sizes)), np.cumsum(sizes[:-1])))
+        for name, t in self.weights.items():
             labels: Labels = []
             for dim, n in enumerate(t.shape):
-                tag = self.ix.tag()
-                axis = np.array([self.ix.new(tag=tag) for _ in range(n)], dtype=np.int64)
-                self.axes[name, dim] = axis
-                labels.append(axis.reshape([-1 if d == dim else 1 for d in range(t.ndim)]) if n > 1 else None)
+                self.axes[name, dim] = axis = next(axes)
+                self.ix.mark(self.ix.tag(), axis)
+                labels.append(along(axis, dim, t.ndim) if n > 1 else None)
             self.put(t, labels)
             self.sources[view_key(t)] = name
+            self.begins.add(t.data_ptr())
             self.storages[t.untyped_storage().data_ptr()].append(name)
 
     # -- the labels of a tensor
@@ -68,12 +80,16 @@ class Labelling:
         self.labels[id(t)] = [None if n == 1 else lab for lab, n in zip(labels, t.shape, strict=True)]
         self.alive.append(t)
 
+    def source(self, t: Tensor) -> str | None:
+        """The weight whose memory a tensor shows."""
+        return self.sources.get(view_key(t)) if t.data_ptr() in self.begins and t.numel() else None
+
     def get(self, t: Any) -> Labels:
         """Labels of an argument; a tensor that no operator made (input, constant) is fixed."""
         if not isinstance(t, Tensor):
             return []
         if id(t) not in self.labels:
-            name = self.sources.get(view_key(t)) if t.numel() else None
+            name = self.source(t)
             if name is not None:  # `.data` of a weight makes a tensor that no operator made
                 self.put(t, list(self.labels[id(self.weights[name])]))
             else:
@@ -86,9 +102,7 @@ class Labelling:
     def fix(self, label: Label, dim: int, why: str) -> None:
         """Mark the positions along the axis as distinct (the same way for every outer unit)."""
         if isinstance(label, np.ndarray):
-            tag = self.ix.tag(why)
-            for where, i in np.ndenumerate(label):
-                self.ix.mark(int(i), (tag, where[dim]))
+            self.ix.mark(self.ix.tag(why), label, along(np.arange(label.shape[dim]), dim, label.ndim))
 
     def fix_all(self, t: Tensor, why: str) -> None:
         for dim, label in enumerate(self.get(t)):
@@ -107,15 +121,15 @@ class Labelling:
             self.fix(a, dim, why)
             self.fix(b, dim, why)
             return None
-        for x, y in {(int(x), int(y)) for x, y in zip(*map(np.ravel, np.broadcast_arrays(a, b)), strict=True)}:
-            self.ix.unite(x, y)
+        x, y = (a, b) if a.shape == b.shape else np.broadcast_arrays(a, b)
+        self.ix.unite(x.ravel(), y.ravel())
         return a if a.size <= b.size else b
 
     def contract(self, a: Label, b: Label, dim: int) -> None:
         """Tie two axes that are summed over; note units that were multiplied by a constant alone."""
         self.tie(a, b, dim)
         if isinstance(a, str) != isinstance(b, str):
-            self.idle.update(int(i) for label in (a, b) if isinstance(label, np.ndarray) for i in label.ravel())
+            self.idle += [label.ravel() for label in (a, b) if isinstance(label, np.ndarray)]
 
     def collapse(self, labels: Labels, dims: Iterable[int]) -> Labels:
         """An operator mixes along ``dims``: other axes can no longer be ordered differently at each place there."""
@@ -148,21 +162,19 @@ class Labelling:
         else:
             sizes = [1] * len(shape)
             sizes[p], sizes[p + 1] = a, b
-            arrays = [x for x in (outer, inner) if isinstance(x, np.ndarray)]
-            grid = np.broadcast_shapes(tuple(sizes), *(x.shape for x in arrays))
-            flat = np.empty(grid, dtype=np.int64)
+            grid = np.broadcast_shapes(tuple(sizes), *(x.shape for x in (outer, inner) if isinstance(x, np.ndarray)))
             tag = self.ix.tag()
-            outer = np.broadcast_to(outer, grid) if isinstance(outer, np.ndarray) else outer
-            inner = np.broadcast_to(inner, grid) if isinstance(inner, np.ndarray) else inner
-            for where in np.ndindex(grid):
-                x = int(outer[where]) if isinstance(outer, np.ndarray) else None
-                y = int(inner[where]) if isinstance(inner, np.ndarray) else None
-                if x is None:
-                    x = self.ix.new(-1 if y is None else y, tag) if outer is not None else self.ix.constant(a, where[p])
-                if y is None:
-                    y = self.ix.new(x, tag) if inner is not None else self.ix.constant(b, where[p + 1])
-                flat[where] = self.ix.pack((x, y))
-            new = joined(flat)
+
+            def placed(label: Label, q: int, owner: Label) -> Array:
+                if isinstance(label, str):
+                    lives = np.broadcast_to(owner, grid).ravel() if isinstance(owner, np.ndarray) else NONE
+                    return self.ix.new(int(np.prod(grid)), lives, tag).reshape(grid)
+                return np.broadcast_to(
+                    along(self.ix.constant(shape[q]), q, len(shape)) if label is None else label, grid
+                )
+
+            x = placed(outer, p, inner)
+            new = joined(self.ix.pack(np.stack((x, placed(inner, p + 1, x)), -1)))
         rest = [joined(lab) if isinstance(lab, np.ndarray) else lab for lab in labels]
         return [*rest[:p], new, *rest[p + 2 :]], [*shape[:p], a * b, *shape[p + 2 :]]
 
@@ -182,51 +194,86 @@ class Labelling:
             outer, inner = (None, cut(label)) if a == 1 else (cut(label), None)
         else:
             whole = np.moveaxis(cut(label), (p, p + 1), (-2, -1))
-            out, inn = np.empty((*whole.shape[:-1], 1), dtype=np.int64), np.empty_like(whole)
-            tag, fits = self.ix.tag(), True
-            for where in np.ndindex(whole.shape[:-2]):
-                fits = fits and self._blocks(whole[where], tag)
-            if fits:
-                for where in np.ndindex(whole.shape[:-1]):
-                    places = [self.ix.expand(int(i)) for i in whole[where]]
-                    common = set(places[0]).intersection(*places[1:])
-                    out[(*where, 0)] = self.ix.pack([x for x in places[0] if x in common])
-                    inn[where] = [self.ix.pack([x for x in place if x not in common]) for place in places]
-                outer, inner = (self.slim(np.moveaxis(x, (-2, -1), (p, p + 1)), d) for x, d in ((out, p), (inn, p + 1)))
+            tag = self.ix.tag()
+            if all(self._blocks(rows, tag) for rows in whole.reshape(-1, a, b)):
+                rows = self.ix.rows(whole)
+                common = _common(rows)
+                outer, inner = (
+                    self.slim(np.moveaxis(self.ix.pack(x), (-2, -1), (p, p + 1)), d)
+                    for x, d in ((common[..., None, :], p), (_without(rows, common), p + 1))
+                )
             else:
                 self.fix(label, p, "is cut in a way that does not fit an earlier one")
                 outer = inner = None
         rest = [cut(lab) if isinstance(lab, np.ndarray) else lab for lab in labels]
         return [*rest[:p], outer, inner, *rest[p + 1 :]], [*shape[:p], a, b, *shape[p + 1 :]]
 
-    def _blocks(self, rows: Array, tag: int) -> bool:
-        """Make the indices of a row share the row's address, and differ in the rest. False if they can't."""
-        ix = self.ix
+    def _blocks(self, ids: Array, tag: int) -> bool:
+        """Make the indices of each row share the row's address, and differ in the rest. False if they can't."""
+        ix, (a, b) = self.ix, ids.shape
         for _ in range(2):
-            places = [[ix.expand(int(i)) for i in row] for row in rows]
-            common = [frozenset(row[0]).intersection(*row[1:]) for row in places]
-            if all(common) and len(set(common)) == len(common):
-                return all(len(set(row)) == len(row) for row in places)
-            for slot in range(min(len(place) for row in places for place in row)):
-                rows_of = {frozenset(place[slot] for place in row): row for row in places}
-                sets = [dict.fromkeys(place[slot] for place in row) for row in rows_of.values()]
-                flat = [x for s in sets for x in s]
-                if len(set(flat)) == len(flat) and not ix.constant_ids.intersection(flat) and min(map(len, sets)) > 1:
-                    for s in sets:
-                        block = ix.new(tag=tag)
-                        ix.owners[block] = set().union(*(ix.owners[x] for x in s))
-                        for x in s:
-                            ix.define(x, (block, ix.new(block, tag)))
+            rows = ix.rows(ids)
+            common = _common(rows)
+            if common.any(1).all() and not repeats(numbered(*np.sort(common, 1).T)).any():
+                alike = repeats(numbered(np.arange(a).repeat(b), *rows.reshape(a * b, -1).T)).any()
+                return not alike and bool(_without(rows, common).any(-1).all())
+            for slot in range(int((rows != NONE).sum(-1).min())):
+                cut = self._disjoint(rows[:, :, slot])
+                if cut is not None:
+                    x, row = cut
+                    begins = np.searchsorted(row, np.arange(row[-1] + 1))
+                    new = ix.new(len(x) + len(begins), tag=tag)  # each block, and then what is inside
+                    blocks, inside = new[begins + np.arange(len(begins))][row], new[np.arange(len(x)) + row + 1]
+                    ix.owner[blocks], ix.owner[inside] = HEIR, blocks
+                    ix.heirs.append((blocks, x))
+                    ix.define(x, np.stack((blocks, inside), 1))
                     break
             else:
                 return False
         return False
 
+    def _disjoint(self, found: Array) -> tuple[Array, Array] | None:
+        """The different indices in rows of which each two have the same ones or none in common, and the number of the row."""
+        a, b = found.shape
+        values, first, back = np.unique(found, return_index=True, return_inverse=True)
+        home = (first // b)[back].reshape(a, b)  # the first row with an index
+        sets, ordered = home[:, 0], np.sort(found, 1)
+        sizes = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)
+        if (
+            (home != sets[:, None]).any()
+            or (sizes != sizes[sets]).any()
+            or sizes.min() < 2
+            or (self.ix.kind[values] == CONSTANT).any()
+        ):
+            return None
+        last = np.zeros_like(sets)
+        last[sets] = np.arange(a)
+        kept = found[last[np.unique(sets)]].ravel()
+        place = np.sort(np.unique(kept, return_index=True)[1])
+        return kept[place], place // b
+
     def slim(self, label: Array, dim: int) -> Label:
         """Drop what the label does not depend on; an axis of constants is fixed."""
-        label = np.vectorize(self.ix.find, otypes=[np.int64])(label)
+        label = self.ix.same(label)
         for d in range(label.ndim):
             first = label.take([0], axis=d)
             if d != dim and (label == first).all():
                 label = first
-        return None if self.ix.constant_ids.issuperset(label.ravel().tolist()) else label
+        return None if (self.ix.kind[label] == CONSTANT).all() else label
+
+
+def along(values: Array, dim: int, rank: int) -> Array:
+    """Values as one axis of a tensor whose others have size 1."""
+    return values.reshape([-1 if d == dim else 1 for d in range(rank)])
+
+
+def _common(rows: Array) -> Array:
+    """The indices that all rows of a block share, in the order of the first row: ``[..., blocked, n]`` to ``[..., n]``."""
+    first = rows[..., 0, :]
+    shared = (rows[..., None, :] == first[..., None, :, None]).any(-1).all(-2)
+    return np.where(shared, first, NONE)
+
+
+def _without(rows: Array, common: Array) -> Array:
+    """The rows of a block without the indices that they share."""
+    return np.where((rows[..., None] == common[..., None, None, :]).any(-1), NONE, rows)

@@ -1,37 +1,26 @@
-"""What each operator does to labels.
-
-A rule takes the labelling, the operator's result and its arguments and returns the labels of the result (of each result,
-if there are several).
-"""
+"""What each operator does to labels; see ``moves`` for those that only move positions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from interlayer.core.wiring.indices import FREE, Array, Label, Labels
-from interlayer.core.wiring.labels import Labelling, Unknown, tensors
-
-
-def _lead(labels: Labels, rank: int) -> Labels:
-    """Labels as the broadcast tensor of higher rank has them."""
-    more = rank - len(labels)
-    return [FREE] * more + [
-        lab.reshape((1,) * more + lab.shape) if isinstance(lab, np.ndarray) else lab for lab in labels
-    ]
+from interlayer.core.wiring import moves
+from interlayer.core.wiring.indices import FREE, Label, Labels
+from interlayer.core.wiring.labels import Labelling, Unknown, operands
+from interlayer.core.wiring.moves import dropped, lead, moved
 
 
 def _pointwise(tr: Labelling, out: Tensor, *args: Any, **kwargs: Any) -> Labels:
     made: Labels = [FREE] * out.ndim
-    for t in tensors((args, kwargs)):
+    for t in operands(*args, *kwargs.values()):
         sizes = [1] * (out.ndim - t.ndim) + list(t.shape)
-        for d, label in enumerate(_lead(tr.get(t), out.ndim)):
+        for d, label in enumerate(lead(tr.get(t), out.ndim)):
             made[d] = tr.tie(made[d], FREE if sizes[d] == 1 and out.shape[d] > 1 else label, d)
     return made
 
@@ -44,262 +33,6 @@ def _free(tr: Labelling, out: Tensor, *_: Any, **__: Any) -> Labels:
     return [FREE] * out.ndim
 
 
-def _reshape(tr: Labelling, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Labels:
-    return _reshaped(tr, tr.get(x), list(x.shape), list(out.shape))
-
-
-def _reshaped(tr: Labelling, labels: Labels, old: list[int], new: list[int]) -> Labels:
-    if 0 in old or any(isinstance(n, torch.SymInt) for n in old):
-        raise Unknown
-    i = j = 0
-    while i < len(old) or j < len(new):  # match axes from the left, in runs of equal product
-        if j == len(new) or (i < len(old) and old[i] == 1 and new[j] != 1):
-            if len(old) == 1:
-                labels, old = [], []
-            else:
-                q = i - 1 if i else 0
-                labels, old = tr.merge(labels, old, q)
-            continue
-        if i == len(old) or (new[j] == 1 and old[i] != 1):
-            labels = [np.expand_dims(lab, i) if isinstance(lab, np.ndarray) else lab for lab in labels]
-            labels, old = [*labels[:i], None, *labels[i:]], [*old[:i], 1, *old[i:]]
-        elif old[i] < new[j]:
-            labels, old = tr.merge(labels, old, i)
-            continue
-        elif old[i] > new[j]:
-            if old[i] % new[j]:
-                labels, old = tr.merge(labels, old, i)
-                continue
-            labels, old = tr.split(labels, old, i, new[j], old[i] // new[j])
-        i, j = i + 1, j + 1
-    return labels
-
-
-def _moved(labels: Labels, order: Sequence[int]) -> Labels:
-    order = [d % len(labels) for d in order]
-    return [np.transpose(lab, order) if isinstance(lab := labels[d], np.ndarray) else lab for d in order]
-
-
-def _permute(tr: Labelling, out: Tensor, x: Tensor, dims: Sequence[int]) -> Labels:
-    return _moved(tr.get(x), dims)
-
-
-def _transpose(tr: Labelling, out: Tensor, x: Tensor, a: int = 0, b: int = 1) -> Labels:
-    if x.ndim < 2:
-        return tr.get(x)
-    order = list(range(x.ndim))
-    order[a], order[b] = order[b], order[a]
-    return _moved(tr.get(x), order)
-
-
-def _shuffled(tr: Labelling, x: Tensor, cut: Sequence[int], order: Sequence[int], out: Tensor) -> Labels:
-    """Cut axes, reorder them, and join them again."""
-    labels = _moved(_reshaped(tr, tr.get(x), list(x.shape), list(cut)), order)
-    return _reshaped(tr, labels, [cut[d] for d in order], list(out.shape))
-
-
-def _pixel_shuffle(tr: Labelling, out: Tensor, x: Tensor, r: int) -> Labels:
-    *batch, _, height, width = x.shape
-    n = len(batch)
-    order = [*range(n), n, n + 3, n + 1, n + 4, n + 2]  # channel, row, row inside, column, column inside
-    return _shuffled(tr, x, [*batch, out.shape[n], r, r, height, width], order, out)
-
-
-def _pixel_unshuffle(tr: Labelling, out: Tensor, x: Tensor, r: int) -> Labels:
-    *batch, channels, height, width = x.shape
-    n = len(batch)
-    order = [*range(n), n, n + 2, n + 4, n + 1, n + 3]
-    return _shuffled(tr, x, [*batch, channels, height // r, r, width // r, r], order, out)
-
-
-def _channel_shuffle(tr: Labelling, out: Tensor, x: Tensor, groups: int) -> Labels:
-    return _taken(tr, tr.get(x), 1, np.arange(x.shape[1]).reshape(groups, -1).T.ravel())
-
-
-def _glu(tr: Labelling, out: Tensor, x: Tensor, dim: int = -1) -> Labels:
-    dim, half = dim % x.ndim, out.shape[dim]
-    values, gates = (_taken(tr, tr.get(x), dim, np.arange(half) + start) for start in (0, half))
-    return [tr.tie(a, b, d) for d, (a, b) in enumerate(zip(values, gates, strict=True))]
-
-
-def _unsqueeze(tr: Labelling, out: Tensor, x: Tensor, dim: int) -> Labels:
-    dim %= out.ndim
-    labels = [np.expand_dims(lab, dim) if isinstance(lab, np.ndarray) else lab for lab in tr.get(x)]
-    return [*labels[:dim], None, *labels[dim:]]
-
-
-def _dropped(labels: Labels, dims: Iterable[int]) -> Labels:
-    """Take away axes of size 1."""
-    gone = set(dims)
-    return [
-        np.squeeze(lab, tuple(gone)) if isinstance(lab, np.ndarray) else lab
-        for d, lab in enumerate(labels)
-        if d not in gone
-    ]
-
-
-def _squeeze(tr: Labelling, out: Tensor, x: Tensor, dim: int | Sequence[int] | None = None) -> Labels:
-    dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
-    return _dropped(tr.get(x), [d % x.ndim for d in dims if x.shape[d] == 1])
-
-
-def _expand(tr: Labelling, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Labels:
-    sizes = [1] * (out.ndim - x.ndim) + list(x.shape)
-    labels = _lead(tr.get(x), out.ndim)
-    return [FREE if sizes[d] == 1 and out.shape[d] > 1 else labels[d] for d in range(out.ndim)]
-
-
-def _taken(tr: Labelling, labels: Labels, dim: int, places: Any) -> Labels:
-    """Only some positions of an axis, in some order: they are marked as distinct from the others."""
-    label = labels[dim]
-    if isinstance(label, np.ndarray):
-        along = np.moveaxis(label, dim, 0)
-        axis, part = ({tr.ix.find(i) for i in found.ravel().tolist()} for found in (along, along[places]))
-        if len(part) < len(axis):
-            inside = [tr.ix.expand(i) for i in part]
-            outside = [tr.ix.expand(i) for i in axis - part]
-            tag = tr.ix.tag("is one of few selected positions" if len(part) == 1 else "")
-            for slot in range(min(map(len, inside + outside))):
-                chosen = {p[slot] for p in inside}
-                if chosen.isdisjoint(p[slot] for p in outside):
-                    for i in chosen:
-                        tr.ix.marks[i].add((tag, -1))
-                    break
-            else:
-                tr.fix(label, dim, "is sliced across its units")
-    return [
-        lab if not isinstance(lab, np.ndarray) or (lab.shape[dim] == 1) else np.take(lab, places, axis=dim)
-        for lab in labels
-    ]
-
-
-def _select(tr: Labelling, out: Tensor, x: Tensor, dim: int, index: int) -> Labels:
-    dim %= x.ndim
-    return _dropped(_taken(tr, tr.get(x), dim, np.array([index % x.shape[dim]])), [dim])
-
-
-def _slice(
-    tr: Labelling, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Labels:
-    dim %= x.ndim
-    return _taken(tr, tr.get(x), dim, np.arange(x.shape[dim])[slice(start, end, step)])
-
-
-def _split(tr: Labelling, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> list[Labels]:
-    dim %= x.ndim
-    edges = np.cumsum([0, *(t.shape[dim] for t in out)])
-    return [_taken(tr, tr.get(x), dim, np.arange(a, b)) for a, b in pairwise(edges)]
-
-
-def _unbind(tr: Labelling, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> list[Labels]:
-    return [_select(tr, t, x, dim, i) for i, t in enumerate(out)]
-
-
-def _flip(tr: Labelling, out: Tensor, x: Tensor, dims: Sequence[int]) -> Labels:
-    labels = tr.get(x)
-    for dim in dims:
-        labels = _taken(tr, labels, dim % x.ndim, np.arange(x.shape[dim])[::-1])
-    return labels
-
-
-def _roll(tr: Labelling, out: Tensor, x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Labels:
-    if not dims:
-        raise Unknown
-    labels = tr.get(x)
-    for shift, dim in zip(shifts, dims, strict=True):
-        labels = _taken(tr, labels, dim % x.ndim, np.roll(np.arange(x.shape[dim]), shift))
-    return labels
-
-
-def _repeat(tr: Labelling, out: Tensor, x: Tensor, repeats: Sequence[int]) -> Labels:
-    labels, shape = _lead(tr.get(x), out.ndim), [1] * (out.ndim - x.ndim) + list(x.shape)
-    for d, times in enumerate(repeats):
-        if times != 1:
-            spread = [np.expand_dims(lab, d) if isinstance(lab, np.ndarray) else lab for lab in labels]
-            labels, shape = tr.merge([*spread[:d], None, *spread[d:]], [*shape[:d], times, *shape[d:]], d)
-    return labels
-
-
-def _as_strided(tr: Labelling, out: Tensor, x: Tensor, size: Sequence[int], stride: Sequence[int], *_: Any) -> Labels:
-    """The end of global average pooling of a channels-last tensor: the same [n, c, 1, 1] under other strides."""
-    if len(size) != 4 or size[2] * size[3] != 1 or list(stride) != [size[1], 1, size[1], size[1]]:
-        raise Unknown
-    return tr.get(x)
-
-
-def _joined(tr: Labelling, parts: list[Labels], sizes: list[int], dim: int) -> Labels:
-    rank = len(parts[0])
-    made: Labels = [FREE] * rank
-    for d in range(rank):
-        if d != dim:
-            for part in parts:
-                made[d] = tr.tie(made[d], part[d], d)
-    own = [part[dim] for part in parts]
-    if not any(isinstance(lab, np.ndarray) for lab in own):
-        made[dim] = FREE if all(isinstance(lab, str) for lab in own) and len(own) == 1 else None
-        return made
-    arrays: list[Array] = []
-    for label, size in zip(own, sizes, strict=True):
-        if isinstance(label, np.ndarray):
-            arrays.append(label)
-            continue
-        fresh = np.array([tr.ix.new() for _ in range(size)], dtype=np.int64)
-        arrays.append(fresh.reshape([-1 if d == dim else 1 for d in range(rank)]))
-        if label is None:
-            tr.fix(arrays[-1], dim, "meets an input or a constant")
-    roots = [{tr.ix.find(int(i)) for i in label.ravel()} for label in arrays]
-    if sum(map(len, roots)) > len(set().union(*roots)):  # the same units twice: their position distinguishes them
-        pack = np.vectorize(lambda i, n: tr.ix.pack((int(i), tr.ix.constant(len(own), int(n)))), otypes=[np.int64])
-        arrays = [pack(label, n) for n, label in enumerate(arrays)]
-    grid = np.broadcast_shapes(*(tuple(1 if d == dim else s for d, s in enumerate(a.shape)) for a in arrays))
-    made[dim] = np.concatenate(
-        [np.broadcast_to(a, (*grid[:dim], a.shape[dim], *grid[dim + 1 :])) for a in arrays], axis=dim
-    )
-    for d, label in enumerate(made):  # an axis that differed along the joined one has been tied part by part
-        if d != dim and isinstance(label, np.ndarray) and label.shape[dim] > 1:
-            made[d] = tr.collapse(made, [dim])[d]
-    return made
-
-
-def _cat(tr: Labelling, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Labels:
-    parts = [t for t in tensors if t.ndim == out.ndim]
-    dim %= out.ndim
-    collapsed = [tr.collapse(tr.get(t), [dim]) if len(parts) > 1 else tr.get(t) for t in parts]
-    return _joined(tr, collapsed, [t.shape[dim] for t in parts], dim)
-
-
-def _stack(tr: Labelling, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Labels:
-    """Each part keeps its own units; they are tied where an operator mixes along the new axis."""
-    dim %= out.ndim
-    parts = [_unsqueeze(tr, out, t, dim) for t in tensors]
-    made: Labels = [FREE] * out.ndim
-    for d in range(out.ndim):
-        own = [part[d] for part in parts]
-        arrays = [lab for lab in own if isinstance(lab, np.ndarray)]
-        if len(arrays) == len(own) and len({lab.shape for lab in arrays}) == 1:
-            made[d] = tr.slim(np.concatenate(arrays, axis=dim), d)
-        else:
-            for label in own:
-                made[d] = tr.tie(made[d], label, d)
-    made[dim] = None
-    return made
-
-
-def _pad(tr: Labelling, out: Tensor, x: Tensor, pad: Sequence[int], value: Any = 0) -> Labels:
-    labels = tr.get(x)
-    for n in range(len(pad) // 2):
-        dim = x.ndim - 1 - n
-        before, after = pad[2 * n], pad[2 * n + 1]
-        if min(before, after) < 0:
-            raise Unknown
-        if before or after:
-            filler: Labels = [FREE] * x.ndim
-            parts = [(filler, before), (labels, x.shape[dim]), (filler, after)]
-            parts = [(lab, size) for lab, size in parts if size]
-            labels = _joined(tr, [lab for lab, _ in parts], [size for _, size in parts], dim)
-    return labels
-
-
 def _reduce(tr: Labelling, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Labels:
     if isinstance(dim, float):
         raise Unknown
@@ -309,7 +42,7 @@ def _reduce(tr: Labelling, out: Tensor, x: Tensor, dim: Any = None, keepdim: boo
     if out.ndim == x.ndim:
         return [None if d in dims else lab for d, lab in enumerate(labels)]
     one = [None if d in dims else lab for d, lab in enumerate(labels)]
-    return _dropped(
+    return dropped(
         [lab.take([0], axis=d) if isinstance(lab, np.ndarray) and d in dims else lab for d, lab in enumerate(one)], dims
     )
 
@@ -348,7 +81,7 @@ def _addmm(tr: Labelling, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_: 
 
 def _plus(tr: Labelling, out: Tensor, labels: Labels, bias: Tensor) -> Labels:
     sizes = [1] * (out.ndim - bias.ndim) + list(bias.shape)
-    extra = _lead(tr.get(bias), out.ndim)
+    extra = lead(tr.get(bias), out.ndim)
     return [tr.tie(lab, FREE if sizes[d] == 1 else extra[d], d) for d, lab in enumerate(labels)]
 
 
@@ -364,15 +97,15 @@ def _grouped_mm(
     left = [
         lab.reshape(1, *lab.shape) if isinstance(lab, np.ndarray) else lab for lab in (None, *tr.collapse(left, [0, 1]))
     ]
-    right = _moved(tr.collapse(right, [0, 1, 2]), [0, 2, 1])
+    right = moved(tr.collapse(right, [0, 1, 2]), [0, 2, 1])
     tr.tie(left[2], right[2], 2)
     return [None, lab.reshape(1, -1) if isinstance(lab := right[1], np.ndarray) else lab]
 
 
 def _mv(tr: Labelling, out: Tensor, a: Tensor, v: Tensor) -> Labels:
     left = tr.get(a)
-    tr.contract(left[1], _lead(tr.get(v), 2)[1], 1)
-    return _dropped([tr.collapse(left, [1])[0], None], [1])
+    tr.contract(left[1], lead(tr.get(v), 2)[1], 1)
+    return dropped([tr.collapse(left, [1])[0], None], [1])
 
 
 def _dot(tr: Labelling, out: Tensor, a: Tensor, b: Tensor) -> Labels:
@@ -441,7 +174,7 @@ def _layer_norm(tr: Labelling, out: Any, x: Tensor, shape: Sequence[int], *weigh
     first = x.ndim - len(shape)
     for w in weights:
         if isinstance(w, Tensor):
-            extra = _lead(tr.get(w), x.ndim)
+            extra = lead(tr.get(w), x.ndim)
             labels = [tr.tie(lab, extra[d], d) if d >= first else lab for d, lab in enumerate(labels)]
     mixed = tr.collapse(labels, range(first, x.ndim))
     return [[*mixed[:first], *labels[first:]]]
@@ -481,7 +214,7 @@ def _embedding(tr: Labelling, out: Tensor, w: Tensor, ids: Tensor, *_: Any, **__
     tr.fix_all(ids, "is used as an index")
     return [
         *[None] * ids.ndim,
-        *_lead(_dropped([labels[0] if labels[0] is None else None, *tr.collapse(labels, [0])[1:]], [0]), out.ndim)[
+        *lead(dropped([labels[0] if labels[0] is None else None, *tr.collapse(labels, [0])[1:]], [0]), out.ndim)[
             ids.ndim :
         ],
     ]
@@ -490,7 +223,7 @@ def _embedding(tr: Labelling, out: Tensor, w: Tensor, ids: Tensor, *_: Any, **__
 def _embedding_bag(
     tr: Labelling, out: Sequence[Tensor], w: Tensor, ids: Tensor, *rest: Any, **options: Any
 ) -> list[Labels]:
-    for t in tensors((rest, options)):
+    for t in operands(*rest, *options.values()):
         tr.fix_all(t, "weighs or bounds a bag")
     return [[None, _embedding(tr, w[ids], w, ids)[-1]]]
 
@@ -553,9 +286,9 @@ def _copy(tr: Labelling, out: Tensor, x: Tensor, source: Tensor, *_: Any, **__: 
 RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("alias", "detach", "clone", "contiguous", "_to_copy", "to", "lift_fresh", "dropout", "native_dropout"), _same),
     **dict.fromkeys(("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"), _free),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"), _reshape),
-    **dict.fromkeys(("transpose", "t"), _transpose),
-    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk"), _split),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"), moves.reshape),
+    **dict.fromkeys(("transpose", "t"), moves.transpose),
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk"), moves.split),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "logsumexp", "any", "all"), _reduce),
     **dict.fromkeys(("var", "std", "var_mean", "std_mean"), _var),
     **dict.fromkeys(("linalg_vector_norm", "norm"), _norm_p),
@@ -569,16 +302,17 @@ RULES: dict[str, Callable[..., Any]] = {
         "max_pool{}d", "max_pool{}d_with_indices", "avg_pool{}d", "adaptive_avg_pool{}d", "_adaptive_avg_pool{}d",
         "adaptive_max_pool{}d", "mkldnn_max_pool{}d", "upsample_nearest{}d", "_upsample_nearest_exact{}d")},
     **{f"upsample_{kind}": partial(_spatial, int(kind[-2])) for kind in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")},
-    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _channel_shuffle),
-    "permute": _permute, "unsqueeze": _unsqueeze, "squeeze": _squeeze, "expand": _expand, "select": _select, "slice": _slice,
-    "unbind": _unbind, "flip": _flip, "roll": _roll, "repeat": _repeat, "as_strided": _as_strided, "cat": _cat,
-    "stack": _stack, "constant_pad_nd": _pad, "mv": _mv, "dot": _dot, "vdot": _dot,
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), moves.channel_shuffle),
+    "permute": moves.permute, "unsqueeze": moves.unsqueeze, "squeeze": moves.squeeze, "expand": moves.expand,
+    "select": moves.select, "slice": moves.sliced, "unbind": moves.unbind, "flip": moves.flip, "roll": moves.roll,
+    "repeat": moves.repeat, "as_strided": moves.as_strided, "cat": moves.cat, "stack": moves.stack,
+    "constant_pad_nd": moves.pad, "mv": _mv, "dot": _dot, "vdot": _dot,
     "convolution": _convolution, "native_group_norm": _group_norm, "embedding": _embedding, "index": _index,
-    "index_select": _index_select, "copy": _copy, "_prelu_kernel": _pointwise, "glu": _glu, "pixel_shuffle": _pixel_shuffle,
-    "pixel_unshuffle": _pixel_unshuffle, "_weight_norm_interface": _weight_norm, "_grouped_mm": _grouped_mm, "topk": _topk,
+    "index_select": _index_select, "copy": _copy, "_prelu_kernel": _pointwise, "glu": moves.glu, "pixel_shuffle": moves.pixel_shuffle,
+    "pixel_unshuffle": moves.pixel_unshuffle, "_weight_norm_interface": _weight_norm, "_grouped_mm": _grouped_mm, "topk": _topk,
     "_embedding_bag": _embedding_bag, "index_put": _index_put,
 }  # fmt: skip
-FROM_NOTHING = (_free, _expand)  # these give labels to results of tensors that carry none
+FROM_NOTHING = (_free, moves.expand)  # these give labels to results of tensors that carry none
 
 
 def rule_of(func: Any) -> Callable[..., Any] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interlayer.core.wiring.indices import Labels
-from interlayer.core.wiring.labels import Labelling, Unknown, tensors, view_key
+from interlayer.core.wiring.labels import Labelling, Unknown, operands, tensors, view_key
 from interlayer.core.wiring.rules import FROM_NOTHING, rule_of
 
 
@@ -39,18 +41,18 @@ class Tracer(Labelling, TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = tensors((args, kwargs))
+        given = operands(*args, *kwargs.values())
         for t in given:
-            name = self.sources.get(view_key(t)) if t.numel() else None
-            if name is not None:
+            if (name := self.source(t)) is not None:
                 self.used.add(name)
-        rule = rule_of(func)
-        if _tells(func, args) and any(self.data.get(id(t)) for t in given):
+        rule, mutable, tells = _known(func)
+        if (tells or _counts(func, args)) and any(self.data.get(id(t)) for t in given):
             self.decisions.add(str(func))
-        busy = any(lab is not None for t in given for lab in self.get(t))
-        before = [(t, self.get(t)) for t in given] if func._schema.is_mutable else []
+        labelled = [self.get(t) for t in given]
+        busy = any(lab is not None for labels in labelled for lab in labels)
+        before = list(zip(given, labelled, strict=True)) if mutable else []
         out = func(*args, **kwargs)
-        outs = tensors(out)
+        outs = operands(out)
         made: Any = None
         if rule is not None and outs and (busy or rule in FROM_NOTHING):
             try:
@@ -96,10 +98,22 @@ class Tracer(Labelling, TorchDispatchMode):
             self.labels[id(u)] = [None if isinstance(label, str) else label for label in self.labels[id(u)]]
 
 
-def _tells(func: Any, args: Any) -> bool:
-    """Whether Python sees numbers in what comes out: as a value, or as a size."""
-    if torch.Tag.data_dependent_output in func.tags:
-        return True
-    if func is torch.ops.aten.index.Tensor:  # of integers it takes as many as it is given
-        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1:]))
-    return torch.Tag.dynamic_output_shape in func.tags
+class Known(NamedTuple):
+    """What is known of an operator."""
+
+    rule: Callable[..., Any] | None
+    mutable: bool
+    tells: bool  # Python sees numbers in what comes out: as a value, or as a size
+
+
+@cache
+def _known(func: Any) -> Known:
+    shown = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+    return Known(rule_of(func), func._schema.is_mutable, bool(shown) and func is not torch.ops.aten.index.Tensor)
+
+
+def _counts(func: Any, args: Any) -> bool:
+    """Whether an index is a mask; of integers it takes as many as it is given."""
+    return func is torch.ops.aten.index.Tensor and any(
+        t.dtype in (torch.bool, torch.uint8) for t in operands(*args[1:])
+    )
