@@ -525,6 +525,21 @@ def test_the_sound_groups_stay_when_another_is_dropped():
     assert torch.allclose(run(model, moved, x), model(x), rtol=1e-9)
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.gain * x
+
+
+@pytest.mark.parametrize("make", [nn.ReLU, Scaled])
+def test_models_without_axes_of_weights_have_no_groups(make):
+    wiring = trace(make(), torch.randn(2, 3))
+    assert not wiring.groups and not wiring.fixed
+
+
 def test_garbage_is_collected_again_afterwards():
     trace(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.randn(1, 2))
     assert gc.isenabled()
