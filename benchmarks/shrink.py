@@ -5,10 +5,12 @@
 Both find which axes belong together from one pass. Torch-Pruning builds a graph of layers; the positions of a group are worked out
 when it is asked for (``get_all_groups``, timed too). Tracing here works out every position, finds attention heads, and runs the permuted
 model as a check. Needs ``make bench`` for the peer; without it the peer's columns stay empty.
+Then a Llama block is traced at several widths, to see how the time grows beside that of a forward pass.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
@@ -135,6 +137,25 @@ def halved() -> None:
     )
 
 
+def growth() -> None:
+    """Time of a trace beside that of a forward pass as a Llama block grows, and the exponents of both in the width."""
+    widths, times, ids = (512, 1024, 2048, 4096), [], torch.randint(100, (1, 16))
+    print(f"{'Llama block':<14}" + "".join(f"{h:>15}" for h in ("parameters", "trace [ms]", "forward [ms]", "ratio")))
+    for width in widths:
+        heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 128}
+        config = LlamaConfig(
+            vocab_size=100, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, **heads
+        )
+        net = LlamaForCausalLM(config).eval()
+        with torch.no_grad():
+            forward = seconds(lambda net=net: net(ids))
+        times.append((seconds(lambda net=net: trace(net, ids)), forward))
+        cells = (parameters(net), *(f"{1e3 * t:.0f}" for t in times[-1]), f"{times[-1][0] / times[-1][1]:.1f}")
+        print(f"{width:<14}" + "".join(f"{c:>15}" for c in cells))
+    exponents = [math.log(b / a) / math.log(widths[-1] / widths[0]) for a, b in zip(times[0], times[-1], strict=True)]
+    print("exponent of the width: trace {:.2f}, forward {:.2f}".format(*exponents))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     halved()
@@ -154,6 +175,7 @@ def main() -> None:
             f"{mine / groups:.1f}",
         )
         print(f"{name:<14}" + "".join(f"{c:>15}" for c in (parameters(model), *cells)))
+    growth()
 
 
 if __name__ == "__main__":
