@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PART = 2**17  # numbers
+
 
 @dataclass(frozen=True, eq=False)
 class Member:
@@ -68,7 +70,7 @@ class Wiring:
         also: dict[str, list[str]] = defaultdict(list)
         for alias, name in self.aliases.items():
             also[name].append(alias)
-        orders: dict[tuple[str, int], Tensor] = {}  # along each axis, those of all groups
+        orders: dict[str, dict[int, Tensor]] = defaultdict(dict)  # of each tensor along its axes, by all groups
         for group in self.groups.values():
             if group.name not in perms:
                 continue
@@ -78,11 +80,9 @@ class Wiring:
             for member in group.members:
                 for name in (member.name, *also[member.name]):
                     if name in out:
-                        order = orders.setdefault((name, member.dim), torch.arange(out[name].shape[member.dim]))
+                        order = orders[name].setdefault(member.dim, torch.arange(out[name].shape[member.dim]))
                         order[member.index] = order[member.index[perm]]
-        for (name, dim), order in orders.items():
-            out[name] = out[name].index_select(dim, order.to(out[name].device))
-        return out
+        return out | {name: _reordered(out[name], moved) for name, moved in orders.items()}
 
     def random(self, seed: int = 0) -> dict[str, Tensor]:
         """A random permutation for every group."""
@@ -97,6 +97,21 @@ class Wiring:
             lines += [f"    {m.name} axis {m.dim}, {m.index.shape[1]} positions each" for m in g.members]
         lines += [f"fixed: {name} axis {dim}: {why}" for (name, dim), why in self.fixed.items()]
         return "\n".join(lines)
+
+
+def _reordered(t: Tensor, orders: Mapping[int, Tensor]) -> Tensor:
+    """A tensor with other orders along its axes, made part by part: fresh memory for each axis would take most of the time."""
+    (dim, order), *rest = sorted((d, o.to(t.device)) for d, o in orders.items())
+    if not rest:
+        return t.index_select(dim, order)
+    made, at = torch.empty_like(t), 0
+    for part in order.split(max(PART * len(order) // t.numel(), 1)):
+        moved = t.index_select(dim, part)
+        for other, along in rest:
+            moved = moved.index_select(other, along)
+        made.narrow(dim, at, len(part)).copy_(moved)
+        at += len(part)
+    return made
 
 
 def run(model: nn.Module, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
