@@ -552,6 +552,18 @@ def test_training_mode_and_weights_are_left_alone():
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_weights_that_are_permuted_in_several_parts(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 2))
+    wiring = trace(model, torch.randn(2, 4))
+    perms = wiring.random(3)
+    whole = wiring.permute(model.state_dict(), perms)
+    first, second = perms.values()
+    assert torch.equal(whole["2.weight"], model[2].weight[second][:, first])
+    monkeypatch.setattr("interlayer.core.wiring.groups.PART", 20)  # rows of 7: parts of 2, and a last one of 1
+    parts = wiring.permute(model.state_dict(), perms)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
 def test_wrong_permutations_are_refused_and_the_wiring_prints():
     wiring = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(1, 2))
     with pytest.raises(ValueError, match="no group named 'x'"):
