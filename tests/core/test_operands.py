@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import math
 
 import pytest
@@ -24,7 +25,8 @@ from interlayer.core.quantizer import (
     opening,
     simulated,
 )
-from interlayer.core.quantizer.attention import attentions
+from interlayer.core.quantizer import attention as attending
+from interlayer.core.quantizer.attention import Attend, attentions, operands
 from interlayer.core.quantizer.grid import log_naive
 from interlayer.core.quantizer.layers import biased
 from interlayer.core.quantizer.smooth import Fold, apply, fold
@@ -125,6 +127,55 @@ def test_opened_attention_gives_the_same_and_is_rounded_saved_and_loaded(name, t
         assert torch.equal(output(again.eval(), given), out)
         torch.testing.assert_close(output(simulated(new), given), out, atol=0.05, rtol=0.05)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), start.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["mha", "gpt2", "llama", "vit", "bert", "t5", "dit"])
+def test_probabilities_that_are_observed_in_parts_have_the_ranges_of_the_whole(name, monkeypatch):
+    work, names, _ = opening(model(name))
+    given = batch(name)
+    if name in ("gpt2", "llama", "bert"):
+        given["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    grids = operands(names, BYTES, Grid(8, kind="unsigned"))
+    calls = []
+    for attend in (m for m in work.modules() if isinstance(m, Attend)):
+        attend.probabilities.register_forward_hook(lambda m, args, out: calls.append(len(out)))
+    monkeypatch.setattr(importlib.import_module("interlayer.core.quantizer.observe"), "KEPT", 7)
+    for by in ("minmax", 80.0, "mse"):
+        found = {}
+        for fits in (2**18, 1):
+            monkeypatch.setattr(attending, "FITS", fits)
+            calls.clear()
+            found[fits] = observe(work, given, grids, by=by)
+            assert set(calls) == {2 if fits > 1 else 1}
+        assert set(found[1]) == set(grids)
+        for key, held in found[1].items():
+            torch.testing.assert_close(held.scale, found[2**18][key].scale)
+    calls.clear()
+    torch.testing.assert_close(output(work, given), output(model(name), given), atol=2e-5, rtol=1e-4)
+    assert set(calls) == {2}  # outside of observe they come whole
+
+
+def test_attention_in_parts_gives_what_it_gives_at_once(monkeypatch):
+    torch.manual_seed(0)
+    attend, q, kv = Attend().eval(), torch.randn(5, 4, 3, 8), torch.randn(2, 5, 2, 6, 8)
+    bias = {
+        "none": None,
+        "alike": torch.randn(4, 3, 6),
+        "each": torch.randn(5, 1, 3, 6),
+        "one": torch.randn(1, 4, 3, 6),
+    }
+    monkeypatch.setattr(attending, "FITS", 2 * 4 * 3 * 6)  # of two examples
+    for added in bias.values():
+        for mask in (None, torch.arange(6) < torch.tensor([6, 3, 4, 1, 2])[:, None]):
+            met = {"causal": mask is None, "mask": mask, "bias": added}
+            whole = attend.weigh(q, *kv, **met)
+            with attending.apart(attend):
+                parts, read = attend.weigh(q, *kv, **met), attend(q, *kv, **met)
+                assert len(list(attend.parts(q, *kv, **met))) == 3
+                assert attend(q[:0], *kv[:, :0], causal=True).shape == (0, 4, 3, 8)
+                shared = attend(q[:1], *kv, causal=True)
+            assert torch.allclose(shared, attend(q[:1].expand_as(q), *kv, causal=True))
+            assert all(map(torch.allclose, parts, whole)) and torch.allclose(read, whole[0])
 
 
 def test_the_parts_of_multi_head_attention_are_those_of_torch():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -22,6 +24,17 @@ OPERANDS = ("queries", "keys", "values", "probabilities")
 NAME = "interlayer_open"  # of the attention function that transformers calls
 LOST = ("softcap", "s_aux")  # what some models of transformers pass beside the mask
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")  # of diffusers, whose function Processor has
+FITS = 2**18  # scores that stay in a processor's cache until they are read
+
+
+class Observed(nn.Identity):
+    """Passes on an activation for others to observe.
+
+    Attributes:
+        part: Where each call gets a part: how many of the activation's values came before it, and how many there are in all.
+    """
+
+    part: tuple[int, int] | None = None
 
 
 class Attend(nn.Module):
@@ -37,7 +50,8 @@ class Attend(nn.Module):
         self.queries: nn.Module = nn.Identity()
         self.keys: nn.Module = nn.Identity()
         self.values: nn.Module = nn.Identity()
-        self.probabilities: nn.Module = nn.Identity()
+        self.probabilities: Any = Observed()
+        self.apart = False
 
     def forward(
         self,
@@ -53,23 +67,63 @@ class Attend(nn.Module):
         dropout: float = 0.0,
     ) -> Float[Tensor, "B H S K"]:
         """Let every query read."""
-        return self.weigh(q, k, v, causal=causal, mask=mask, scale=scale, allowed=allowed, bias=bias, dropout=dropout)[
-            0
-        ]
+        met: Any = {"causal": causal, "mask": mask, "allowed": allowed, "bias": bias}
+        return _joined([read for read, _ in self.parts(q, k, v, scale=scale, dropout=dropout, **met)])
 
-    def weigh(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, dropout: float = 0.0, **met: Any
-    ) -> tuple[Tensor, Tensor]:
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
         """What is read, and the probabilities."""
-        seen = meetings(q, k, **met)
+        reads, each = zip(*self.parts(q, k, v, **given), strict=True)
+        return _joined(reads), _joined(each)
+
+    def parts(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, dropout: float = 0.0, **given: Any
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is read, and the probabilities, of some examples at a time; of all at once unless they come ``apart``."""
+        seen = meetings(q, k, **given)
         q, k, v = self.queries(q), self.keys(k), self.values(v)
         if q.shape[1] != k.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
-        if seen is not None:
-            scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
-        p = self.probabilities(scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype))
-        return F.dropout(p, dropout, self.training) @ v, p
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        before = 0
+        for some_q, some_k, some_v, met in _split(q, k, v, seen) if self.apart else [(q, k, v, seen)]:
+            scores = (some_q * scale) @ some_k.mT
+            if met is not None:
+                scores = scores.masked_fill(~met, -torch.inf) if met.dtype == torch.bool else scores + met
+            p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
+            if self.apart:
+                self.probabilities.part = before, max(len(q), len(k)) * p.shape[1:].numel()
+                before += p.numel()
+            p = self.probabilities(p)
+            yield F.dropout(p, dropout, self.training) @ some_v, p
+
+
+def _split(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """The same by parts of as many examples as fit."""
+    if not len(q) == len(k) == len(v):  # examples share some of it
+        return [(q, k, v, seen)]
+    some = max(1, FITS // (q.shape[1] * q.shape[2] * k.shape[2]))
+    met = seen.split(some) if seen is not None and seen.ndim == 4 and len(seen) == len(q) else repeat(seen)
+    return zip(q.split(some), k.split(some), v.split(some), met, strict=False)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """While the context is open, opened attentions pass on their probabilities by parts of some examples, which cost less time and memory.
+
+    Hooks get these parts one by one; outputs stay as they are.
+    """
+    found = [m for m in model.modules() if isinstance(m, Attend) and isinstance(m.probabilities, Observed)]
+    for m in found:
+        m.apart = True
+    try:
+        yield
+    finally:
+        for m in found:
+            m.apart, m.probabilities.part = False, None
 
 
 class Multihead(nn.Module):
@@ -122,11 +176,11 @@ class Multihead(nn.Module):
             padded: Any = _added(key_padding_mask, q)
             padded = padded[None, None, None] if padded.ndim == 1 else padded[:, None, None]
             met = padded if met is None else met + padded
-        dropout = self.dropout if self.training else 0.0
-        read, p = self.attend.weigh(q, k, v, causal=False, bias=met, dropout=dropout)
+        given: Any = {"causal": False, "bias": met, "dropout": self.dropout if self.training else 0.0}
+        read, p = self.attend.weigh(q, k, v, **given) if need_weights else (self.attend(q, k, v, **given), None)
         out = self.out_proj(read.transpose(1, 2).flatten(2))
         out = out[0] if single else out if self.batch_first else out.transpose(0, 1)
-        if not need_weights:
+        if p is None:
             return out, None
         p = p.mean(1) if average_attn_weights else p
         return out, p[0] if single else p

@@ -160,8 +160,9 @@ class Grid:
         if by in ("minmax", "mse") or callable(by):
             lowest, highest = rows.amin(1), rows.amax(1)
         elif isinstance(by, int | float) and 50 < by <= 100:
-            k = max(1, round(by / 100 * rows.shape[1]))
-            lowest, highest = rows.kthvalue(rows.shape[1] + 1 - k, 1).values, rows.kthvalue(k, 1).values
+            few = rows.shape[1] + 1 - max(1, round(by / 100 * rows.shape[1]))  # at each end, with the percentile itself
+            lowest = rows.topk(few, largest=False, sorted=False).values.amax(1)
+            highest = rows.topk(few, sorted=False).values.amin(1)
         else:
             raise ValueError(f"Grid.fit: by={by!r}; expected 'minmax', 'mse' or a percentile above 50 and at most 100.")
         if by == "mse" or callable(by):

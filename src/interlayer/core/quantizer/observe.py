@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interlayer.core import taps
+from interlayer.core.quantizer.attention import Observed, apart
 from interlayer.core.quantizer.grid import By, Grid, LogGrid, LogScaled, Scaled
 from interlayer.core.select import At, select
 
@@ -60,7 +61,8 @@ def observe(
         (['0', '2'], 1.0)
     """
     at = (lambda n, m: n in grid) if isinstance(grid, Mapping) else "**" if at is None else at
-    names = list(select(model, at).chosen)
+    modules = select(model, at).chosen
+    names = list(modules)
     grids = dict(grid) if isinstance(grid, Mapping) else dict.fromkeys(names, grid)
     axes = {n: g.axis if isinstance(g, Grid) else None for n, g in grids.items()}
     if any(axis is not None and axis >= 0 for axis in axes.values()):
@@ -71,9 +73,19 @@ def observe(
     if by == "minmax":
         seen = extremes(model, data, {n: axes[n] for n in names}, side=side)
     else:
-        kept: dict[str, list[Tensor]] = {}
-        _run(model, data, names, lambda n, x: kept.setdefault(n, []).append(_some(x, axes[n])), side)
-        seen = {n: torch.cat(each, -1) for n, each in kept.items()}
+        kept, ends = dict[str, list[Tensor]](), dict[str, list[Tensor]]()
+
+        def see(name: str, value: Tensor) -> None:
+            module = modules[name]
+            before, whole = (isinstance(module, Observed) and module.part) or (0, value.numel())
+            step = -(-whole // KEPT)
+            kept.setdefault(name, []).append(_some(value, axes[name], before, step))
+            if step > 1:
+                found, new = ends.setdefault(name, []), _ends(value, axes[name])
+                found.append(_wider(found.pop(), new) if before else new)
+
+        _run(model, data, names, see, side)
+        seen = {n: torch.cat([*each, *ends.get(n, [])], -1) for n, each in kept.items()}
     return {n: _fitted(grids[n], seen[n], by) for n in names if n in seen}
 
 
@@ -122,10 +134,7 @@ def extremes(
         else:
             ends = _ends(value, axis)
             before = (value, axis, value._version, ends)
-        old = found.get(name, ends)
-        found[name] = torch.stack(
-            (torch.minimum(old[..., 0], ends[..., 0]), torch.maximum(old[..., 1], ends[..., 1])), -1
-        )
+        found[name] = _wider(found.get(name, ends), ends)
 
     _run(model, data, list(axes), see, side)
     if bad := [n for n, ends in found.items() if not bool(ends.isfinite().all())]:
@@ -142,7 +151,12 @@ def _run(model: nn.Module, data: Any, names: list[str], see: Callable[[str, Tens
             raise ValueError(f"observe: an activation of type {value.dtype}; expected floating-point numbers.")
         see(name, value)
 
-    with taps.at_rest(model), torch.no_grad(), taps.watch(model, lambda n, m: n in wanted, told, side=side):
+    with (
+        taps.at_rest(model),
+        torch.no_grad(),
+        apart(model),
+        taps.watch(model, lambda n, m: n in wanted, told, side=side),
+    ):
         for _ in taps.feed(model, data):
             ran = True
     if not ran:
@@ -163,9 +177,14 @@ def _ends(value: Tensor, axis: int | None) -> Float[Tensor, "... 2"]:
     return torch.stack((rows.amin(0), rows.amax(0)), -1).float()
 
 
-def _some(value: Tensor, axis: int | None) -> Tensor:
-    """Values [n], or [entries of the axis, n]: the ends, and evenly spaced ones between."""
+def _wider(a: Float[Tensor, "... 2"], b: Float[Tensor, "... 2"]) -> Float[Tensor, "... 2"]:
+    """The smallest and the largest value of two such pairs."""
+    return torch.stack((torch.minimum(a[..., 0], b[..., 0]), torch.maximum(a[..., 1], b[..., 1])), -1)
+
+
+def _some(value: Tensor, axis: int | None, before: int, step: int) -> Tensor:
+    """Every so many of the values [n], or [entries of the axis, n], of an activation of which some came before."""
     flat = value.flatten() if axis is None else value.movedim(axis, -1).flatten(0, -2).T
-    step = -(-flat.numel() // KEPT)
+    first = -(before // (1 if axis is None else len(flat))) % step
     # A copy: what comes later in the model may change the activation in place.
-    return flat.float().clone() if step == 1 else torch.cat((_ends(value, axis), flat[..., ::step].float()), -1)
+    return flat[..., first::step].to(torch.float32, copy=True)
