@@ -99,14 +99,14 @@ def test_version_and_module_entry():
     [
         (
             ["--model", "mine", "--plan"],
-            "--model 'mine'; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH",
+            "--model 'mine'; expected package.module:function, a saved folder, or hf:NAME_OR_PATH",
         ),
         (["--model", "mine", "--out", "o"], "--model 'mine'"),
         (["--model", "mine:", "--plan"], "--model 'mine:'"),
         (["--model", "mine.net()", "--plan"], "--model 'mine.net()'"),
         (
             ["--model", "mine:net", "--data", "mine", "--plan"],
-            "--data 'mine'; wanted package.module:function, or a text file.",
+            "--data 'mine'; expected package.module:function, or a text file.",
         ),
         (["--model", "mine:net", "--plan", "-o", "sparsity"], "option 'sparsity' is not name=value"),
     ],
@@ -227,10 +227,10 @@ def applied(*arguments):
     ("arguments", "says"),
     [
         (["lamp", "-o", "sparsty=0.5"], "apply lamp: no option 'sparsty'. Did you mean 'sparsity'?"),
-        (["lamp", "-o", "sparsity=high"], "apply lamp: sparsity was 'high'; wanted a valid number."),
-        (["lamp", "-o", "rounds=1.5"], "apply lamp: rounds was 1.5; wanted a valid integer"),
-        (["lamp", "-o", "scope=layer"], "apply lamp: scope was 'layer'; wanted 'lamp', 'global', 'uniform'"),
-        (["lamp", "-o", "train=3"], "apply lamp: train was 3; wanted callable"),
+        (["lamp", "-o", "sparsity=high"], "apply lamp: sparsity was 'high'; expected a valid number."),
+        (["lamp", "-o", "rounds=1.5"], "apply lamp: rounds was 1.5; expected a valid integer"),
+        (["lamp", "-o", "scope=layer"], "apply lamp: scope was 'layer'; expected 'lamp', 'global', 'uniform'"),
+        (["lamp", "-o", "train=3"], "apply lamp: train was 3; expected callable"),
         (["lamp", "-o", "sparsity"], "option 'sparsity' is not name=value"),
         (["painters", "--no-bake"], "apply painters: no option 'bake'."),
         (
@@ -238,7 +238,7 @@ def applied(*arguments):
             "git-rebasin: 0 other models; expected 1. Pass them as others=",
         ),
         (["lamp", "--other", "mine_models:own"], "lamp: 1 other models; expected none."),
-        (["lamp", "--other", "nowhere"], "apply: --other 'nowhere'; wanted package.module:function"),
+        (["lamp", "--other", "nowhere"], "apply: --other 'nowhere'; expected package.module:function"),
         (["lamp", "--base", "mine_models:own"], "--base makes the base of a saved folder, and none was given"),
     ],
 )

@@ -297,9 +297,9 @@ def apply_(
         _stop("apply: no output folder. Give --out DIR, or --plan to see what would be done.")
     _check_models("apply", model, other)
     if data and not (_is_function(data) or Path(data).is_file()):
-        _stop(f"apply: --data {data!r}; wanted package.module:function, or a text file.")
+        _stop(f"apply: --data {data!r}; expected package.module:function, or a text file.")
     if base and not _is_function(base):
-        _stop(f"apply: --base {base!r}; wanted package.module:function.")
+        _stop(f"apply: --base {base!r}; expected package.module:function.")
     if base and not any(Path(path).is_dir() for path in (model, *(other or []))):
         _stop("apply: --base makes the base of a saved folder, and none was given. Leave it out.")
     pairs = _options(option)
@@ -333,7 +333,7 @@ def probe(
     make = _of_kind(slug, "probe").resolve()
     _check_models(slug, model, other)
     if not _is_function(data):
-        _stop(f"probe: --data {data!r}; wanted package.module:function.")
+        _stop(f"probe: --data {data!r}; expected package.module:function.")
     given = _options(option)
     import torch
 
@@ -379,7 +379,7 @@ def _of_kind(slug: str, kind: str) -> catalog.System:
 def _check_models(who: str, model: str, other: list[str] | None) -> None:
     for name, path in (("--model", model), *(("--other", path) for path in other or [])):
         if not (path.startswith("hf:") or Path(path).is_dir() or _is_function(path)):
-            _stop(f"{who}: {name} {path!r}; wanted package.module:function, a saved folder, or hf:NAME_OR_PATH.")
+            _stop(f"{who}: {name} {path!r}; expected package.module:function, a saved folder, or hf:NAME_OR_PATH.")
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -469,7 +469,7 @@ def _model(path: str, base: str | None) -> Any:
             raise ValueError(f"{error}{hint}") from error
     model = _call(path)
     if not callable(getattr(model, "named_modules", None)):
-        raise TypeError(f"apply: {path} gave {type(model).__name__}; wanted a torch.nn.Module.")
+        raise TypeError(f"apply: {path} gave {type(model).__name__}; expected a torch.nn.Module.")
     return model
 
 

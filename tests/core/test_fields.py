@@ -72,7 +72,7 @@ def test_quantization_is_within_half_a_step_and_keeps_the_ends(bits):
 def test_errors():
     with pytest.raises(ValueError, match="activation 'tanh' is not one of"):
         Layout(2, 1, activation="tanh")
-    with pytest.raises(ValueError, match="wanted sizes of at least 1"):
+    with pytest.raises(ValueError, match="expected sizes of at least 1"):
         Layout(2, 1, width=0)
-    with pytest.raises(ValueError, match=r"coordinates \(4, 3\); wanted \[\.\.\., 2\]"):
+    with pytest.raises(ValueError, match=r"coordinates \(4, 3\); expected \[\.\.\., 2\]"):
         Implicit(2, 1)(torch.zeros(4, 3))

@@ -59,7 +59,7 @@ def test_cache_grows_and_counts_only_what_is_stored():
 
 def test_wrong_mask_and_heads_are_told():
     q = torch.randn(1, 1, 3, 2)
-    with pytest.raises(ValueError, match=r"wanted bool \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"expected bool \(1, 3\)"):
         attend(q, q, q, causal=False, mask=torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="multiple of heads"):
         Attention(10, 3)

@@ -33,13 +33,13 @@ def test_what_fits_is_given_back():
     ("given", "says"),
     [
         ({"shares": 0.5}, "maker: no option 'shares'. Did you mean 'share'? It takes share, rounds"),
-        ({"share": "0.5"}, "maker: share was '0.5'; wanted a valid number."),
-        ({"rounds": 1.5}, "maker: rounds was 1.5; wanted a valid integer"),
-        ({"rounds": True}, "maker: rounds was True; wanted a valid integer"),
-        ({"mode": "c"}, "maker: mode was 'c'; wanted 'a' or 'b'."),
-        ({"loss": 3}, "maker: loss was 3; wanted callable"),
-        ({"flag": 1}, "maker: flag was 1; wanted a valid boolean"),
-        ({"weight": "x"}, "maker: weight was 'x'; wanted a valid number"),
+        ({"share": "0.5"}, "maker: share was '0.5'; expected a valid number."),
+        ({"rounds": 1.5}, "maker: rounds was 1.5; expected a valid integer"),
+        ({"rounds": True}, "maker: rounds was True; expected a valid integer"),
+        ({"mode": "c"}, "maker: mode was 'c'; expected 'a' or 'b'."),
+        ({"loss": 3}, "maker: loss was 3; expected callable"),
+        ({"flag": 1}, "maker: flag was 1; expected a valid boolean"),
+        ({"weight": "x"}, "maker: weight was 'x'; expected a valid number"),
     ],
 )
 def test_what_does_not_fit_is_one_error(given, says):

@@ -239,7 +239,7 @@ def test_anderson_and_broyden_need_fewer_evaluations_than_iteration():
 def test_broyden_finds_a_point_that_iterating_moves_away_from():
     """``z = 3 - 2 z`` has the solution 1, and a slope of -2 there."""
     with pytest.raises(
-        SolverError, match=r"100 evaluations by iteration left z with a relative residual of .*; wanted 0.0001"
+        SolverError, match=r"100 evaluations by iteration left z with a relative residual of .*; expected 0.0001"
     ):
         fixed_point(lambda z: 3 - 2 * z, torch.zeros(2, 3, dtype=torch.double), method="iteration")
     for method in ("anderson", "broyden"):
@@ -262,7 +262,7 @@ def test_the_solution_of_an_item_does_not_depend_on_its_batch(method):
 def test_errors_of_fixed_point():
     z = torch.ones(2, 3)
     with pytest.raises(
-        SolverError, match=r"3 evaluations by anderson left z with a relative residual of .*; wanted 1e-06 in"
+        SolverError, match=r"3 evaluations by anderson left z with a relative residual of .*; expected 1e-06 in"
     ):
         fixed_point(lambda z: torch.cos(30 * z) + 0.1, z, tolerance=1e-6, limit=3)
     with pytest.raises(

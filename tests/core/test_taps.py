@@ -100,7 +100,7 @@ def test_hooks_go_even_when_it_fails():
     with pytest.raises(ValueError, match="named 'nowhere'"), taps.patch(model, {"norm": 0.0, "nowhere": 0.0}):
         pass
     assert hooks(model) == 0
-    with pytest.raises(ValueError, match="wanted 'input' or 'output'"), taps.read(model, "norm", side="left"):
+    with pytest.raises(ValueError, match="expected 'input' or 'output'"), taps.read(model, "norm", side="left"):
         pass
 
 

@@ -110,8 +110,8 @@ def test_bake_keeps_ties_and_leaves_other_owners_alone():
     [
         (lambda m: weights.mask(m, "weight", torch.ones(3, 3)), r"weight is \(2, 3\), the mask \(3, 3\)"),
         (lambda m: weights.mask(m, "wieght", torch.ones(2, 3)), r"no parameter 'wieght'; it has \['weight', 'bias'\]"),
-        (lambda m: weights.low_rank(m, "weight", 3), "rank 3 .* wanted 1 to 2"),
-        (lambda m: weights.low_rank(m, "bias", 1), "wanted 1 to 0"),
+        (lambda m: weights.low_rank(m, "weight", 3), "rank 3 .* expected 1 to 2"),
+        (lambda m: weights.low_rank(m, "bias", 1), "expected 1 to 0"),
         (lambda m: weights.shift(m, "weight", torch.ones(1)), r"delta \(1,\)"),
     ],
 )

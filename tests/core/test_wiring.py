@@ -487,7 +487,7 @@ def test_the_output_that_counts():
     assert not trace(model, x).groups
     for output in ("scores", lambda out: out["scores"]):
         assert sizes(trace(model, x, output=output)) == [6]
-    with pytest.raises(TypeError, match="with hidden, scores; wanted one with 'logits'"):
+    with pytest.raises(TypeError, match="with hidden, scores; expected one with 'logits'"):
         trace(model, x, output="logits")
     with pytest.raises(TypeError, match="no tensor in the output that counts"):
         trace(model, x, output=lambda out: "nothing")

@@ -157,7 +157,7 @@ def test_clear_errors():
         Transformer(strem="rezero")
     with pytest.raises(ValueError, match="40 tokens, but the model was built for length=32"):
         Transformer(**TINY)(torch.zeros(1, 40, dtype=torch.long))
-    with pytest.raises(TypeError, match="wanted int64"):
+    with pytest.raises(TypeError, match="expected int64"):
         Transformer(**TINY)(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="needs attention"):
         MLP(4, 2, stream="value-residual")
@@ -165,5 +165,5 @@ def test_clear_errors():
         ConvNet(depth=21)
     with pytest.raises(ValueError, match="does not divide"):
         VisionTransformer(1, 9, patch=2)
-    with pytest.raises(ValueError, match="wanted 64"):
+    with pytest.raises(ValueError, match="expected 64"):
         MLP(64, 10)(torch.zeros(2, 63))

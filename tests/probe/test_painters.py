@@ -210,7 +210,7 @@ def test_mixed_attention_kinds_are_permuted_or_refused():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"variant": "shuffle"}, "wanted one of skip"),
+        ({"variant": "shuffle"}, "expected one of skip"),
         ({"start": 3, "end": 3}, "start 3, end 3"),
         ({"end": 9}, "<= 6"),
         ({"variant": "looped-parallel", "loops": 0}, "at least one loop"),

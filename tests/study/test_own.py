@@ -137,8 +137,8 @@ def test_augmentation_is_alike_for_all_arms(tmp_path):
         (lambda: (iter([(X, Y)]), [(X, Y)]), "can be read only once"),
         (lambda: ([], [(X, Y)]), "the train loader gave no batch"),
         (lambda: ([[X, "label"]], [(X, Y)]), "a train batch is a list of 2; expected (inputs, targets)"),
-        (lambda: [{"x": X}, 3, 4], "wanted a Task"),
-        (lambda: (3, 4), "wanted a DataLoader"),
+        (lambda: [{"x": X}, 3, 4], "expected a Task"),
+        (lambda: (3, 4), "expected a DataLoader"),
         (lambda: ((X, Y[:3]), (X, Y)), "64 inputs and 3 targets"),
     ],
 )

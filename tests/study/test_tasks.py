@@ -94,7 +94,7 @@ def test_tensors_of_a_user_become_a_task(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     task = tasks.load("mydata:pair")
     assert (task.shape.kind, task.shape.features, task.shape.classes) == ("vector", 5, 2)
-    with pytest.raises(StudyError, match="got a int; wanted a Task"):
+    with pytest.raises(StudyError, match="got a int; expected a Task"):
         tasks.load("mydata:wrong")
     with pytest.raises(StudyError, match=r"no 'pairs'\. Did you mean 'pair'"):
         tasks.load("mydata:pairs")

@@ -28,7 +28,7 @@ class Sound(nn.Module):
 
     def forward(self, x):
         if x.shape[-1] != 4:
-            raise ValueError(f"Sound: input {tuple(x.shape)}; wanted [..., 4].")
+            raise ValueError(f"Sound: input {tuple(x.shape)}; expected [..., 4].")
         return torch.tanh(x @ self.weight)
 
 
@@ -612,7 +612,7 @@ def test_a_broken_rule_of_a_stream_is_caught(name, broken, says):
 def test_a_rule_of_a_stream_has_experiences_in_its_example():
     with pytest.raises(ContractError, match="its example no experiences"):
         hold("begins", "rule", dataclasses.replace(stream_rule(), experiences=None))
-    with pytest.raises(ContractError, match="gave 1; wanted at least 2"):
+    with pytest.raises(ContractError, match="gave 1; expected at least 2"):
         hold("begins", "rule", dataclasses.replace(stream_rule(), experiences=lambda: stream_rule().experiences()[:1]))
 
 
@@ -714,7 +714,7 @@ class Coin(Simulator):
     def run(self, scenario=None, seed=0):
         given = {"tosses": 100, **(scenario or {})}
         if (unknown := set(given) - {"tosses"}) and self.broken != "scenario":
-            raise ValueError(f"coin: no key {unknown.pop()!r}; wanted tosses.")
+            raise ValueError(f"coin: no key {unknown.pop()!r}; expected tosses.")
         generator = None if self.broken == "seed" else torch.Generator().manual_seed(seed)
         heads = torch.randint(2, (given["tosses"],), generator=generator).sum().item()
         return Finding({"tosses": {"heads": [heads]}}, units={} if self.broken == "finding" else {"heads": "1"})
@@ -736,7 +736,7 @@ class Inverse(Construction):
         if self.broken == "wrong":
             matrix = matrix[:2, :2]
         if matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"inverse: {tuple(matrix.shape)}; wanted a square matrix.")
+            raise ValueError(f"inverse: {tuple(matrix.shape)}; expected a square matrix.")
         if self.broken == "untouched":
             matrix[0, 0] += 1
         model = nn.Linear(*matrix.shape, bias=False, dtype=matrix.dtype)

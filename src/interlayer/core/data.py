@@ -166,7 +166,7 @@ def answer(outputs: Any) -> Tensor:
         found = next((named[k] for k in ("logits", "sample") if isinstance(named.get(k), Tensor)), first)
     if not isinstance(found, Tensor):
         raise TypeError(
-            f"the model returned {type(outputs).__name__}; wanted a tensor, a tuple that begins with one, or an object "
+            f"the model returned {type(outputs).__name__}; expected a tensor, a tuple that begins with one, or an object "
             "with logits."
         )
     return found

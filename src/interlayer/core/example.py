@@ -163,7 +163,7 @@ class Backbone(nn.Module):
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         """Run the sublayers, joined by the stream."""
         if x.ndim != 3 or x.shape[-1] != self.width:
-            raise ValueError(f"Backbone: input {tuple(x.shape)}; wanted [batch, sequence, {self.width}].")
+            raise ValueError(f"Backbone: input {tuple(x.shape)}; expected [batch, sequence, {self.width}].")
         stream = self.stream
 
         def step(state: State, block: int) -> State:

@@ -76,7 +76,7 @@ class Layout:
         if min(inputs, outputs, width, depth) < 1 or frequencies < 0:
             raise ValueError(
                 f"implicit: inputs {inputs}, outputs {outputs}, width {width}, depth {depth}, frequencies {frequencies}; "
-                "wanted sizes of at least 1 and frequencies of at least 0."
+                "expected sizes of at least 1 and frequencies of at least 0."
             )
         if activation not in ACTIVATIONS:
             raise ValueError(f"implicit: activation {activation!r} is not one of {ACTIVATIONS}.")
@@ -109,7 +109,7 @@ class Layout:
         """The values at coordinates, a pure function of these and the weights."""
         if x.ndim == 0 or x.shape[-1] != self.inputs:
             raise ValueError(
-                f"implicit: coordinates {tuple(x.shape)}; wanted [..., {self.inputs}], the built-in dimension."
+                f"implicit: coordinates {tuple(x.shape)}; expected [..., {self.inputs}], the built-in dimension."
             )
         h = encode(x, self.frequencies) if self.frequencies else x
         for weight, bias in layers[:-1]:

@@ -246,7 +246,7 @@ def meetings(
     if mask is not None:
         if mask.shape != (q.shape[0], all_) or mask.dtype != torch.bool:
             raise ValueError(
-                f"attention: mask {tuple(mask.shape)} {mask.dtype}; wanted bool {(q.shape[0], all_)}, True at real tokens."
+                f"attention: mask {tuple(mask.shape)} {mask.dtype}; expected bool {(q.shape[0], all_)}, True at real tokens."
             )
         allowed = mask[:, None, None] if allowed is None else mask[:, None, None] & allowed
     if bias is not None:

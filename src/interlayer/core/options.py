@@ -32,7 +32,7 @@ def checked(make: Callable[..., Any], given: Mapping[str, Any], who: str) -> dic
         ValueError: demo: no option 'facter'. Did you mean 'factor'? It takes factor, mode.
         >>> checked(scale, {"mode": "c"}, "demo")
         Traceback (most recent call last):
-        ValueError: demo: mode was 'c'; wanted 'a' or 'b'.
+        ValueError: demo: mode was 'c'; expected 'a' or 'b'.
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -51,7 +51,7 @@ def checked(make: Callable[..., Any], given: Mapping[str, Any], who: str) -> dic
             wanted = dict.fromkeys(
                 e["msg"].removeprefix("Input should be ").removesuffix(" type") for e in error.errors()
             )
-            raise ValueError(f"{who}: {name} was {value!r}; wanted {' or '.join(wanted)}.") from None
+            raise ValueError(f"{who}: {name} was {value!r}; expected {' or '.join(wanted)}.") from None
     return dict(given)
 
 

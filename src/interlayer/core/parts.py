@@ -129,5 +129,7 @@ class Patches(nn.Module):
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
         """Embedded patches, row by row."""
         if tuple(image.shape[1:]) != self.shape:
-            raise ValueError(f"Patches: image {tuple(image.shape)}; wanted [batch, {', '.join(map(str, self.shape))}].")
+            raise ValueError(
+                f"Patches: image {tuple(image.shape)}; expected [batch, {', '.join(map(str, self.shape))}]."
+            )
         return self.embed(image).flatten(2).transpose(1, 2)

@@ -67,7 +67,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
-        raise ValueError(f"recipe.save: {target} is a file; wanted a directory.")
+        raise ValueError(f"recipe.save: {target} is a file; expected a directory.")
     others = sorted(p.name for p in target.iterdir() if p.name not in (WEIGHTS, RECIPE)) if target.exists() else []
     former = (target / RECIPE).exists() or not (target / WEIGHTS).exists()
     if others or not former:
@@ -132,7 +132,7 @@ def load(directory: str | Path, base: nn.Module | Callable[[], nn.Module] | None
         else:
             model = copy.deepcopy(base) if isinstance(base, nn.Module) else base()
             if not isinstance(model, nn.Module):
-                raise TypeError(f"recipe.load: base made {type(model).__name__}; wanted a torch.nn.Module.")
+                raise TypeError(f"recipe.load: base made {type(model).__name__}; expected a torch.nn.Module.")
         for step in content["steps"]:
             model = _restore(model, step)
     note(model, content["base"], content["steps"])
@@ -162,7 +162,7 @@ def _read(source: Path) -> dict[str, Any]:
     }
     if wrong := [key for key, fit in fits.items() if not fit]:
         raise ValueError(
-            f"recipe.load: {path} lacks {', '.join(wrong)} or has it in another form; wanted base (kind, class, config), "
+            f"recipe.load: {path} lacks {', '.join(wrong)} or has it in another form; expected base (kind, class, config), "
             "steps (a list of system, options, structure) and shared (names of tensors)."
         )
     return content
@@ -192,7 +192,7 @@ def _build(content: dict[str, Any], shapes: Shapes) -> nn.Module:
     if kind not in ("interlayer", "transformers", "diffusers") or not isinstance(config, dict):
         raise ValueError(
             f"recipe.load: a base of kind {kind!r} {'without' if config is None else 'with'} configuration; "
-            "wanted kind interlayer, transformers or diffusers with one, or given."
+            "expected kind interlayer, transformers or diffusers with one, or given."
         )
     cls: Any = None
     if kind == "interlayer":

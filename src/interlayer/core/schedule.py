@@ -38,7 +38,7 @@ def progress(model: nn.Module, share: float) -> None:
         0.55
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"progress: share was {share}; wanted a number from 0 to 1.")
+        raise ValueError(f"progress: share was {share}; expected a number from 0 to 1.")
     for module in model.modules():
         if callable(follow := getattr(module, "progress", None)):
             follow(share)

@@ -284,7 +284,7 @@ def exchange(model: nn.Module, names: list[str], make: Callable[[nn.Module], nn.
         old = model.get_submodule(name)
         new = make(old)
         if not isinstance(new, nn.Module):
-            raise TypeError(f"replace: with_ returned {type(new).__name__} for {name!r}; wanted a torch.nn.Module.")
+            raise TypeError(f"replace: with_ returned {type(new).__name__} for {name!r}; expected a torch.nn.Module.")
         if isinstance(make, Swap) and (like := next(old.parameters(), near)) is not None:
             new = new.to(like.device, like.dtype if like.is_floating_point() else None).train(old.training)
         for place in places[id(old)]:

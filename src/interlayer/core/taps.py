@@ -115,7 +115,7 @@ def watch(
         ['0', '1']
     """
     if side not in ("input", "output"):
-        raise ValueError(f"taps.read: side was {side!r}; wanted 'input' or 'output'.")
+        raise ValueError(f"taps.read: side was {side!r}; expected 'input' or 'output'.")
 
     def hook(name: str) -> Callable[..., None]:
         def told(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

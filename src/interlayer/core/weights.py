@@ -82,7 +82,7 @@ def mask(module: nn.Module, name: str, keep: Tensor) -> nn.Module:
     weight = _weight(module, name)
     if keep.shape != weight.shape:
         raise ValueError(
-            f"weights.mask: {name} is {tuple(weight.shape)}, the mask {tuple(keep.shape)}; wanted one shape."
+            f"weights.mask: {name} is {tuple(weight.shape)}, the mask {tuple(keep.shape)}; expected one shape."
         )
     for part in _parts(module, name):
         if isinstance(part, Masked):
@@ -109,7 +109,7 @@ def low_rank(module: nn.Module, name: str, rank: int) -> nn.Module:
     full = min(weight.flatten(1).shape) if weight.ndim > 1 else 0
     if not 0 < rank <= full:
         raise ValueError(
-            f"weights.low_rank: rank {rank} for {name} of shape {tuple(weight.shape)}; wanted 1 to {full}."
+            f"weights.low_rank: rank {rank} for {name} of shape {tuple(weight.shape)}; expected 1 to {full}."
         )
     _register(module, name, LowRank(weight.shape, rank))
     return module
@@ -121,7 +121,7 @@ def shift(module: nn.Module, name: str, delta: Tensor | None = None) -> nn.Modul
     delta = torch.zeros_like(weight) if delta is None else delta.to(weight)
     if delta.shape != weight.shape:
         raise ValueError(
-            f"weights.shift: {name} is {tuple(weight.shape)}, delta {tuple(delta.shape)}; wanted one shape."
+            f"weights.shift: {name} is {tuple(weight.shape)}, delta {tuple(delta.shape)}; expected one shape."
         )
     _register(module, name, Shifted(delta))
     next(module.parametrizations[name].parameters(recurse=False)).requires_grad_(False)  # type: ignore[index, union-attr]
@@ -133,7 +133,7 @@ def tie(model: nn.Module, name: str, to: str) -> nn.Module:
     source = model.get_parameter(to)
     if model.get_parameter(name).shape != source.shape:
         raise ValueError(
-            f"weights.tie: {name} is {tuple(model.get_parameter(name).shape)}, {to} {tuple(source.shape)}; wanted one shape."
+            f"weights.tie: {name} is {tuple(model.get_parameter(name).shape)}, {to} {tuple(source.shape)}; expected one shape."
         )
     path, _, last = name.rpartition(".")
     setattr(model.get_submodule(path), last, source)

@@ -103,7 +103,7 @@ class ConvNet(nn.Module):
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Logits of the classes."""
         if image.ndim != 4 or image.shape[1] != self.channels:
-            raise ValueError(f"ConvNet: image {tuple(image.shape)}; wanted [batch, {self.channels}, height, width].")
+            raise ValueError(f"ConvNet: image {tuple(image.shape)}; expected [batch, {self.channels}, height, width].")
         state = self.stream.start(self.embed(image))
         for layer, block in enumerate(self.blocks):
             inputs = self.stream.read(state, layer)

@@ -64,7 +64,7 @@ class MLP(nn.Module):
     def forward(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B K"]:
         """Outputs of the last layer."""
         if x[0].numel() != self.features:
-            raise ValueError(f"MLP: input {tuple(x.shape)} has {x[0].numel()} features; wanted {self.features}.")
+            raise ValueError(f"MLP: input {tuple(x.shape)} has {x[0].numel()} features; expected {self.features}.")
         state = self.stream.start(self.embed(x.flatten(1)))
         for layer, block in enumerate(self.blocks):
             state = self.stream.write(state, layer, block(self.stream.read(state, layer)))

@@ -24,7 +24,7 @@ SIZES = {
 def _tokens(model: nn.Module, tokens: Tensor, vocab: int) -> None:
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim != 2:
         raise TypeError(
-            f"{type(model).__name__}: got {tokens.dtype} of shape {tuple(tokens.shape)}; wanted int64 [batch, sequence] below {vocab}."
+            f"{type(model).__name__}: got {tokens.dtype} of shape {tuple(tokens.shape)}; expected int64 [batch, sequence] below {vocab}."
         )
 
 

@@ -93,7 +93,7 @@ def _own(base: Any, name: str, shape: DataShape, options: Mapping[str, Any]) -> 
         return _swapped(copy.deepcopy(base), name, options)
     if not callable(base):
         raise StudyError(
-            f"{name}: wanted a torch.nn.Module, a class or a function that makes one; got {type(base).__name__}."
+            f"{name}: expected a torch.nn.Module, a class or a function that makes one; got {type(base).__name__}."
         )
     arguments = list(inspect.signature(base).parameters.values())
     places = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
@@ -119,7 +119,7 @@ def _own(base: Any, name: str, shape: DataShape, options: Mapping[str, Any]) -> 
         )
     model = base(shape, **given) if first else base(**given)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{name} gave a {type(model).__name__}; wanted a torch.nn.Module.")
+        raise TypeError(f"{name} gave a {type(model).__name__}; expected a torch.nn.Module.")
     return _swapped(model, name, later)
 
 
@@ -129,7 +129,7 @@ def _swapped(model: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Modu
         if slot not in SLOTS:
             raise StudyError(f"{name} has no slot {slot!r}; {', '.join(SLOTS)} act on any model that has such modules.")
         if not isinstance(what, str) or Swap(what).slot != slot:
-            raise StudyError(f"{name}: {slot}={what!r} names no {slot}; wanted one such as {SUCH[slot]!r}.")
+            raise StudyError(f"{name}: {slot}={what!r} names no {slot}; expected one such as {SUCH[slot]!r}.")
         model = replace(model, at="**", with_=what).apply()
     return model
 

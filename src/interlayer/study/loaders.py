@@ -65,7 +65,7 @@ class LoaderTask(Task):
                 )
             if not callable(source) and not isinstance(source, Iterable):
                 raise StudyError(
-                    f"task {name!r}: {split} is a {type(source).__name__}; wanted a DataLoader or other iterable."
+                    f"task {name!r}: {split} is a {type(source).__name__}; expected a DataLoader or other iterable."
                 )
         seen = [b for split in self.sources for b in itertools.islice(self._epoch(0, split), LOOKED_AT)]
         self.shape = shape or _shape(name, seen)

@@ -341,7 +341,7 @@ def _report(source: str | Path, console: Console, out: str | Path | None, export
         path = Path(url)
         path = path / "study.db" if path.is_dir() else path
         if not path.is_file():
-            raise StudyError(f"report: there are no records in {source}; wanted a study's folder or a database URL.")
+            raise StudyError(f"report: there are no records in {source}; expected a study's folder or a database URL.")
         url = f"sqlite:///{path.absolute()}"
     storage = open_storage(url)
     studies = [s for s in storage.get_all_studies() if "spec" in s.user_attrs]

@@ -193,7 +193,7 @@ def _of(name: str, thing: Any) -> Task:
     if not isinstance(thing, tuple | list) or len(thing) != 2:
         got = f"{type(thing).__name__} of {len(thing)}" if isinstance(thing, tuple | list) else type(thing).__name__
         raise StudyError(
-            f"task {name!r}: got a {got}; wanted a Task, (training loader, validation loader), or ((inputs, targets), "
+            f"task {name!r}: got a {got}; expected a Task, (training loader, validation loader), or ((inputs, targets), "
             "(validation inputs, targets)) of tensors or arrays."
         )
     if all(isinstance(part, tuple) and len(part) == 2 and all(isinstance(t, ARRAYS) for t in part) for part in thing):

@@ -109,7 +109,7 @@ def check(arm: Arm, task: Task, job: Job) -> Paired[nn.Module]:
         return built
     loss = task.loss(run(model, inputs), targets)
     if loss.dim():
-        raise StudyError(f"arm {arm.name!r}: the task's loss has shape {tuple(loss.shape)}; wanted one number.")
+        raise StudyError(f"arm {arm.name!r}: the task's loss has shape {tuple(loss.shape)}; expected one number.")
     if job.steps != 0 and not any(p.requires_grad for p in model.parameters()):
         raise StudyError(f"arm {arm.name!r}: the model has no parameter to train.")
     for use in arm.transforms:

@@ -5,7 +5,7 @@
 >>> class Double(torch.nn.Module):
 ...     def forward(self, x):
 ...         if x.shape[-1] != 3:
-...             raise ValueError(f"Double: input {tuple(x.shape)}; wanted [..., 3].")
+...             raise ValueError(f"Double: input {tuple(x.shape)}; expected [..., 3].")
 ...         return 2 * x
 >>> outcomes = check(Double, Example(make=Double, inputs=lambda: (torch.randn(4, 3),)))
 >>> outcomes["batch"]

@@ -15,9 +15,11 @@ from interlayer.testing.common import finite, make, require, same, tensors
 
 def _built(example: Example) -> tuple[Construction, tuple[Any, ...], nn.Module]:
     construction, problem = make(example.make), make(example.inputs, 100)
-    require(isinstance(construction, Construction), f"make() gave {type(construction).__name__}; wanted a Construction")
+    require(
+        isinstance(construction, Construction), f"make() gave {type(construction).__name__}; expected a Construction"
+    )
     model = make(lambda: construction.build(*problem), 1)
-    require(isinstance(model, nn.Module), f"build() gave {type(model).__name__}; wanted a torch.nn.Module")
+    require(isinstance(model, nn.Module), f"build() gave {type(model).__name__}; expected a torch.nn.Module")
     return construction, problem, model
 
 

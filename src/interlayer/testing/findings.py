@@ -13,7 +13,7 @@ from interlayer.testing.common import require
 
 def sound(found: Finding) -> None:
     """Named tables with columns of equal length, units of columns that exist, and a figure that can be drawn."""
-    require(isinstance(found, Finding) and bool(found.tables), "wanted a Finding with at least one table")
+    require(isinstance(found, Finding) and bool(found.tables), "expected a Finding with at least one table")
     for name, table in found.tables.items():
         lengths = {column: len(values) for column, values in table.items()}
         require(len(set(lengths.values())) == 1, f"columns of table {name!r} differ in length: {lengths}")

@@ -19,7 +19,7 @@ Inputs = tuple[Any, ...]
 def pair(example: Example, seed: int = 0) -> tuple[nn.Module, Inputs]:
     """A module and its inputs."""
     module = make(example.make, seed)
-    require(isinstance(module, nn.Module), f"make() gave {type(module).__name__}; wanted a torch.nn.Module")
+    require(isinstance(module, nn.Module), f"make() gave {type(module).__name__}; expected a torch.nn.Module")
     return module, make(example.inputs, 100)
 
 

@@ -360,7 +360,7 @@ def wrong(example: Example) -> None:
         require(len(str(error)) > 10, f"wrong inputs {shapes} raise an error without a message")
     except Exception as error:
         raise AssertionError(
-            f"wrong inputs {shapes} raise {type(error).__name__} ({str(error)[:80]}); wanted ValueError or TypeError"
+            f"wrong inputs {shapes} raise {type(error).__name__} ({str(error)[:80]}); expected ValueError or TypeError"
         ) from error
     else:
         raise AssertionError(f"wrong inputs {shapes} are accepted silently")

@@ -20,7 +20,7 @@ def _others(example: Example, model: nn.Module) -> tuple[nn.Module, ...]:
 
 def _find(example: Example, model: nn.Module, data: Any, others: tuple[nn.Module, ...] | None = None) -> Finding:
     probe = make(example.make)
-    require(isinstance(probe, Probe), f"make() gave {type(probe).__name__}; wanted a Probe")
+    require(isinstance(probe, Probe), f"make() gave {type(probe).__name__}; expected a Probe")
     given = _others(example, model) if others is None else others
     with seeded(5):
         return probe(model, data, others=given) if isinstance(probe, Comparison) else probe(model, data)

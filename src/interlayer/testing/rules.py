@@ -19,12 +19,12 @@ from interlayer.testing.common import hooks, make, require, same, seeded
 def _pair(example: Example, seed: int = 0) -> tuple[Rule, list[Any]]:
     """The rule, ready to learn its first experience if it learns a stream, and batches."""
     rule = make(example.make, seed)
-    require(isinstance(rule, Rule), f"make() gave {type(rule).__name__}; wanted a Rule")
+    require(isinstance(rule, Rule), f"make() gave {type(rule).__name__}; expected a Rule")
     if example.experiences:
         with seeded(seed):
             rule.begin(_stream(example)[0])
     batches = list(make(example.inputs, 100))
-    require(len(batches) >= 4, f"inputs() gave {len(batches)} batches; wanted at least 4")
+    require(len(batches) >= 4, f"inputs() gave {len(batches)} batches; expected at least 4")
     return rule, batches
 
 
@@ -35,7 +35,7 @@ def _steps(rule: Rule, batches: Sequence[Any], first: int = 0) -> list[float]:
         with seeded(1000 + at):
             metrics = rule.step(batch)
         require(
-            "loss" in metrics and math.isfinite(metrics["loss"]), f"step {at} gave {metrics}; wanted a finite 'loss'"
+            "loss" in metrics and math.isfinite(metrics["loss"]), f"step {at} gave {metrics}; expected a finite 'loss'"
         )
         losses.append(float(metrics["loss"]))
     return losses
@@ -112,7 +112,7 @@ def schedule(example: Example) -> None:
 
 def _stream(example: Example) -> list[Experience]:
     found = list(make(example.experiences, 100)) if example.experiences else []
-    require(not found or len(found) > 1, f"experiences() gave {len(found)}; wanted at least 2")
+    require(not found or len(found) > 1, f"experiences() gave {len(found)}; expected at least 2")
     return found
 
 
@@ -156,7 +156,7 @@ def begins(example: Example) -> None:
             wanted = (len(earlier.test[1]), earlier.classes)
             require(
                 shape[:1] == wanted[:1] and shape[1] >= wanted[1],
-                f"after {i + 1} experiences the prediction of {earlier.name!r} is {shape}; wanted {wanted}",
+                f"after {i + 1} experiences the prediction of {earlier.name!r} is {shape}; expected {wanted}",
             )
 
 

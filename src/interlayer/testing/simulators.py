@@ -14,7 +14,7 @@ from interlayer.testing.findings import equal, sound
 
 def _simulator(example: Example) -> Simulator:
     found = make(example.make)
-    require(isinstance(found, Simulator), f"make() gave {type(found).__name__}; wanted a Simulator")
+    require(isinstance(found, Simulator), f"make() gave {type(found).__name__}; expected a Simulator")
     return found
 
 

@@ -19,7 +19,7 @@ from interlayer.testing.common import finite, make, model_and_data, picture, req
 
 def _plan(example: Example, model: nn.Module, data: Any) -> Plan:
     transform = make(example.make)
-    require(isinstance(transform, Transform), f"make() gave {type(transform).__name__}; wanted a Transform")
+    require(isinstance(transform, Transform), f"make() gave {type(transform).__name__}; expected a Transform")
     others = make(lambda: example.others(model))
     with seeded(5):
         return transform.plan(model, data, others=others)
@@ -78,7 +78,7 @@ def _works(example: Example, inputs: Callable[[], tuple[Any, ...]]) -> None:
     require(all(row.why for row in plan.skipped), "a skipped row does not say why")
     with seeded(5):
         result = plan.apply()
-    require(isinstance(result, nn.Module), f"apply gave {type(result).__name__}; wanted a torch.nn.Module")
+    require(isinstance(result, nn.Module), f"apply gave {type(result).__name__}; expected a torch.nn.Module")
     finite(list(result.state_dict().values()), "the result")
     if isinstance(data, Tensor):
         with torch.no_grad():

@@ -70,5 +70,5 @@ def test_it_fills_the_mlp_slot_with_an_mlps_parameters():
 
 
 def test_wrong_features_are_refused():
-    with pytest.raises(ValueError, match=r"Bilinear: input \(2, 4\); wanted \[..., 6\]"):
+    with pytest.raises(ValueError, match=r"Bilinear: input \(2, 4\); expected \[..., 6\]"):
         Bilinear(6)(torch.zeros(2, 4))

@@ -115,7 +115,7 @@ def test_residual_around_a_unit_is_a_unit(sign):
 
 
 def test_residual_is_refused_where_it_would_be_another_function():
-    with pytest.raises(ValueError, match="wanted m > n"):
+    with pytest.raises(ValueError, match="expected m > n"):
         Rational(degrees=(4, 4)).residual()
     unit = Rational()
     with torch.no_grad():
@@ -174,5 +174,5 @@ def test_errors():
         Rational(like="rely")
     with pytest.raises(ValueError, match="at least 1"):
         Rational(degrees=(5, 0))
-    with pytest.raises(TypeError, match="wanted floating point"):
+    with pytest.raises(TypeError, match="expected floating point"):
         Rational()(torch.ones(2, dtype=torch.long))

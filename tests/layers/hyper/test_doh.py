@@ -87,7 +87,7 @@ def test_for_task():
     )
     sized = DOH.for_task(DataShape("vector", "values", classes=3, features=2), size=300)
     assert sum(p.numel() + 8 for p in sized.parameters()) == 300 and sized.layout.activation == "sine"
-    with pytest.raises(ValueError, match="latent -83; wanted at least 1"):
+    with pytest.raises(ValueError, match="latent -83; expected at least 1"):
         DOH.within(30, 2, 1)
     with pytest.raises(ValueError, match="not tokens"):
         DOH.for_task(DataShape("tokens", "tokens", vocab=3, length=4))
@@ -96,12 +96,12 @@ def test_for_task():
 def test_errors(tmp_path: Path):
     with pytest.raises(ValueError, match="latent 0"):
         DOH(latent=0)
-    with pytest.raises(ValueError, match="bits 17; wanted 1 to 16"):
+    with pytest.raises(ValueError, match="bits 17; expected 1 to 16"):
         DOH(latent=3).save(tmp_path / "x", 17)
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match=r"is not a file that DOH\.save"):
         DOH.load(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"wanted \[\.\.\., 2\]"):
+    with pytest.raises(ValueError, match=r"expected \[\.\.\., 2\]"):
         DOH(latent=3)(torch.zeros(4, 3))
 
 

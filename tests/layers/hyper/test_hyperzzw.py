@@ -182,13 +182,13 @@ def test_fewer_local_kernels_are_fewer_branches():
 
 def test_errors():
     for wrong in ((4,), (3, 3, 3, 3, 3)):
-        with pytest.raises(ValueError, match="wanted at most 4 odd numbers"):
+        with pytest.raises(ValueError, match="expected at most 4 odd numbers"):
             Terminator(1, (8, 8), sides=wrong)
-    with pytest.raises(ValueError, match=r"size \(8, 6\); wanted"):
+    with pytest.raises(ValueError, match=r"size \(8, 6\); expected"):
         Terminator(1, (8, 6))
-    with pytest.raises(ValueError, match="36 channels after 24; wanted a multiple"):
+    with pytest.raises(ValueError, match="36 channels after 24; expected a multiple"):
         Terminator(1, (8, 8), widths=(24, 36, 72))
     with pytest.raises(ValueError, match="not tokens and tokens"):
         Terminator.for_task(DataShape("tokens", "tokens", vocab=3, length=4))
-    with pytest.raises(ValueError, match=r"input \(2, 1, 8\); wanted \[batch, 1, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"input \(2, 1, 8\); expected \[batch, 1, 8, 8\]"):
         Terminator(1, (8, 8), widths=(12,), hidden=4)(torch.zeros(2, 1, 8))

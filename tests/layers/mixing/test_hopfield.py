@@ -130,7 +130,7 @@ def test_clear_errors():
         Hopfield(10, heads=3)
     with pytest.raises(ValueError, match="steps 0"):
         Hopfield(4, steps=0)
-    with pytest.raises(ValueError, match=r"patterns \(2, 4\); wanted \[batch, count, 4\]"):
+    with pytest.raises(ValueError, match=r"patterns \(2, 4\); expected \[batch, count, 4\]"):
         Hopfield(4)(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="needs a mixer that offers"):
         Transformer(mixer="hopfield", stream="value-residual")

@@ -57,7 +57,7 @@ def test_clear_errors():
         MLPMixer(size="XL")
     with pytest.raises(ValueError, match="does not divide"):
         MLPMixer(1, 9, patch=2)
-    with pytest.raises(ValueError, match="wanted \\[batch, 1, 8, 8\\]"):
+    with pytest.raises(ValueError, match="expected \\[batch, 1, 8, 8\\]"):
         MLPMixer(1, 8, patch=2, size="nano")(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="needs attention"):
         MLPMixer(1, 8, patch=2, size="nano", stream="value-residual")

@@ -125,9 +125,9 @@ def test_layer_equals_torchs_convolution_with_its_weights():
 
 def test_mistakes_are_refused():
     i = torch.arange(3)
-    with pytest.raises(ValueError, match=r"target is torch.int64 \(2,\); wanted int64 \[3\]"):
+    with pytest.raises(ValueError, match=r"target is torch.int64 \(2,\); expected int64 \[3\]"):
         Span(i, i[:2], i, (3, 3, 3))
-    with pytest.raises(ValueError, match="weight goes from 0 to 2; wanted 0 to 1"):
+    with pytest.raises(ValueError, match="weight goes from 0 to 2; expected 0 to 1"):
         Span(i, i, i, (3, 3, 2))
     with pytest.raises(ValueError, match=r"mass \(2,\)"):
         Span(i, i, i, (3, 3, 3), torch.ones(2))
@@ -135,7 +135,7 @@ def test_mistakes_are_refused():
         convolution((4,), 3, dilation=2)
     with pytest.raises(ValueError, match=r"weights \(4, 1, 2\) for input \(2, 1, 2\)"):
         dense(2, 2).push(torch.randn(2, 1, 2), torch.randn(4, 1, 2))
-    with pytest.raises(ValueError, match=r"input \(2, 1, 4\); wanted \[batch, channels, 5\]"):
+    with pytest.raises(ValueError, match=r"input \(2, 1, 4\); expected \[batch, channels, 5\]"):
         dense(5, 2).push(torch.randn(2, 1, 4), torch.randn(10, 1, 1))
     with pytest.raises(ValueError, match="plan 'fast' is not one of"):
         dense(2, 2).push(torch.randn(2, 1, 2), torch.randn(4, 1, 1), "fast")

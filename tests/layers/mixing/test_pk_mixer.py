@@ -87,7 +87,7 @@ def test_random_groups_are_kept_with_the_weights():
 def test_mistakes_are_refused():
     with pytest.raises(ValueError, match="order 'rows', copies 2"):
         PermutedKronecker(2, 3, 4, order="rows")
-    with pytest.raises(ValueError, match=r"input \(2, 5\); wanted \[..., 6\]"):
+    with pytest.raises(ValueError, match=r"input \(2, 5\); expected \[..., 6\]"):
         PermutedKronecker(2, 3, 4)(torch.zeros(2, 5))
     with pytest.raises(ValueError, match="variant 'plain' is not one of"):
         PKMixer(variant="plain")

@@ -101,5 +101,5 @@ def test_mistakes_are_refused():
         RepGhost(2, 3, kernel=4)
     with pytest.raises(ValueError, match="outputs 5 is odd"):
         Ghost(2, 5)
-    with pytest.raises(ValueError, match=r"RepGhostNet: input \(2, 3, 8, 8\); wanted \[batch, 1, height, width\]"):
+    with pytest.raises(ValueError, match=r"RepGhostNet: input \(2, 3, 8, 8\); expected \[batch, 1, height, width\]"):
         RepGhostNet(1, 2, units=SMALL)(torch.zeros(2, 3, 8, 8))

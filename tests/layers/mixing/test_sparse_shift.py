@@ -187,9 +187,9 @@ def test_mistakes_are_reported():
         SparseShift(0)
     with pytest.raises(ValueError, match="decay -1"):
         SparseShift(3, decay=-1)
-    with pytest.raises(ValueError, match="6 channels for 3 units; wanted a multiple of 4"):
+    with pytest.raises(ValueError, match="6 channels for 3 units; expected a multiple of 4"):
         FEBlock(6, 6, 3)
-    with pytest.raises(ValueError, match=r"FENet: input \(2, 3, 8, 8\); wanted \[batch, 1, height, width\]"):
+    with pytest.raises(ValueError, match=r"FENet: input \(2, 3, 8, 8\); expected \[batch, 1, height, width\]"):
         FENet(1, 2)(torch.zeros(2, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"FENet: image \(2, 1, 8, 8\); wanted at least 32 pixels a side"):
+    with pytest.raises(ValueError, match=r"FENet: image \(2, 1, 8, 8\); expected at least 32 pixels a side"):
         FENet(1, 2)(torch.zeros(2, 1, 8, 8))

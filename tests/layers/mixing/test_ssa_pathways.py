@@ -224,19 +224,19 @@ def test_what_cannot_work_is_refused():
     for wrong in (0, 1.5):
         with pytest.raises(ValueError, match=r"SSA: sampling .* above 0 and at most 1"):
             SSA(8, 2, sampling=wrong)
-    with pytest.raises(ValueError, match=r"SSA: sampler 'near'.*wanted one of"):
+    with pytest.raises(ValueError, match=r"SSA: sampler 'near'.*expected one of"):
         SSA(8, 2, sampler="near")
     with pytest.raises(ValueError, match="spread -1"):
         SSA(8, 2, spread=-1)
     with pytest.raises(ValueError, match="spread 1 has no effect on sampler 'unbiased'"):
         SSA(8, 2, sampler="unbiased", spread=1)
-    with pytest.raises(ValueError, match=r"SSA: input \(1, 5, 9\); wanted \[batch, sequence, 8\]"):
+    with pytest.raises(ValueError, match=r"SSA: input \(1, 5, 9\); expected \[batch, sequence, 8\]"):
         SSA(8, 2)(torch.zeros(1, 5, 9))
     model, cache = Transformer(**SIZES, mixer="ssa-pathways"), Cache()
     tokens = torch.zeros(1, 5, dtype=torch.long)
     with pytest.raises(ValueError, match=r"SSA: a cache.*Decode after model.eval\(\) and with resample off"):
         model(tokens, cache=cache)
-    with pytest.raises(ValueError, match=r"SSA: mask \(1, 6\).*wanted bool \(1, 5\)"):
+    with pytest.raises(ValueError, match=r"SSA: mask \(1, 6\).*expected bool \(1, 5\)"):
         SSA(8, 2)(torch.zeros(1, 5, 8), Context(mask=torch.ones(1, 6, dtype=torch.bool)))
     with pytest.raises(ValueError, match="Linear has no SSA layer; build it with mixer='ssa-pathways'"):
         layers(torch.nn.Linear(2, 2))

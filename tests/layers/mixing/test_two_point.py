@@ -72,11 +72,11 @@ def test_every_weight_of_the_network_learns():
 
 
 def test_mistakes_are_refused():
-    with pytest.raises(ValueError, match=r"local \(2, 3\); wanted \[..., 4\]"):
+    with pytest.raises(ValueError, match=r"local \(2, 3\); expected \[..., 4\]"):
         TwoPoint(3, 2, local=4, universal=1)(torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 1))
     with pytest.raises(ValueError, match="1 senses and depth 2"):
         MCC((3,))
-    with pytest.raises(ValueError, match=r"senses of \[\(2, 3\), \(2, 5\)\]; wanted last sizes \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"senses of \[\(2, 3\), \(2, 5\)\]; expected last sizes \[3, 4\]"):
         MCC((3, 4))(torch.randn(2, 3), torch.randn(2, 5))
 
 

@@ -103,7 +103,7 @@ def test_names_of_leaves():
     assert find("low rank/approximation").method == "Nystroemformer"
     with pytest.raises(ValueError, match=r"none is\. Did you mean 'module/attention/query prototypes'"):
         find("module/attention/query-prototypes")
-    with pytest.raises(ValueError, match="wanted text, or images and classes"):
+    with pytest.raises(ValueError, match="expected text, or images and classes"):
         XFormer("query prototypes", classes=2)
 
 

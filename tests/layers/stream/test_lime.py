@@ -139,7 +139,7 @@ def test_what_cannot_work_is_refused():
     k = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match="LIMe: heads 0; it needs attention"):
         MLP(4, 2, stream="lime")
-    with pytest.raises(ValueError, match=r"LIMe: keys \(1, 2, 3, 4\).*wanted.*\[batch, 3"):
+    with pytest.raises(ValueError, match=r"LIMe: keys \(1, 2, 3, 4\).*expected.*\[batch, 3"):
         LIMe(2, 8, 3).share(State(k), 0, k, k)
     with pytest.raises(ValueError, match="LIMe: block 2 runs before block 0"):
         LIMe(3, 8, 2).share(State(k), 4, k, k)

@@ -135,9 +135,9 @@ def test_wrong_options_and_shapes_are_refused():
         with pytest.raises(ValueError, match="no effect on a full transition"):
             LowRankPassthrough(2, 4, transition="full", **without_effect)
     layer = LowRankPassthrough(2, 4, cell="lstm", rank=1)
-    with pytest.raises(ValueError, match=r"input \(3, 2\); wanted \[batch, sequence, 2\]"):
+    with pytest.raises(ValueError, match=r"input \(3, 2\); expected \[batch, sequence, 2\]"):
         layer(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match=r"states \[\(3, 4\)\]; wanted 2 of \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"states \[\(3, 4\)\]; expected 2 of \(3, 4\)"):
         layer(torch.zeros(3, 1, 2), (torch.zeros(3, 4),))
 
 

@@ -171,5 +171,5 @@ def test_clear_errors():
         SlicedRecursive(8, 2, recursions=0)
     with pytest.raises(ValueError, match="projections 'none'"):
         SlicedRecursive(8, 2, projections="none")
-    with pytest.raises(ValueError, match=r"wanted \[batch, sequence, 8\]"):
+    with pytest.raises(ValueError, match=r"expected \[batch, sequence, 8\]"):
         SlicedRecursive(8, 2)(torch.zeros(1, 8, 9))

@@ -176,7 +176,7 @@ def test_clear_errors():
         SSLInterface(4, 4, kind="conv")
     with pytest.raises(ValueError, match="5 groups for 4 layers"):
         SSLInterface(4, 4, kind="grouped", groups=5)
-    with pytest.raises(ValueError, match="wanted \\[batch, 4, sequence, 3\\]"):
+    with pytest.raises(ValueError, match="expected \\[batch, 4, sequence, 3\\]"):
         SSLInterface(3, 4)(STATES[:, :3])
     with pytest.raises(ValueError, match=r"no hidden states\. Name the modules .* with at="):
         hidden_states(nn.Linear(2, 2), torch.zeros(1, 2))

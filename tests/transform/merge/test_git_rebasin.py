@@ -268,7 +268,7 @@ def test_a_module_registered_twice_is_matched_and_left_alone():
 def test_clear_errors():
     a = mlp(4, 6, 3)
     x = torch.randn(2, 4)
-    with pytest.raises(ValueError, match="method was 'magic'; wanted one of weights"):
+    with pytest.raises(ValueError, match="method was 'magic'; expected one of weights"):
         GitRebasin(method="magic")
     with pytest.raises(ValueError, match="at least one batch"):
         GitRebasin().plan(a, others=(a,))

@@ -192,7 +192,7 @@ def test_refusals_say_what_is_wrong():
         LaptopDiff(share=0.99).plan(model, x)
     with pytest.raises(ValueError, match="not finite"):
         LaptopDiff().plan(model, torch.full((2, 3), torch.nan))
-    with pytest.raises(ValueError, match="wanted none below 0"):
+    with pytest.raises(ValueError, match="expected none below 0"):
         Distillation(model, at=["blocks.*"], feature=-1)
     with pytest.raises(ValueError, match="nothing in Net"):
         Distillation(model)

@@ -182,7 +182,7 @@ def test_a_model_in_training_is_measured_at_rest():
 
 def test_labels_and_losses():
     model, given = families.model("bert"), families.batch("bert")
-    with pytest.raises(ValueError, match=r"is a loss or not finite; wanted finite outputs.*Leave labels out"):
+    with pytest.raises(ValueError, match=r"is a loss or not finite; expected finite outputs.*Leave labels out"):
         RdPrune(levels=2).plan(model, {**given, "labels": torch.tensor([0, 1])})
 
 
@@ -214,13 +214,13 @@ def test_experts_are_layers_of_their_own_and_masks_come_back(tmp_path):
 @pytest.mark.parametrize(
     ("options", "data", "says"),
     [
-        ({"levels": 1}, DATA, "levels was 1; wanted at least 2"),
+        ({"levels": 1}, DATA, "levels was 1; expected at least 2"),
         ({"sparsity": 1.0}, DATA, "rd-prune: sparsity was 1.0; .*below 1"),
         ({"sparsity": 0.9999}, DATA, "each of which keeps at least one"),
         ({"rounds": 0}, DATA, "rd-prune: rounds was 0"),
         ({"at": nn.BatchNorm2d}, DATA, "rd-prune: nothing to prune in Sequential"),
         ({"rewind": {}}, DATA, "rd-prune: rewind does not fit Sequential"),
-        ({}, None, "rd-prune: no data; wanted at least one batch"),
+        ({}, None, "rd-prune: no data; expected at least one batch"),
         ({}, [], "rd-prune: no data"),
         ({}, torch.full_like(DATA, torch.nan), "not finite"),
     ],

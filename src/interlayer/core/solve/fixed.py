@@ -123,7 +123,7 @@ def iterate(
             break
         flat = torch.where((residual > tolerance)[:, None], step(flat, image), flat)
     raise SolverError(
-        f"fixed_point: {count} evaluations by {method} left {what} with a relative residual of {worst:.3g}; wanted {tolerance:g} in "
+        f"fixed_point: {count} evaluations by {method} left {what} with a relative residual of {worst:.3g}; expected {tolerance:g} in "
         f"{z.dtype}. Raise limit= or tolerance=, or make f contract: with smaller weights, a norm or damping. Under "
         "autocast f rounds to about 0.01."
     )

@@ -157,7 +157,7 @@ class Task(ABC):
         if self.shape.outputs == "values":
             if outputs.shape != targets.shape:
                 raise ValueError(
-                    f"task {self.name!r}: outputs {tuple(outputs.shape)} for targets {tuple(targets.shape)}; wanted equal shapes."
+                    f"task {self.name!r}: outputs {tuple(outputs.shape)} for targets {tuple(targets.shape)}; expected equal shapes."
                 )
             return F.mse_loss(outputs, targets)
         return F.cross_entropy(outputs.reshape(-1, outputs.shape[-1]), targets.reshape(-1))

@@ -43,7 +43,7 @@ class TensorTask(Task):
         for split, (x, y) in self.data.items():
             if len(x) != len(y) or not len(x):
                 raise ValueError(
-                    f"task {name!r}: {split} has {len(x)} inputs and {len(y)} targets; wanted as many, and some."
+                    f"task {name!r}: {split} has {len(x)} inputs and {len(y)} targets; expected as many, and some."
                 )
             for what, t in (("inputs", x), ("targets", y)):
                 if bad := int((~torch.isfinite(t)).sum()):
@@ -83,7 +83,7 @@ def shape_of(name: str, x: Tensor, y: Tensor | None) -> DataShape:
     kind = "tokens" if whole else {2: "vector", 3: "series", 4: "image"}.get(x.dim(), "")
     if not kind:
         raise ValueError(
-            f"task {name!r}: inputs {tuple(x.shape)}; wanted [N, F], [N, S, F], [N, C, H, W] or integers [N, S]."
+            f"task {name!r}: inputs {tuple(x.shape)}; expected [N, F], [N, S, F], [N, C, H, W] or integers [N, S]."
         )
     sizes: dict[str, Any] = {
         "tokens": lambda: {"vocab": int(x.max()) + 1, "length": x.shape[1]},
@@ -121,7 +121,7 @@ class TextTask(Task):
         self.shape = DataShape("tokens", "tokens", vocab=256, length=length)
         for split, text in (("training", train), ("validation", validation)):
             if len(text) <= length:
-                raise ValueError(f"task {name!r}: only {len(text)} bytes of {split} text; wanted more than {length}.")
+                raise ValueError(f"task {name!r}: only {len(text)} bytes of {split} text; expected more than {length}.")
         self.text = {
             s: torch.frombuffer(bytearray(t), dtype=torch.uint8)
             for s, t in (("train", train), ("validation", validation))

@@ -118,7 +118,7 @@ def _whole(tracer: Tracer, model: nn.Module) -> None:
     if tracer.decisions:
         raise ValueError(
             f"trace: {name} reads a Python value or a size off its activations ({', '.join(sorted(tracer.decisions))}), so what it "
-            "computes depends on the data; wanted the same operators for every input. Make the choice with tensor "
+            "computes depends on the data; expected the same operators for every input. Make the choice with tensor "
             "operations (torch.where), or trace the part of the model that makes none."
         )
     unused = [n for n, p in model.named_parameters() if p.numel() and n not in tracer.used]
@@ -136,7 +136,7 @@ def counted(whole: Any, output: str | Callable[[Any], Any] | None) -> list[Tenso
         if found is None:
             fields = f" with {', '.join(whole)}" if isinstance(whole, Mapping) else ""
             raise TypeError(
-                f"trace: the model returns {type(whole).__name__}{fields}; wanted one with {output!r}. "
+                f"trace: the model returns {type(whole).__name__}{fields}; expected one with {output!r}. "
                 "Name a field of the output, or give a function of it."
             )
         whole = found

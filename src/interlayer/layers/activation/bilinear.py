@@ -48,7 +48,7 @@ class Bilinear(GLU):
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Multiply two linear maps of each position."""
         if x.shape[-1:] != (self.width,):
-            raise ValueError(f"Bilinear: input {tuple(x.shape)}; wanted [..., {self.width}].")
+            raise ValueError(f"Bilinear: input {tuple(x.shape)}; expected [..., {self.width}].")
         return super().forward(x)
 
     def tensor(self) -> Float[Tensor, "D D D"]:

@@ -45,7 +45,7 @@ class HeLU(nn.Module):
         """ReLU."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(
-                f"HeLU: input {x.dtype if isinstance(x, Tensor) else type(x).__name__}; wanted a floating-point tensor."
+                f"HeLU: input {x.dtype if isinstance(x, Tensor) else type(x).__name__}; expected a floating-point tensor."
             )
         return Hysteresis.apply(x, self.alpha) if torch.is_grad_enabled() else torch.relu(x)
 

@@ -100,7 +100,7 @@ class Rational(nn.Module):
         if isinstance(like, str) and like not in TARGETS:
             raise ValueError(f"Rational: like={like!r} is not one of {list(TARGETS)}; give one of them or a function.")
         if min(degrees) < 1:
-            raise ValueError(f"Rational: degrees {degrees}; wanted two degrees of at least 1.")
+            raise ValueError(f"Rational: degrees {degrees}; expected two degrees of at least 1.")
         self.like, self.degrees = like, degrees
         a, b = fit(like, degrees)
         self.numerator = nn.Parameter(torch.tensor(a, dtype=torch.get_default_dtype()))
@@ -109,7 +109,7 @@ class Rational(nn.Module):
     def forward(self, x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
         """Apply R to every number."""
         if not x.is_floating_point():
-            raise TypeError(f"Rational: input of {x.dtype} and shape {tuple(x.shape)}; wanted floating point.")
+            raise TypeError(f"Rational: input of {x.dtype} and shape {tuple(x.shape)}; expected floating point.")
         wide = torch.promote_types(x.dtype, self.numerator.dtype)
         x_, a, b = x.to(wide), self.numerator.to(wide), self.denominator.to(wide)
         fast = x.device.type == "cpu" and not torch.compiler.is_compiling()  # a compiler fuses the equation itself
@@ -125,7 +125,7 @@ class Rational(nn.Module):
         """
         m, n = self.degrees
         if m <= n:
-            raise ValueError(f"Rational: degrees {self.degrees} are not closed under a residual; wanted m > n.")
+            raise ValueError(f"Rational: degrees {self.degrees} are not closed under a residual; expected m > n.")
         b = np.r_[0.0, self.denominator.double().cpu().numpy()]
         used = np.trim_zeros(b, "b")
         turns = np.roots(np.polynomial.polynomial.polyder(used)[::-1]).real if len(used) > 2 else np.zeros(1)

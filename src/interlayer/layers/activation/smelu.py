@@ -60,7 +60,7 @@ class RESCU(nn.Module):
         super().__init__()
         if alpha + beta <= 0:
             raise ValueError(
-                f"{type(self).__name__}: joints at {-alpha} and {beta}; wanted the left one below the right one."
+                f"{type(self).__name__}: joints at {-alpha} and {beta}; expected the left one below the right one."
             )
         if blend not in BLENDS:
             raise ValueError(f"{type(self).__name__}: blend {blend!r} is not one of {list(BLENDS)}.")

@@ -79,7 +79,7 @@ class DOH(nn.Module):
     ) -> None:
         super().__init__()
         if latent < 1:
-            raise ValueError(f"DOH: latent {latent}; wanted at least 1 number in the code.")
+            raise ValueError(f"DOH: latent {latent}; expected at least 1 number in the code.")
         self.layout = Layout(
             inputs, outputs, width=width, depth=depth, activation=activation, frequencies=frequencies, omega=omega
         )
@@ -144,7 +144,7 @@ class DOH(nn.Module):
             ValueError: ``bits`` is not between 1 and 16.
         """
         if not 1 <= bits <= 16:
-            raise ValueError(f"DOH: bits {bits}; wanted 1 to 16.")
+            raise ValueError(f"DOH: bits {bits}; expected 1 to 16.")
         packed: dict[str, Tensor] = {}
         grids: dict[str, list[float]] = {}
         for name, p in self.named_parameters():

@@ -53,7 +53,7 @@ class GroupedStandard(nn.Module):
         super().__init__()
         if groups % 2 or channels % groups:
             raise ValueError(
-                f"hyperzzw: {channels} channels in {groups} groups; wanted an even number that divides them."
+                f"hyperzzw: {channels} channels in {groups} groups; expected an even number that divides them."
             )
         self.groups = groups
         self.batch = batch_standard(channels // 2, dims, running)
@@ -316,14 +316,14 @@ class Terminator(nn.Module):
         self.shape, self.feedback = (channels, *size), feedback
         if len(size) not in (1, 2) or len({*size}) > 1:
             raise ValueError(
-                f"Terminator: size {tuple(size)}; wanted (length,) or a square, as matrices are multiplied."
+                f"Terminator: size {tuple(size)}; expected (length,) or a square, as matrices are multiplied."
             )
         if len(sides) > len(SIDES) or not all(side % 2 for side in sides):
-            raise ValueError(f"Terminator: sides {tuple(sides)}; wanted at most {len(SIDES)} odd numbers.")
+            raise ValueError(f"Terminator: sides {tuple(sides)}; expected at most {len(SIDES)} odd numbers.")
         inputs = [channels, *widths[:-1]]
         if bad := [pair for pair in pairwise(inputs) if pair[1] % pair[0]]:
             raise ValueError(
-                f"Terminator: {bad[0][1]} channels after {bad[0][0]}; wanted a multiple, so that kernels repeat."
+                f"Terminator: {bad[0][1]} channels after {bad[0][0]}; expected a multiple, so that kernels repeat."
             )
         self.blocks = nn.ModuleList(
             Block(i, o, size, hidden=hidden, layers=layers, omega=omega, groups=groups, sides=sides, running=running)
@@ -356,7 +356,9 @@ class Terminator(nn.Module):
     def forward(self, x: Float[Tensor, "B C *S"]) -> Float[Tensor, "B K"]:
         """Logits of the classes."""
         if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"Terminator: input {tuple(x.shape)}; wanted [batch, {', '.join(map(str, self.shape))}].")
+            raise ValueError(
+                f"Terminator: input {tuple(x.shape)}; expected [batch, {', '.join(map(str, self.shape))}]."
+            )
         if self.training and self.feedback:
             aside.loss(self.local_feedback())
         for block in self.blocks:

@@ -102,7 +102,7 @@ class Association(nn.Module):
         for given in (state, stored):
             if given.ndim != 3 or given.shape[-1] != self.width:
                 raise ValueError(
-                    f"{type(self).__name__}: patterns {tuple(given.shape)}; wanted [batch, count, {self.width}]."
+                    f"{type(self).__name__}: patterns {tuple(given.shape)}; expected [batch, count, {self.width}]."
                 )
         k, v = self.stored_map(self.stored_norm(stored)).chunk(2, -1)
         return self.split(self.state_map(self.state_norm(state))), self.split(k), self.split(v)

@@ -62,7 +62,7 @@ class PermutedKronecker(nn.Module):
         if order not in ORDERS or min(copies, inputs, outputs) < 1:
             raise ValueError(
                 f"PermutedKronecker: order {order!r}, copies {copies}, inputs {inputs}, outputs {outputs}; "
-                f"wanted one of {ORDERS} and sizes of at least 1."
+                f"expected one of {ORDERS} and sizes of at least 1."
             )
         self.copies, self.inputs, self.outputs, self.order = copies, inputs, outputs, order
         bound = inputs**-0.5
@@ -75,7 +75,7 @@ class PermutedKronecker(nn.Module):
     def forward(self, x: Float[Tensor, "*B M"]) -> Float[Tensor, "*B N"]:
         """Permute, apply the matrix to every group, permute back."""
         if x.shape[-1] != self.copies * self.inputs:
-            raise ValueError(f"PermutedKronecker: input {tuple(x.shape)}; wanted [..., {self.copies * self.inputs}].")
+            raise ValueError(f"PermutedKronecker: input {tuple(x.shape)}; expected [..., {self.copies * self.inputs}].")
         if self.order == "tokens":
             groups = x.unflatten(-1, (self.inputs, self.copies)).transpose(-1, -2)
         else:

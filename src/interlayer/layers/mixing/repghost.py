@@ -29,7 +29,7 @@ SMALL = ((3, 16, 16, 0, 1), (3, 32, 24, 0, 2), (3, 48, 24, 0, 1), (3, 48, 40, 0.
 def _checked(module: nn.Module, x: Tensor, channels: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
         raise ValueError(
-            f"{type(module).__name__}: input {tuple(x.shape)}; wanted [batch, {channels}, height, width] with at least "
+            f"{type(module).__name__}: input {tuple(x.shape)}; expected [batch, {channels}, height, width] with at least "
             "one pixel."
         )
 
@@ -80,7 +80,7 @@ class RepGhost(nn.Module):
     ) -> None:
         super().__init__()
         if kernel % 2 == 0:
-            raise ValueError(f"RepGhost: kernel {kernel} is even; wanted an odd one, which has a centre.")
+            raise ValueError(f"RepGhost: kernel {kernel} is even; expected an odd one, which has a centre.")
         self.inputs = inputs
         self.primary, self.cheap = _conv(inputs, outputs, 1), _conv(outputs, outputs, kernel, groups=outputs)
         self.branch = nn.BatchNorm2d(outputs) if branch else None
@@ -129,7 +129,7 @@ class Ghost(nn.Module):
         super().__init__()
         if outputs % 2:
             raise ValueError(
-                f"Ghost: outputs {outputs} is odd; wanted an even number, as one half is made from the other."
+                f"Ghost: outputs {outputs} is odd; expected an even number, as one half is made from the other."
             )
         half = outputs // 2
         self.inputs = inputs

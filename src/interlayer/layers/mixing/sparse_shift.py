@@ -88,7 +88,7 @@ class SparseShift(nn.Module):
         super().__init__()
         if channels < 1 or penalty < 0 or decay < 0 or (spread is not None and spread < 0):
             raise ValueError(
-                f"SparseShift: channels {channels}, penalty {penalty}, decay {decay}, spread {spread}; wanted at least one "
+                f"SparseShift: channels {channels}, penalty {penalty}, decay {decay}, spread {spread}; expected at least one "
                 "channel and nothing negative."
             )
         self.penalty, self.decay = penalty, decay
@@ -155,7 +155,9 @@ class IntegerShift(nn.Module):
 
 def _channels(module: nn.Module, x: Tensor, channels: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"{type(module).__name__}: input {tuple(x.shape)}; wanted [batch, {channels}, height, width].")
+        raise ValueError(
+            f"{type(module).__name__}: input {tuple(x.shape)}; expected [batch, {channels}, height, width]."
+        )
 
 
 def settle(model: nn.Module, progress: float, *, until: float = 0.5) -> None:
@@ -251,7 +253,7 @@ class FEBlock(nn.Module):
         super().__init__()
         if units < 1 or inputs % 2 ** (units - 1):
             raise ValueError(
-                f"FEBlock: {inputs} channels for {units} units; wanted a multiple of {2 ** max(units - 1, 0)}."
+                f"FEBlock: {inputs} channels for {units} units; expected a multiple of {2 ** max(units - 1, 0)}."
             )
         self.seen = [inputs // 2 ** (units - i) for i in range(1, units)]
         self.units = nn.ModuleList(ShiftUnit(c, c, expansion=expansion, mix=mix, shortcut=True) for c in self.seen)
@@ -339,7 +341,7 @@ class FENet(nn.Module):
         _channels(self, image, self.channels)
         if min(image.shape[2:]) < self.least:
             raise ValueError(
-                f"FENet: image {tuple(image.shape)}; wanted at least {self.least} pixels a side, the product of all strides. "
+                f"FENet: image {tuple(image.shape)}; expected at least {self.least} pixels a side, the product of all strides. "
                 "Give larger images, stem=1, or blocks that halve less often."
             )
         return self.head(self.wide(self.stages(self.stem(image))).mean((2, 3)))

@@ -91,13 +91,13 @@ class SSA(Attention):
         super().__init__(width, heads, kv_heads=kv_heads, causal=causal, values=values, linear=linear)
         _part(sampling)
         if sampler not in SAMPLERS or (spread is not None and spread < 0):
-            raise ValueError(f"SSA: sampler {sampler!r}, spread {spread}; wanted one of {SAMPLERS} and at least 0.")
+            raise ValueError(f"SSA: sampler {sampler!r}, spread {spread}; expected one of {SAMPLERS} and at least 0.")
         if spread is not None and sampler != "local":
             raise ValueError(
                 f"SSA: spread {spread} has no effect on sampler {sampler!r}; leave it out, or take 'local'."
             )
         if not 0 <= rise[0] <= rise[1] <= 1:
-            raise ValueError(f"SSA: rise {rise}; wanted 0 <= begin <= dense <= 1.")
+            raise ValueError(f"SSA: rise {rise}; expected 0 <= begin <= dense <= 1.")
         self.sampling = self.current = sampling  # as built, and as risen so far
         self.rise = tuple(rise)
         self.sampler, self.spread, self.resample = sampler, 0.5 if spread is None else spread, False
@@ -134,7 +134,7 @@ class SSA(Attention):
         for part in x if isinstance(x, QKV) else (x,):
             if part.ndim != 3 or part.shape[-1] != self.heads * self.head_width:
                 raise ValueError(
-                    f"SSA: input {tuple(part.shape)}; wanted [batch, sequence, {self.heads * self.head_width}]."
+                    f"SSA: input {tuple(part.shape)}; expected [batch, sequence, {self.heads * self.head_width}]."
                 )
         if self.sampled and context is not None and context.cache is not None:
             raise ValueError(
@@ -148,7 +148,7 @@ class SSA(Attention):
             return super().mix(q, k, v, mask)
         batch, length = q.shape[0], q.shape[-2]
         if mask is not None and (mask.shape != (batch, length) or mask.dtype != torch.bool):
-            raise ValueError(f"SSA: mask {tuple(mask.shape)} {mask.dtype}; wanted bool {(batch, length)}.")
+            raise ValueError(f"SSA: mask {tuple(mask.shape)} {mask.dtype}; expected bool {(batch, length)}.")
         token, asks = self.deal(length, q.device)
 
         def groups(x_BHSK: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class SSA(Attention):
 
 def _part(sampling: float) -> None:
     if not 0 < sampling <= 1:
-        raise ValueError(f"SSA: sampling {sampling}; wanted a share above 0 and at most 1.")
+        raise ValueError(f"SSA: sampling {sampling}; expected a share above 0 and at most 1.")
 
 
 def layers(model: nn.Module) -> list[SSA]:
@@ -227,7 +227,7 @@ def ensemble(
         True
     """
     if members < 1:
-        raise ValueError(f"ensemble: members {members}; wanted at least 1.")
+        raise ValueError(f"ensemble: members {members}; expected at least 1.")
     with resampled(model, sampling):
         total = predict(model(*inputs))
         for _ in range(members - 1):

@@ -71,7 +71,7 @@ class TwoPoint(nn.Module):
             ("universal", universal, self.universal),
         ):
             if given.shape[-1] != part.in_features:
-                raise ValueError(f"TwoPoint: {name} {tuple(given.shape)}; wanted [..., {part.in_features}].")
+                raise ValueError(f"TwoPoint: {name} {tuple(given.shape)}; expected [..., {part.in_features}].")
         return self.transfer(self.drive(x), self.local(local) + self.universal(universal))
 
 
@@ -118,7 +118,7 @@ class MCC(nn.Module):
     ) -> None:
         super().__init__()
         if len(senses) < 2 or depth < 1:
-            raise ValueError(f"MCC: {len(senses)} senses and depth {depth}; wanted at least two and one.")
+            raise ValueError(f"MCC: {len(senses)} senses and depth {depth}; expected at least two and one.")
         self.senses = list(senses)
         others = (len(senses) - 1) * units
         self.layers = nn.ModuleList(
@@ -148,7 +148,7 @@ class MCC(nn.Module):
     def units(self, *senses: Tensor) -> list[Tensor]:
         """Outputs of every layer, all streams side by side: [B, senses x units] each."""
         if [s.shape[-1] for s in senses] != self.senses:
-            raise ValueError(f"MCC: senses of {[tuple(s.shape) for s in senses]}; wanted last sizes {self.senses}.")
+            raise ValueError(f"MCC: senses of {[tuple(s.shape) for s in senses]}; expected last sizes {self.senses}.")
         xs, universal, seen = list(senses), torch.zeros((), device=senses[0].device), []
         for share, layer in zip(self.share, self.layers, strict=True):
             cells = [cast(TwoPoint, cell) for cell in cast(nn.ModuleList, layer)]

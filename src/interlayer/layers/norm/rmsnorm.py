@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         if width < 1 or not 0 < partial <= 1:
             raise ValueError(
-                f"RMSNorm: width {width} and partial {partial}; wanted a width of at least 1 and a share in (0, 1]."
+                f"RMSNorm: width {width} and partial {partial}; expected a width of at least 1 and a share in (0, 1]."
             )
         self.width, self.partial, self.eps = width, partial, eps
         self.first = math.ceil(partial * width - 1e-9)  # 1e-9: 0.07 * 100 is 7.000000000000001
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension."""
         if x.ndim == 0 or x.shape[-1] != self.width:
             raise ValueError(
-                f"RMSNorm: input {tuple(x.shape)}; wanted [..., {self.width}], the width it was built with."
+                f"RMSNorm: input {tuple(x.shape)}; expected [..., {self.width}], the width it was built with."
             )
         wide = torch.promote_types(x.dtype, torch.float32)
         eps = torch.finfo(wide).eps if self.eps is None else self.eps

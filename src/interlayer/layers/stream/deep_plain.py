@@ -141,10 +141,10 @@ class DeepPlain(Rule):
         self.convolutions = _convolutions(model)
         if len(self.convolutions) < 2:
             raise ValueError(
-                f"DeepPlain: {type(model).__name__} has {len(self.convolutions)} convolutions; wanted a chain of at least two."
+                f"DeepPlain: {type(model).__name__} has {len(self.convolutions)} convolutions; expected a chain of at least two."
             )
         if tolerance < 1:
-            raise ValueError(f"DeepPlain: tolerance {tolerance} is below 1; wanted a factor of at least 1.")
+            raise ValueError(f"DeepPlain: tolerance {tolerance} is below 1; expected a factor of at least 1.")
         self.model, self.strength, self.modulate, self.tolerance = model, strength, modulate, tolerance
         if orthogonal:
             for conv in self.convolutions.values():

@@ -80,7 +80,7 @@ class EncDecBridge(nn.Module):
         """The input of every decoder layer."""
         if states.ndim != 4 or states.shape[1] != self.encoder_layers or states.shape[-1] != self.width:
             raise ValueError(
-                f"EncDecBridge: states {tuple(states.shape)}; wanted [batch, {self.encoder_layers}, sequence, {self.width}], "
+                f"EncDecBridge: states {tuple(states.shape)}; expected [batch, {self.encoder_layers}, sequence, {self.width}], "
                 "the outputs of all encoder layers stacked."
             )
         return torch.einsum("bsk,mdk->bmsd", states.transpose(1, 2).flatten(2), self.weight)

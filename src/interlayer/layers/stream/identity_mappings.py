@@ -36,7 +36,7 @@ class Order:
     def __post_init__(self) -> None:
         steps = (*self.before, *self.end, *self.after)
         if steps.count("norm") != 1 or {*steps} - {"norm", "act"}:
-            raise ValueError(f"Order: steps {steps}; wanted 'norm' once, and any number of 'act'.")
+            raise ValueError(f"Order: steps {steps}; expected 'norm' once, and any number of 'act'.")
 
 
 ORDERS = {  # figure 4; the backbone's branch is conv, norm, act, conv

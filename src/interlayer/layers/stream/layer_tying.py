@@ -131,7 +131,7 @@ class LayerTying(Rule):
         """Let ``layer`` copy layer ``action``, or train its own weights if they are the same."""
         if not 0 <= action <= layer < len(self.blocks):
             raise ValueError(
-                f"LayerTying: action {action} for layer {layer}; wanted 0 to {layer}, itself or an earlier layer."
+                f"LayerTying: action {action} for layer {layer}; expected 0 to {layer}, itself or an earlier layer."
             )
         before = [self.owner(i) for i in range(len(self.blocks))]
         self.state[layer] = action

@@ -69,7 +69,7 @@ class LIMe(PreNorm):
             raise ValueError(f"LIMe: heads {heads}; it needs attention and at least one head.")
         if init not in ("identity", "random") or rate <= 0:
             raise ValueError(
-                f"LIMe: init {init!r} and rate {rate}; wanted 'identity' or 'random', and a positive rate."
+                f"LIMe: init {init!r} and rate {rate}; expected 'identity' or 'random', and a positive rate."
             )
         self.heads, self.rate = kv_heads or heads, rate
         self.router = nn.ParameterList()
@@ -84,7 +84,7 @@ class LIMe(PreNorm):
         assert v is not None
         if k.shape[1] != self.heads or k.shape != v.shape:
             raise ValueError(
-                f"LIMe: keys {tuple(k.shape)} and values {tuple(v.shape)}; wanted equal shapes [batch, {self.heads}, ...]: "
+                f"LIMe: keys {tuple(k.shape)} and values {tuple(v.shape)}; expected equal shapes [batch, {self.heads}, ...]: "
                 "give the mixer's heads (or kv_heads)."
             )
         block = layer // self.branches

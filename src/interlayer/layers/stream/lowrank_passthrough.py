@@ -157,13 +157,13 @@ class LowRankPassthrough(nn.Module):
     ) -> tuple[Float[Tensor, "B S n"], tuple[Tensor, ...]]:
         """Outputs of all steps, and the last state, from which the next part of the sequence continues."""
         if x.ndim != 3 or x.shape[-1] != self.inputs:
-            raise ValueError(f"LowRankPassthrough: input {tuple(x.shape)}; wanted [batch, sequence, {self.inputs}].")
+            raise ValueError(f"LowRankPassthrough: input {tuple(x.shape)}; expected [batch, sequence, {self.inputs}].")
         size = (x.shape[0], self.width)
         if state is None:
             state = tuple(self.start.unsqueeze(1).expand(-1, *size).unbind())
         elif [tuple(s.shape) for s in state] != [size] * len(self.start):
             raise ValueError(
-                f"LowRankPassthrough: states {[tuple(s.shape) for s in state]}; wanted {len(self.start)} of {size}. "
+                f"LowRankPassthrough: states {[tuple(s.shape) for s in state]}; expected {len(self.start)} of {size}. "
                 "Give the state that this layer returned for the same batch."
             )
         driven_SBJ = F.linear(x, self.input, self.bias.flatten()).transpose(0, 1)

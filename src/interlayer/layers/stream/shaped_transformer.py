@@ -218,7 +218,7 @@ class CovarianceSDE:
             torch.Size([5, 3, 3])
         """
         if start.ndim != 2 or start.shape[0] != start.shape[1]:
-            raise ValueError(f"CovarianceSDE: start {tuple(start.shape)}; wanted a square matrix [tokens, tokens].")
+            raise ValueError(f"CovarianceSDE: start {tuple(start.shape)}; expected a square matrix [tokens, tokens].")
         v, step = start.expand(paths, -1, -1), time / steps
         eye = torch.eye(len(start), dtype=start.dtype, device=start.device)
         for _ in range(steps):

@@ -126,7 +126,7 @@ class SlicedRecursive(nn.Module):
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         """All passes."""
         if x.ndim != 3 or x.shape[-1] != self.width:
-            raise ValueError(f"SlicedRecursive: input {tuple(x.shape)}; wanted [batch, sequence, {self.width}].")
+            raise ValueError(f"SlicedRecursive: input {tuple(x.shape)}; expected [batch, sequence, {self.width}].")
         for r, groups in enumerate(self.groups):
             order = self._order(x, groups) if r and groups > 1 else None
             x = self.mix(self.attend(x, groups, order))
@@ -210,10 +210,10 @@ class SReT(nn.Module):
         if len({len(widths), len(depths), len(heads), len(groups)}) > 1:
             raise ValueError(
                 f"SReT: widths {tuple(widths)}, depths {tuple(depths)}, heads {tuple(heads)} and groups {tuple(groups)}; "
-                "wanted as many of each, one for each stage."
+                "expected as many of each, one for each stage."
             )
         if stem not in (1, 2, 4, 8) or size[0] % stem or size[1] % stem:
-            raise ValueError(f"SReT: stem {stem} for an image of {size}; wanted 1, 2, 4 or 8, and multiples of it.")
+            raise ValueError(f"SReT: stem {stem} for an image of {size}; expected 1, 2, 4 or 8, and multiples of it.")
         self.shape = (channels, *size)
         self.stem = conv_stem(channels, widths[0], stem)
         height, width = size[0] // stem, size[1] // stem
@@ -242,7 +242,7 @@ class SReT(nn.Module):
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Logits of the classes."""
         if tuple(image.shape[1:]) != self.shape:
-            raise ValueError(f"SReT: image {tuple(image.shape)}; wanted [batch, {', '.join(map(str, self.shape))}].")
+            raise ValueError(f"SReT: image {tuple(image.shape)}; expected [batch, {', '.join(map(str, self.shape))}].")
         x = self.stem(image) + self.position
         for stage, blocks in enumerate(self.stages):
             if stage:

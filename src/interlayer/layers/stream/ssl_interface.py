@@ -233,7 +233,7 @@ class SSLInterface(nn.Module):
         x = states if isinstance(states, Tensor) else torch.stack(tuple(states), 1)
         if x.ndim != 4 or x.shape[1] != self.layers or x.shape[-1] != self.width:
             raise ValueError(
-                f"SSLInterface: states {tuple(x.shape)}; wanted [batch, {self.layers}, sequence, {self.width}], or "
+                f"SSLInterface: states {tuple(x.shape)}; expected [batch, {self.layers}, sequence, {self.width}], or "
                 f"{self.layers} states [batch, sequence, {self.width}]."
             )
         return F.layer_norm(x, x.shape[-1:]) if self.normalize else x

@@ -74,7 +74,7 @@ class Painters(Transform):
         at: str | None = None,
     ) -> None:
         if variant not in VARIANTS:
-            raise ValueError(f"painters: variant was {variant!r}; wanted one of {', '.join(VARIANTS)}.")
+            raise ValueError(f"painters: variant was {variant!r}; expected one of {', '.join(VARIANTS)}.")
         self.variant, self.start, self.end, self.loops, self.seed, self.at = variant, start, end, loops, seed, at
 
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
@@ -86,7 +86,7 @@ class Painters(Transform):
         end = total - total // 4 if self.end is None else self.end
         if not 0 <= start < end <= total or self.loops < 1:
             raise ValueError(
-                f"painters: start {start}, end {end}, loops {self.loops}; wanted 0 <= start < end <= {total} (the blocks "
+                f"painters: start {start}, end {end}, loops {self.loops}; expected 0 <= start < end <= {total} (the blocks "
                 f"in {at!r}) and at least one loop."
             )
         order = execution(variant, total, start, end, loops=self.loops, seed=self.seed)

@@ -18,7 +18,7 @@ def find(model: nn.Module, at: str | None) -> tuple[str, nn.ModuleList | nn.Sequ
     """The selected list of blocks, and its name."""
     if any(isinstance(m, Parallel) for m in model.modules()):
         raise ValueError(
-            f"painters: blocks of {type(model).__name__} run side by side already; wanted blocks that run one after another. "
+            f"painters: blocks of {type(model).__name__} run side by side already; expected blocks that run one after another. "
             "Start from the model before."
         )
     if at is None:
@@ -56,7 +56,7 @@ def check_shapes(found: Any, at: str, start: int, end: int, order: Order) -> Non
     own = sorted(set(shapes[0]) - set().union(*shapes[1:]))
     if own and order[0] != 0:
         raise ValueError(
-            f"painters: the first block of {at!r} holds {own[0]}, which the others depend on; wanted it to stay the first. "
+            f"painters: the first block of {at!r} holds {own[0]}, which the others depend on; expected it to stay the first. "
             "Set start to 1 or more."
         )
 
@@ -72,7 +72,7 @@ def check_order(model: nn.Module, at: str, order: Order) -> None:
     own = backbone(model, at)
     if own is not None and type(own.order) is not orders.Sequential:
         raise ValueError(
-            f"painters: the blocks of {at!r} run in {type(own.order).__name__} order already; wanted the plain one, "
+            f"painters: the blocks of {at!r} run in {type(own.order).__name__} order already; expected the plain one, "
             "order='sequential'."
         )
     for config, _ in _counters(model, at):

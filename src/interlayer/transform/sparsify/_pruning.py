@@ -44,10 +44,10 @@ class Pruning(Transform):
     ) -> None:
         if not 0 < sparsity < 1:
             raise ValueError(
-                f"{self.slug}: sparsity was {sparsity}; wanted above 0 (else there is nothing to do) and below 1."
+                f"{self.slug}: sparsity was {sparsity}; expected above 0 (else there is nothing to do) and below 1."
             )
         if rounds < 1:
-            raise ValueError(f"{self.slug}: rounds was {rounds}; wanted at least 1.")
+            raise ValueError(f"{self.slug}: rounds was {rounds}; expected at least 1.")
         self.sparsity, self.rounds = sparsity, rounds
         self.train, self.rewind, self.at, self.bake = train, rewind, at, bake
         self.options: dict[str, Any] = {"sparsity": sparsity, "rounds": rounds, "bake": bake}
@@ -63,7 +63,7 @@ class Pruning(Transform):
         names, skipped = prunable(model, self.at, self.slug)
         if masked and (stuck := [n for n in names if isinstance(model.get_submodule(_split(n)[0]), nn.RNNBase)]):
             raise ValueError(
-                f"{self.slug}: {stuck[0]} belongs to a recurrent layer of torch, which reads its weights past a mask; wanted "
+                f"{self.slug}: {stuck[0]} belongs to a recurrent layer of torch, which reads its weights past a mask; expected "
                 "layers that can be masked. Prune with bake and without train and rewind, or choose other layers with at."
             )
         if self.rewind is not None:
@@ -244,7 +244,7 @@ def outputs(model: nn.Module, data: Any, slug: str) -> list[Tensor]:
     whole = [taps.first(out).float() for out in taps.feed(model, data)]
     if any(out.ndim == 0 for out in whole) or not all(out.isfinite().all() for out in whole):
         raise ValueError(
-            f"{slug}: the first output of {type(model).__name__} is a loss or not finite; wanted finite outputs, such as "
+            f"{slug}: the first output of {type(model).__name__} is a loss or not finite; expected finite outputs, such as "
             "logits. Leave labels out of the data."
         )
     return whole

@@ -63,7 +63,7 @@ def allocate(
     alive = [torch.ones_like(w, dtype=torch.bool) for w in tensors] if alive is None else alive
     counts = [int(a.sum()) for a in alive]
     if scope not in SCOPES:
-        raise ValueError(f"lamp: scope was {scope!r}; wanted one of {', '.join(SCOPES)}.")
+        raise ValueError(f"lamp: scope was {scope!r}; expected one of {', '.join(SCOPES)}.")
     if not len(tensors) <= keep <= sum(counts):
         raise ValueError(
             f"lamp: {keep} weights were to be kept, of {sum(counts)} in {len(tensors)} tensors, each of which keeps at "
@@ -154,7 +154,7 @@ class Lamp(Pruning):
     ) -> None:
         super().__init__(sparsity=sparsity, rounds=rounds, train=train, rewind=rewind, at=at, bake=bake)
         if scope not in SCOPES:
-            raise ValueError(f"lamp: scope was {scope!r}; wanted one of {', '.join(SCOPES)}.")
+            raise ValueError(f"lamp: scope was {scope!r}; expected one of {', '.join(SCOPES)}.")
         self.scope = scope
         self.options["scope"] = scope
 

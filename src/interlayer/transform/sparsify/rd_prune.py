@@ -87,14 +87,16 @@ class RdPrune(Pruning):
     ) -> None:
         super().__init__(sparsity=sparsity, rounds=rounds, train=train, rewind=rewind, at=at, bake=bake)
         if levels < 2:
-            raise ValueError(f"rd-prune: levels was {levels}; wanted at least 2.")
+            raise ValueError(f"rd-prune: levels was {levels}; expected at least 2.")
         self.levels, self.worst = levels, worst
         self.options |= {"levels": levels, "worst": worst}
 
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Measure the curves on ``data`` and choose what to prune."""
         batches = taps.batches(
-            data, self.slug, "no data; wanted at least one batch, to measure with. Noise of the same shape will do too."
+            data,
+            self.slug,
+            "no data; expected at least one batch, to measure with. Noise of the same shape will do too.",
         )
         return super().plan(model, batches, others=others)
 

@@ -41,15 +41,15 @@ class Span(nn.Module):
         for name, index, size in zip(("source", "target", "weight"), (source, target, weight), sizes, strict=True):
             if index.shape != source.shape or index.ndim != 1 or index.dtype != torch.int64 or not len(index):
                 raise ValueError(
-                    f"Span: {name} is {index.dtype} {tuple(index.shape)}; wanted int64 [{len(source)}], one for each edge."
+                    f"Span: {name} is {index.dtype} {tuple(index.shape)}; expected int64 [{len(source)}], one for each edge."
                 )
             if int(index.min()) < 0 or int(index.max()) >= size:
                 raise ValueError(
-                    f"Span: {name} goes from {int(index.min())} to {int(index.max())}; wanted 0 to {size - 1}."
+                    f"Span: {name} goes from {int(index.min())} to {int(index.max())}; expected 0 to {size - 1}."
                 )
             self.register_buffer(name, index, persistent=False)
         if mass is not None and mass.shape != source.shape:
-            raise ValueError(f"Span: mass {tuple(mass.shape)}; wanted {tuple(source.shape)}, one for each edge.")
+            raise ValueError(f"Span: mass {tuple(mass.shape)}; expected {tuple(source.shape)}, one for each edge.")
         self.register_buffer("mass", mass, persistent=False)
 
     @property
@@ -92,11 +92,11 @@ class Span(nn.Module):
         """
         sites, outs, weights = self.sizes
         if x_BCX.ndim != 3 or x_BCX.shape[-1] != sites:
-            raise ValueError(f"Span: input {tuple(x_BCX.shape)}; wanted [batch, channels, {sites}].")
+            raise ValueError(f"Span: input {tuple(x_BCX.shape)}; expected [batch, channels, {sites}].")
         numbers = w.ndim < 3
         if w.shape[-1 if numbers else 0] != weights or (not numbers and w.shape[2] != x_BCX.shape[1]):
             raise ValueError(
-                f"Span: weights {tuple(w.shape)} for input {tuple(x_BCX.shape)}; wanted [{weights}, outputs, "
+                f"Span: weights {tuple(w.shape)} for input {tuple(x_BCX.shape)}; expected [{weights}, outputs, "
                 f"{x_BCX.shape[1]}], [{weights}] or [batch, {weights}]."
             )
         if numbers:

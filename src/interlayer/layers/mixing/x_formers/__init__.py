@@ -74,7 +74,7 @@ class XFormer(nn.Module):
         self.leaf = find(leaf)
         if bool(vocab) == bool(channels) or (channels and not classes):
             raise ValueError(
-                f"XFormer: vocab {vocab}, channels {channels}, classes {classes}; wanted text, or images and classes."
+                f"XFormer: vocab {vocab}, channels {channels}, classes {classes}; expected text, or images and classes."
             )
         self.vocab, self.classes = vocab, classes
         self.embed: nn.Module
@@ -105,7 +105,7 @@ class XFormer(nn.Module):
         """Logits."""
         if self.vocab and (x.ndim != 2 or x.is_floating_point()):
             raise TypeError(
-                f"XFormer: got {x.dtype} of shape {tuple(x.shape)}; wanted int64 [batch, sequence] below {self.vocab}."
+                f"XFormer: got {x.dtype} of shape {tuple(x.shape)}; expected int64 [batch, sequence] below {self.vocab}."
             )
         return self.answer(self.trunk(self.embed(x), answer=self.answer if self.classes else None))
 
@@ -125,7 +125,7 @@ def find(name: str) -> catalog.Leaf:
     if len(fits) != 1:
         which = f"several are: {[f.name for f in fits]}." if fits else f"none is.{catalog.nearest(name, leaves)}"
         raise ValueError(
-            f"XFormer: wanted one leaf called {name!r}, but {which} `interlayer list --taxonomy` shows all."
+            f"XFormer: expected one leaf called {name!r}, but {which} `interlayer list --taxonomy` shows all."
         )
     return fits[0]
 

@@ -242,7 +242,7 @@ class LowRank(SlidingWindow):
     ) -> None:
         super().__init__(width, heads, window=window, causal=causal, length=length, linear=linear)
         if not 1 <= rank < self.head_width:
-            raise ValueError(f"LowRank: rank {rank}; wanted 1 to {self.head_width - 1}, less than a head's features.")
+            raise ValueError(f"LowRank: rank {rank}; expected 1 to {self.head_width - 1}, less than a head's features.")
         self.low = linear(inputs=width, outputs=2 * heads * rank)
 
     def project(self, x: Tensor | QKV) -> list[Tensor]:

@@ -145,7 +145,7 @@ class Hashed(Attention):
     ) -> None:
         super().__init__(width, heads, causal=causal, values=False, linear=linear)
         if buckets < 2 or buckets % 2:
-            raise ValueError(f"Hashed: buckets {buckets}; wanted an even number of at least 2.")
+            raise ValueError(f"Hashed: buckets {buckets}; expected an even number of at least 2.")
         self.buckets = buckets
         self.register_buffer("rotations", torch.randn(rounds, self.head_width, buckets // 2))
 

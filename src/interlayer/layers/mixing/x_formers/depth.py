@@ -109,7 +109,7 @@ class EarlyExit(Sequential):
             raise ValueError("EarlyExit: compares answers for the whole input; use it in a classifier.")
         if not 1 <= patience <= depth - 2:
             raise ValueError(
-                f"EarlyExit: patience {patience} in {depth} blocks never exits early; wanted 1 to depth - 2. Take a greater depth."
+                f"EarlyExit: patience {patience} in {depth} blocks never exits early; expected 1 to depth - 2. Take a greater depth."
             )
         self.patience = patience
         self.exits = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))

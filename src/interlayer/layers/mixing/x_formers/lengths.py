@@ -44,7 +44,7 @@ class Funnel(Sequential):
             raise ValueError("Funnel: pooled states mix a token with the next one; use it in an encoder or on images.")
         if not 1 < stages <= depth - self.decode:
             raise ValueError(
-                f"Funnel: stages {stages} for {depth} blocks, {self.decode} of them at the end; wanted at least 2, with a "
+                f"Funnel: stages {stages} for {depth} blocks, {self.decode} of them at the end; expected at least 2, with a "
                 "block for each. Take a greater depth or fewer stages."
             )
         self.firsts = [round(n * (depth - self.decode) / stages) for n in range(stages)]
@@ -103,7 +103,7 @@ class Sentences(Sequential):
             raise ValueError("Sentences: a sentence is read as a whole; use it in an encoder or on images.")
         if depth < 2 or block < 1 or (length is not None and length <= block):
             raise ValueError(
-                f"Sentences: depth {depth}, sentences of {block} in length {length}; wanted at least 2 blocks and 2 sentences."
+                f"Sentences: depth {depth}, sentences of {block} in length {length}; expected at least 2 blocks and 2 sentences."
             )
         self.block = block
 

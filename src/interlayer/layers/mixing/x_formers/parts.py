@@ -24,7 +24,7 @@ class ScaleNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Give every vector the same length."""
         if x.shape[-1] != self.width:
-            raise ValueError(f"ScaleNorm: input {tuple(x.shape)}; wanted [..., {self.width}].")
+            raise ValueError(f"ScaleNorm: input {tuple(x.shape)}; expected [..., {self.width}].")
         return self.gain.to(x.dtype) * F.normalize(x, dim=-1, eps=self.eps)
 
 

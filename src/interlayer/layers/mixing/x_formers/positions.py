@@ -38,7 +38,7 @@ class RelativeBias(Position):
         super().__init__()
         if buckets < 4 or buckets % 4 or farthest <= buckets // 2:
             raise ValueError(
-                f"RelativeBias: {buckets} buckets up to {farthest}; wanted a multiple of 4, and farther than half of it."
+                f"RelativeBias: {buckets} buckets up to {farthest}; expected a multiple of 4, and farther than half of it."
             )
         self.causal, self.buckets, self.farthest = causal, buckets, farthest
         self.table = nn.Parameter(torch.randn(buckets, heads) * 0.02)

@@ -52,7 +52,7 @@ class Axial(Attention):
         self.row = row or (grid[-1] if len(grid) > 1 else math.isqrt(grid[0] - 1) + 1)
         self.down = layer // branches % 2 == 1
         if not 1 < self.row < math.prod(grid):
-            raise ValueError(f"Axial: rows of {self.row} in a grid {grid}; wanted more than one row and column.")
+            raise ValueError(f"Axial: rows of {self.row} in a grid {grid}; expected more than one row and column.")
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         length = q.shape[-2]
@@ -110,7 +110,7 @@ class Segments(Attention):
     ) -> None:
         super().__init__(width, heads, linear=linear, **options)
         if block < 1 or width % 2:
-            raise ValueError(f"Segments: block {block}, width {width}; wanted at least 1, and an even width.")
+            raise ValueError(f"Segments: block {block}, width {width}; expected at least 1, and an even width.")
         if length is not None and length <= block:
             refuse_dense(self, length)
         self.block = block

@@ -92,14 +92,14 @@ class GitRebasin(Transform):
         seed: int = 0,
     ) -> None:
         if method not in METHODS:
-            raise ValueError(f"git-rebasin: method was {method!r}; wanted one of {', '.join(METHODS)}.")
+            raise ValueError(f"git-rebasin: method was {method!r}; expected one of {', '.join(METHODS)}.")
         self.method, self.merge, self.output = method, merge, output
         self.loss, self.steps, self.lr, self.seed = loss or F.cross_entropy, steps, lr, seed
 
     def plan(self, model: nn.Module, data: Any = None, *, others: Sequence[nn.Module] = ()) -> Plan:
         """Find which units can be permuted."""
         (other,) = self.take(others)
-        batches = taps.batches(data, self.slug, "no data; wanted at least one batch, to trace the model with.")
+        batches = taps.batches(data, self.slug, "no data; expected at least one batch, to trace the model with.")
         if self.method == "straight-through" and not all(isinstance(b, tuple | list) and len(b) > 1 for b in batches):
             raise ValueError("git-rebasin: straight-through matching needs (inputs, targets) batches.")
         expect_alike(self.slug, model, other)

@@ -68,7 +68,7 @@ class LaptopDiff(Transform):
     def __init__(self, *, share: float = 0.25, at: At | None = None) -> None:
         if not 0 < share < 1:
             raise ValueError(
-                f"laptop-diff: share was {share}; wanted above 0 (else there is nothing to do) and below 1."
+                f"laptop-diff: share was {share}; expected above 0 (else there is nothing to do) and below 1."
             )
         self.share, self.at = share, at
 
@@ -83,7 +83,7 @@ class LaptopDiff(Transform):
             why = f" ({skipped[0].name} {skipped[0].why})" if skipped else ""
             raise ValueError(
                 f"laptop-diff: the layers of {type(model).__name__} that can be removed hold {sum(gain.values())} of {total} "
-                f"parameters; wanted residual layers with at least {self.share:.0%}{why}. Lower share, or choose layers with at."
+                f"parameters; expected residual layers with at least {self.share:.0%}{why}. Lower share, or choose layers with at."
             )
         curves = [Curve([most, 0], [0.0, found[n]]) for n, most in gain.items()]
         best = allocate(curves, sum(gain.values()) - self.share * total, method="integer")

@@ -56,7 +56,7 @@ class Distillation:
         normalise: bool = True,
     ) -> None:
         if output < 0 or feature < 0:
-            raise ValueError(f"Distillation: output={output}, feature={feature}; wanted none below 0.")
+            raise ValueError(f"Distillation: output={output}, feature={feature}; expected none below 0.")
         self.teacher, self.at = teacher, STAGES if at is None else at
         self.output, self.feature, self.normalise = output, feature, normalise
         select(teacher, self.at)  # refuses where there is none
@@ -70,7 +70,7 @@ class Distillation:
             z = answer(run(student, inputs))
         if z.shape != y.shape:
             raise ValueError(
-                f"Distillation: the student gives {tuple(z.shape)}, the teacher {tuple(y.shape)}; wanted the same shape."
+                f"Distillation: the student gives {tuple(z.shape)}, the teacher {tuple(y.shape)}; expected the same shape."
             )
         loss = self.output * F.mse_loss(z, y) + self.feature * self.distance(found, wanted)
         return loss if target is None else loss + F.mse_loss(z, target)
@@ -82,7 +82,7 @@ class Distillation:
             if name not in found or found[name].shape != h.shape:
                 had = tuple(found[name].shape) if name in found else "nothing"
                 raise ValueError(
-                    f"Distillation: {name} gives {had} in the student and {tuple(h.shape)} in the teacher; wanted the same shape. "
+                    f"Distillation: {name} gives {had} in the student and {tuple(h.shape)} in the teacher; expected the same shape. "
                     "Choose other features with at."
                 )
             apart = (found[name] - h).square().mean()

@@ -72,7 +72,7 @@ def removable(model: nn.Module, data: Any, at: At | None = None) -> tuple[Struct
         x = args[0] if args else next(iter(kwargs.values()), None)
         y = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not isinstance(output, Tensor | tuple) or len(y) != 1 or not isinstance(x, Tensor):
-            why[name] = f"gives a {type(output).__name__} with {len(y)} tensors; wanted one, of the first argument"
+            why[name] = f"gives a {type(output).__name__} with {len(y)} tensors; expected one, of the first argument"
             return
         shortcut, why[name] = _shortcut(module, x, y[0]), ""
         if not shortcut and x.shape != y[0].shape:
