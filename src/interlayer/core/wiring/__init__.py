@@ -166,9 +166,8 @@ def _parts(model: nn.Module) -> Iterator[None]:
     attention, recurrence = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        if any(
-            isinstance(module, nn.RNNBase) for module in model.modules()
-        ):  # else its convolutions are the faster ones
+        # Otherwise its convolutions are the faster ones.
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
         math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
         with math, torch.backends.cudnn.flags(enabled=False):  # cuDNN runs a whole recurrence as one operator

@@ -249,9 +249,8 @@ def joined(tr: Labelling, parts: list[Labels], sizes: list[int], dim: int) -> La
             tr.fix(arrays[-1], dim, "meets an input or a constant")
     ids = tr.ix.same(np.concatenate([label.ravel() for label in arrays]))
     owner = np.repeat(np.arange(len(arrays)), [label.size for label in arrays])
-    if len(np.unique(numbered(ids, owner))) > len(
-        np.unique(ids)
-    ):  # the same units twice: their position distinguishes them
+    # The same units twice: their position distinguishes them.
+    if len(np.unique(numbered(ids, owner))) > len(np.unique(ids)):
         places = tr.ix.constant(len(own))
         arrays = [
             tr.ix.pack(np.stack((label, np.full_like(label, i)), -1)) for label, i in zip(arrays, places, strict=True)

@@ -92,7 +92,10 @@ def learned(arm: str, depth: int, long: int, seed: int, scale: Scale) -> dict[st
 
 
 def measure(arm: str, seed: int, scale: Scale) -> dict[str, float]:
-    """What is exact at initialisation; training loss and validation error on digits; all of it of every arm on the first seed."""
+    """Training loss and validation error on digits, and what is exact at initialisation.
+
+    Arms without a statement on the latter have it on the first seed alone, as further depths have theirs.
+    """
     found = closed_form(arm, seed) if arm in (PRE, *TWINS) or seed == FIRST else {}
     if arm in (NEARLY, AFTER):
         return found
